@@ -1,0 +1,37 @@
+"""llmcourse: make a language model smaller and faster, and measure what was lost.
+
+The modules are exported from the notebooks of the course (`nbs/`). Importing the package loads neither torch nor
+transformers: each public name is looked up in its module when it is first used.
+"""
+
+from importlib import import_module as _import_module
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_PUBLIC = {
+    "load_settings": "settings",
+    "Runtime": "runtime",
+    "seed_everything": "runtime",
+    "load_model": "data",
+    "load_data": "data",
+    "token_data": "data",
+    "TokenData": "data",
+    "perplexity": "evaluation",
+    "compress": "compression",
+    "Passport": "compression",
+    "RTN": "quantization",
+    "GPTQ": "quantization",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(_import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,172 @@
+"""The course's settings: one file, overridden by the environment, checked key by key.
+
+Hand-written and free of torch: the command line reads settings before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+__all__ = ["BadInput", "Scale", "Settings", "course_root", "load_settings", "require"]
+
+ENV_PREFIX = "LLMCOURSE_"
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+class BadInput(ValueError):
+    """A value from outside that cannot be used; its text is one sentence for the person who gave it."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise `BadInput` with one sentence naming argument, value and what is allowed, unless `ok`."""
+    if not ok:
+        raise BadInput(f"{name} is {value!r}; allowed: {allowed}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much work an experiment does (one `[scale.NAME]` section)."""
+
+    name: str
+    eval_tokens: int
+    """tokens of held-out text in a perplexity"""
+    context: int
+    """tokens in one evaluation window"""
+    stride: int
+    """tokens that each further window scores"""
+    batch_size: int
+    """windows in one forward pass"""
+    calib_sequences: int
+    """calibration sequences"""
+    calib_length: int
+    """tokens in a calibration sequence"""
+    seeds: int
+    """repetitions where randomness matters"""
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "name":
+                require(isinstance(value, int) and value >= 1, f.name, value, "a whole number of at least 1")
+        require(self.context >= 2, "context", self.context, "a whole number of at least 2")
+        require(self.stride < self.context, "stride", self.stride, f"1 to {self.context - 1}, one less than context")
+        require(self.eval_tokens >= self.context, "eval_tokens", self.eval_tokens, f"at least one window of {self.context} tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything in `settings.ini`, after the environment had its say."""
+
+    model: str
+    data: str
+    scale: Scale
+    seed: int
+    home: Path
+    offline: bool
+    device: str
+    dtype: str
+    source: Path
+    """the file that was read"""
+
+    def __post_init__(self):
+        require(bool(self.model), "model", self.model, "a name from `llmcourse data`, a folder, or a hub id")
+        require(bool(self.data), "data", self.data, "a name from `llmcourse data`, a folder, a file, or a hub id")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
+        require(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)), "device", self.device, "auto, cpu, mps, cuda or cuda:N")
+        require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", self.dtype, "auto, float32, bfloat16, float16")
+
+
+def course_root() -> Path:
+    """The folder with `nbs/`, `recipes/` and `settings.ini`: the checkout, or the copy inside an installed wheel."""
+    package = Path(__file__).resolve().parent
+    packed = package / "_course"
+    return packed if packed.is_dir() else package.parent
+
+
+def _find_settings(env: Mapping[str, str]) -> Path:
+    if named := env.get(ENV_PREFIX + "SETTINGS"):
+        path = Path(named).expanduser()
+        require(path.is_file(), "LLMCOURSE_SETTINGS", named, "the path of a settings file")
+        return path
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        path = folder / "settings.ini"
+        # other tools also have a settings.ini: only one with our section is ours
+        if path.is_file() and re.search(r"^\[llmcourse\]", path.read_text(encoding="utf8", errors="replace"), re.M):
+            return path
+    return course_root() / "settings.ini"
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise BadInput(f"{name} is {text!r}; allowed: a whole number.") from None
+
+
+def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings.
+
+    Args:
+        path: the file to read; by default `LLMCOURSE_SETTINGS`, else the nearest `settings.ini` with an `[llmcourse]`
+            section in this folder or above, else the course's own.
+        env: the environment; every `LLMCOURSE_<KEY>` in it overrides the file.
+    Raises:
+        BadInput: an unknown key, section or variable, or a value that is not allowed.
+    """
+    env = os.environ if env is None else env
+    source = Path(path) if path is not None else _find_settings(env)
+    require(source.is_file(), "settings file", str(source), "an existing file")
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(source.read_text(encoding="utf8"))
+    except configparser.Error as e:
+        raise BadInput(f"settings file is {str(source)!r}; allowed: INI syntax ({str(e).splitlines()[0]}).") from None
+    require("llmcourse" in parser, "settings file", str(source), "a file with an [llmcourse] section")
+
+    top_keys = [f.name for f in fields(Settings) if f.name != "source"]
+    scale_keys = [f.name for f in fields(Scale) if f.name != "name"]
+    scales = [s.removeprefix("scale.") for s in parser.sections() if s.startswith("scale.")]
+    for section in parser.sections():
+        known = top_keys if section == "llmcourse" else scale_keys if section.startswith("scale.") else None
+        require(known is not None, "settings section", section, "llmcourse, scale.NAME")
+        for key in parser[section]:
+            require(key in known, f"settings key in [{section}]", key, ", ".join(known))
+
+    overrides = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in env.items() if k.startswith(ENV_PREFIX)}
+    overrides.pop("settings", None)
+    for key in overrides:
+        require(key in (*top_keys, *scale_keys), "environment variable", ENV_PREFIX + key.upper(),
+                ", ".join(ENV_PREFIX + k.upper() for k in ("settings", *top_keys, *scale_keys)))
+
+    def value(section: str, key: str) -> str:
+        if key in overrides:
+            return overrides[key].strip()
+        require(key in parser[section], f"settings key in [{section}]", f"{key} (missing)", "every key of the shipped settings.ini")
+        return parser[section][key].strip()
+
+    chosen = value("llmcourse", "scale")
+    require(chosen in scales, "scale", chosen, ", ".join(scales))
+    home = value("llmcourse", "home")
+    if not home:
+        from platformdirs import user_cache_path  # only needed for the default
+
+        home = user_cache_path("llmcourse", appauthor=False)
+    offline = value("llmcourse", "offline").lower()
+    require(offline in _TRUE | _FALSE, "offline", offline, "true, false")
+    return Settings(
+        model=value("llmcourse", "model"),
+        data=value("llmcourse", "data"),
+        scale=Scale(name=chosen, **{k: _whole(k, value(f"scale.{chosen}", k)) for k in scale_keys}),
+        seed=_whole("seed", value("llmcourse", "seed")),
+        home=Path(home).expanduser().absolute(),
+        offline=offline in _TRUE,
+        device=value("llmcourse", "device"),
+        dtype=value("llmcourse", "dtype"),
+        source=source,
+    )

@@ -1,0 +1,13 @@
+-- For the home page, index.qmd, which embeds nbs/index.ipynb.
+
+-- The book's own title stands on the home page already.
+function Header(el)
+  if el.level == 1 then return {} end
+end
+
+-- Links in the notebook are relative to nbs/ so that they work in JupyterLab; the home page lies
+-- one folder up.
+function Link(el)
+  if el.target:match("^[%w_%-]+%.ipynb") then el.target = "nbs/" .. el.target end
+  return el
+end
