@@ -124,7 +124,9 @@ def listing(listed: list[str], existing: set[str], home: str = "nbs/index.ipynb"
     """Every listed file exists, once; every notebook is listed. The home page embeds `home`."""
     problems = [f"{f} is listed in _quarto.yml but is not there" for f in listed if f not in existing]
     problems += [f"{f} is listed twice" for f in sorted(set(listed)) if listed.count(f) > 1]
-    problems += [f"{f} is not listed in _quarto.yml" for f in sorted(existing) if f.endswith(".ipynb") and f not in listed and f != home]
+    problems += [
+        f"{f} is not listed in _quarto.yml" for f in sorted(existing) if f.endswith(".ipynb") and f not in listed and f != home
+    ]
     numbers = [f for f in listed if re.match(r"nbs/\d+_", f)]
     if numbers != sorted(numbers):
         problems.append("the chapters are not listed in the order of their numbers, which is the reading order")
@@ -201,7 +203,9 @@ def figures_described(nb: dict) -> list[str]:
             problems.append(f"cell {i}: a picture needs `#| fig-cap: ...`")
         alt = str(options.get("fig-alt") or "")
         if len(alt) < MIN_ALT:
-            problems.append(f"cell {i}: `#| fig-alt:` has {len(alt)} characters, want {MIN_ALT} or more that say what is to be seen")
+            problems.append(
+                f"cell {i}: `#| fig-alt:` has {len(alt)} characters, want {MIN_ALT} or more that say what is to be seen"
+            )
     return problems
 
 
@@ -217,7 +221,9 @@ def no_errors(nb: dict) -> list[str]:
 def was_run(nb: dict) -> list[str]:
     """Quarto shows the saved outputs and says nothing when there are none."""
     code = [c for _, c in cells(nb, "code") if directives(c)[0].get("eval") is not False]
-    doing = [c for c in code if any(not line.lstrip().startswith("#") and line.strip() for line in text(c["source"]).splitlines())]
+    doing = [
+        c for c in code if any(not line.lstrip().startswith("#") and line.strip() for line in text(c["source"]).splitlines())
+    ]
     if doing and not any(c["outputs"] for c in doing):
         return [f"none of the {len(doing)} code cells has an output: run `nbdev-test --save`"]
     return []
@@ -225,9 +231,15 @@ def was_run(nb: dict) -> list[str]:
 
 def nothing_volatile(nb: dict) -> list[str]:
     """No state of a front end, no widgets, nothing that needs a script or the network to show."""
-    problems = [f"notebook metadata holds {key!r}" for key in nb.get("metadata", {}) if key not in ("kernelspec", "language_info")]
+    problems = [
+        f"notebook metadata holds {key!r}" for key in nb.get("metadata", {}) if key not in ("kernelspec", "language_info")
+    ]
     for i, cell in enumerate(nb["cells"]):
-        problems += [f"cell {i}: metadata holds {k!r}" for k in cell.get("metadata", {}) if k in ("execution", "collapsed", "scrolled", "ExecuteTime")]
+        problems += [
+            f"cell {i}: metadata holds {k!r}"
+            for k in cell.get("metadata", {})
+            if k in ("execution", "collapsed", "scrolled", "ExecuteTime")
+        ]
         for output in cell.get("outputs", []):
             mimes = output.get("data", {})
             problems += [f"cell {i}: output of type {m}" for m in mimes if "javascript" in m or "widget" in m]
@@ -239,7 +251,9 @@ def nothing_volatile(nb: dict) -> list[str]:
 
 def no_machine_paths(nb: dict) -> list[str]:
     """An output that names a folder of the machine it ran on differs on every other one."""
-    pattern = re.compile(r"(?<![\w./:])/(?:home|root|Users|work|tmp|opt|mnt|private|usr|var)/[\w.-]+[^\s'\"]*|\b[A-Z]:\\\\?\w+|site-packages")
+    pattern = re.compile(
+        r"(?<![\w./:])/(?:home|root|Users|work|tmp|opt|mnt|private|usr|var)/[\w.-]+[^\s'\"]*|\b[A-Z]:\\\\?\w+|site-packages"
+    )
     return [
         f"cell {i}: output names {match[0]!r}"
         for i, cell in cells(nb, "code")
