@@ -1,0 +1,56 @@
+# Two targets do everything: `make course` and `make test`. Each is complete on a fresh machine and does nothing twice.
+PYTHON ?= python3
+BIN := .venv/bin
+# one thread each for two parallel workers: two threads each on two busy cores are many times slower
+JOBS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help course test lab data tour book notebooks export wheel clean
+
+help:
+	@echo "make course     environment, models and data, and the tour: a real model made smaller, with a report"
+	@echo "make lab        open the course in JupyterLab"
+	@echo "make test       environment and all tests"
+	@echo "make book       render the course as a book (needs Quarto)"
+	@echo "make notebooks  run every notebook and save its outputs (for maintainers)"
+	@echo "make export     write the package from the notebooks (for maintainers)"
+
+course: .venv/.lab.stamp
+	@$(BIN)/llmcourse data --fetch all
+	@$(BIN)/llmcourse tour
+	@echo "Next: make lab"
+
+lab: .venv/.lab.stamp
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+test: .venv/.dev.stamp
+	@$(BIN)/llmcourse data --fetch all
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
+
+data: .venv/.lab.stamp
+	@$(BIN)/llmcourse data --fetch all
+
+tour: .venv/.lab.stamp
+	@$(BIN)/llmcourse tour
+
+book:
+	@command -v quarto >/dev/null || { echo "make book needs Quarto 1.7 or newer: install it from quarto.org, then run make book again."; exit 1; }
+	quarto render
+	@echo "The book is _book/index.html"
+
+notebooks: .venv/.dev.stamp
+	$(BIN)/python tools/notebooks.py $(NB)
+
+export: .venv/.dev.stamp
+	$(BIN)/python tools/export.py
+
+wheel: .venv/.dev.stamp
+	$(BIN)/python -m build --wheel
+
+# The stamp is written last, so an interrupted installation is taken up again.
+.venv/.%.stamp: pyproject.toml constraints.txt tools/setup_env.py
+	@$(PYTHON) tools/setup_env.py --extra $*
+
+clean:
+	rm -rf .venv build dist _book .quarto
