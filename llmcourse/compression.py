@@ -208,7 +208,7 @@ def _targets(block: nn.Module, prefix: str, filter_fn: Callable[[str, nn.Module]
             found[full] = module
     return found
 
-# %% ../nbs/11_compression.ipynb #03f4ea63
+# %% ../nbs/11_compression.ipynb #a99a45f9
 class Solved(NamedTuple):
     """What `solve` found for a layer."""
 
@@ -250,6 +250,9 @@ class Report:
 
 class Pass(Protocol):
     """A compression method: changes the model that it is given and says what it did."""
+
+    def check(self, model: nn.Module) -> Any:
+        """Raise BadInput if the model cannot be treated; changes nothing."""
 
     def __call__(self, model: nn.Module, data: TokenData, rt: Runtime) -> Report: ...
 
@@ -348,6 +351,23 @@ class LayerPass:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("filter_fn", "n_calib", "seq_len", "seed")}
         return shown | ({"n_calib": self.n_calib, "seq_len": self.seq_len, "seed": self.seed} if self.stat else {})
 
+    def check_layer(self, layer: nn.Linear) -> None:
+        """Raise BadInput for a layer that this method cannot treat; a subclass adds its own conditions."""
+        if not torch.isfinite(layer.weight).all():
+            raise BadInput("weights are NaN or infinite; allowed: finite weights.")
+
+    def check(self, model: nn.Module) -> list[dict[str, nn.Linear]]:
+        """The layers to treat, block by block, by name. Raises BadInput, before anything is changed, if there is a problem."""
+        root, blocks = blocks_of(model)
+        targets = [_targets(block, f"{root}.{i}", self.filter_fn) for i, block in enumerate(blocks)]
+        require(any(targets), "filter_fn", getattr(self.filter_fn, "__name__", "filter"), "a filter that chooses at least one layer")
+        for name, layer in (pair for chosen in targets for pair in chosen.items()):
+            try:
+                self.check_layer(layer)
+            except BadInput as e:
+                raise BadInput(f"layer {name!r}: {e}") from e
+        return targets
+
     @torch.no_grad()
     def __call__(self, model: nn.Module, data: TokenData, rt: Runtime) -> Report:
         """Treat every chosen layer of `model`, in place, block by block.
@@ -356,13 +376,7 @@ class LayerPass:
             BadInput: no layer to treat, one that cannot be treated, NaN or infinite weights, or too little calibration text.
         """
         start = perf_counter()
-        root, blocks = blocks_of(model)
-        targets = [_targets(block, f"{root}.{i}", self.filter_fn) for i, block in enumerate(blocks)]
-        require(any(targets), "filter_fn", getattr(self.filter_fn, "__name__", "filter"), "a filter that chooses at least one layer")
-        for chosen in targets:
-            for name, layer in chosen.items():
-                if not torch.isfinite(layer.weight).all():
-                    raise BadInput(f"layer {name!r} has NaN or infinite weights; allowed: finite weights.")
+        targets, (_, blocks) = self.check(model), blocks_of(model)
         inputs: list[tuple[Tensor, dict]] = []
         was_training = model.training
         model.eval()  # no dropout while we watch
@@ -392,7 +406,7 @@ class LayerPass:
             solved = self.solve(W, stat, mask_of(layer))
             write_back(layer, solved)
         except BadInput as e:
-            raise BadInput(f"{name}: {e}") from e
+            raise BadInput(f"layer {name!r}: {e}") from e
         delta = layer.weight.detach().float() - W
         output_error = None
         if isinstance(stat, Hessian):
@@ -408,7 +422,8 @@ def compress(model: nn.Module, passes: Sequence[Pass], data: TokenData, rt: Runt
         the compressed copy (the model that was given is unchanged) and one report per pass.
     """
     for p in passes:
-        require(callable(p), "passes", type(p).__name__, "objects that are called with (model, data, rt)")
+        require(callable(p) and hasattr(p, "check"), "passes", type(p).__name__, "passes: objects with check(model) that are called with (model, data, rt)")
+        p.check(model)
     student = copy.deepcopy(model)
     return student, [p(student, data, rt) for p in passes]
 
@@ -430,7 +445,7 @@ class Noise(LayerPass):
         new = W + noise
         return Solved(new if mask is None else new * mask, mask)
 
-# %% ../nbs/11_compression.ipynb #4edc25b6
+# %% ../nbs/11_compression.ipynb #3c3aed77
 @dataclass(frozen=True, kw_only=True)
 class Passport:
     """The numbers of one model. Times and perplexity carry their spread; None means not measured."""
@@ -516,7 +531,7 @@ def latency(model: nn.Module, rt: Runtime, *, tokens: int, repeats: int = 5) -> 
 
         def step():
             model(ids[:, -1:], past_key_values=cache, use_cache=True)
-            cache.crop(tokens)  # forget the token again, so that every step starts from the same length
+            cache.crop(-1)  # forget the token again, so that every step starts from the same length
 
         decode = benchmark(step, rt, warmup=2, repeats=3 * repeats)
     return prefill, decode

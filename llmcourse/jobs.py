@@ -268,30 +268,32 @@ class _Job:
 
         scale = self.settings.scale
         self.model, self.tokenizer, self.card = load_model(self.model_name, rt=self.rt, settings=self.settings)
+        for name, passes in self.arms.items():
+            for p in passes:
+                try:
+                    p.check(self.model)
+                except BadInput as e:
+                    raise BadInput(f"arm {name!r}: {e}") from e
         needed = {p.n_calib * p.seq_len for passes in self.arms.values() for p in passes if getattr(p, "stat", None)}
         self.data = token_data(self.tokenizer, self.settings.data, settings=self.settings,
                                limits={"test": scale.eval_tokens, "calib": max(needed, default=0)})
 
-    def _perplexity(self, model) -> tuple[dict, object]:
-        from llmcourse.evaluation import perplexity
-
-        scale = self.settings.scale
-        return perplexity(model, self.data.test, context=scale.context, stride=scale.stride, token_bytes=self.data.bytes["test"],
-                          batch_size=scale.batch_size, rt=self.rt, model_name=self.model_name, data_name=self.data.name, split="test",
-                          tokenizer_name=self.data.tokenizer, seed=self.settings.seed)
-
-    def _evaluate(self, model, arm_folder: Path | None, packed=None) -> dict:
-        """Perplexity with its per-token losses, and the passport."""
+    def _evaluate(self, model, folder: Path | None, packed=None) -> dict:
+        """Perplexity of `model`, and the passport of the form it is stored in (`packed`, or the model itself)."""
         import numpy as np
 
         from llmcourse.compression import passport
+        from llmcourse.evaluation import perplexity
 
-        p = self._perplexity(model)
+        scale = self.settings.scale
+        p = perplexity(model, self.data.test, context=scale.context, stride=scale.stride, token_bytes=self.data.bytes["test"], batch_size=scale.batch_size,
+                       rt=self.rt, seed=self.settings.seed, model=self.model_name, data=self.data.name, split="test", tokenizer=self.data.tokenizer)
+        card = passport(self.model_name, packed if packed is not None else model, self.rt, perplexity=p, folder=folder,
+                        prefill_tokens=min(128, scale.context), repeats=3)
         buffer = io.BytesIO()
-        np.save(buffer, p.nll.double().numpy())
-        card = passport(self.model_name, packed if packed is not None else model, self.rt, perplexity=p, folder=arm_folder,
-                        prefill_tokens=min(128, self.settings.scale.context), repeats=3)
-        return {"passport": card.to_dict(), "nll": base64.b64encode(buffer.getvalue()).decode(), "card": str(p.protocol)}
+        np.save(buffer, p.nll.numpy())
+        numbers = {f.name: getattr(p, f.name) for f in fields(p) if f.name not in ("nll", "protocol")}
+        return {"passport": card.to_dict(), "perplexity": numbers, "protocol": asdict(p.protocol), "nll": base64.b64encode(buffer.getvalue()).decode()}
 
     def _compress_arm(self, arm: Arm, work: Path) -> dict:
         from llmcourse.compression import compress
@@ -304,11 +306,11 @@ class _Job:
 
     def _evaluate_arm(self, arm: Arm, work: Path) -> dict:
         """Measured on the model that is loaded back from its folder: what is judged is what was stored."""
-        from llmcourse.quantization import load_packed
+        from llmcourse.quantization import dequantize_model, load_packed
 
-        packed, _ = load_packed(work / arm.slug)
-        unpacked, _ = load_packed(work / arm.slug, dequantize=True)  # the same weights, without unpacking them at every step
-        return self._evaluate(self.rt.move(unpacked).to(self.rt.dtype), work / arm.slug, self.rt.move(packed))
+        packed, _ = load_packed(work / arm.slug, dtype=self.rt.dtype)
+        dense = dequantize_model(packed, dtype=self.rt.dtype)  # the same weights, without unpacking them at every step
+        return self._evaluate(self.rt.move(dense), work / arm.slug, self.rt.move(packed))
 
     def run(self, work: Path) -> dict:
         marker = work / "fingerprint"
@@ -318,7 +320,7 @@ class _Job:
             _write_atomic(marker, self.fingerprint.encode())
         scale = self.settings.scale
         evaluation = scale.eval_tokens * scale.context / scale.stride
-        costs = {arm.name: 2.0 * max((p.n_calib * p.seq_len for p in self.arms[arm.name] if p.stat), default=evaluation / 20) for arm in self.recipe.arms}
+        costs = {arm.name: 2.0 * max((p.n_calib * p.seq_len for p in self.arms[arm.name] if getattr(p, "stat", None)), default=evaluation / 20) for arm in self.recipe.arms}
         steps = _Steps(work, 2 * len(self.recipe.arms) + 2, self.say)
         steps.cost_left = evaluation * (1 + len(costs)) + sum(costs.values())
         self.say(f"{self.recipe.name}: {self.model_name} on {self.rt.describe()}, scale {scale.name}")
@@ -347,38 +349,32 @@ class _Job:
         return folder if folder.is_dir() else None
 
     def _summary(self, results: dict) -> dict:
-        import numpy as np
+        from llmcourse.evaluation import compare_perplexity
 
-        from llmcourse.evaluation import compare_nll
-
-        losses = {name: np.load(io.BytesIO(base64.b64decode(r["nll"]))) for name, r in results.items()}
+        measured = {name: _perplexity_of(r) for name, r in results.items()}
         parameters = results[DENSE]["passport"]["parameters"]
         rows = []
         for name, r in results.items():
-            ratio = compare_nll(losses[name], losses[DENSE], seed=self.settings.seed)
-            p = r["passport"]
+            ratio, p, disk = compare_perplexity(measured[DENSE], measured[name]), r["passport"], r["passport"]["bytes_disk"]
             rows.append({
-                "name": name, "perplexity": p["perplexity"]["value"], "low": p["perplexity"]["low"], "high": p["perplexity"]["high"],
-                "bits_per_byte": p["perplexity"]["bits_per_byte"],
-                "ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high,
-                "bytes_disk": p["bytes_disk"], "bytes_memory": p["bytes_memory"],
-                "smaller_than_float32": 4 * parameters / p["bytes_disk"] if p["bytes_disk"] else None,
-                "smaller_than_bfloat16": 2 * parameters / p["bytes_disk"] if p["bytes_disk"] else None,
+                "name": name, "perplexity": measured[name].value, "low": measured[name].low, "high": measured[name].high,
+                "bits_per_byte": measured[name].bits_per_byte, "ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high,
+                "bytes_disk": disk, "bytes_memory": p["bytes_memory"],
+                "smaller_than_float32": 4 * parameters / disk if disk else None, "smaller_than_bfloat16": 2 * parameters / disk if disk else None,
                 "prefill_s": p["prefill"] and p["prefill"]["median_s"], "decode_s": p["decode"] and p["decode"]["median_s"],
                 "reports": r.get("made", {}).get("reports", []), "seconds": r["seconds"] + r.get("made", {}).get("seconds", 0),
             })
         pairs = []
-        by_name = {arm.name: arm for arm in self.recipe.arms}
-        for a in by_name:  # arms that differ in the method only: which method is better at the same cost?
-            for b in by_name:
-                if a < b and _same_but_method(by_name[a], by_name[b]):
-                    ratio = compare_nll(losses[a], losses[b], seed=self.settings.seed)
-                    pairs.append({"a": a, "b": b, "ratio": ratio.value, "low": ratio.low, "high": ratio.high})
+        for i, b in enumerate(self.recipe.arms):  # arms that differ in the method only: which is better at the same cost?
+            for a in self.recipe.arms[i + 1:]:
+                if _same_but_method(a, b):
+                    ratio = compare_perplexity(measured[b.name], measured[a.name])
+                    pairs.append({"a": a.name, "b": b.name, "ratio": ratio.value, "low": ratio.low, "high": ratio.high})
         packaged = CATALOG[self.model_name].carrier.size if self.model_name in CATALOG else None
         return {
             "fingerprint": self.fingerprint, "recipe": self.recipe.name, "description": self.recipe.description, "deliver": self.recipe.deliver,
             "model": self.model_name, "note": self.card.note, "parameters": parameters, "packaged_bytes": packaged,
-            "rows": rows, "pairs": pairs, "protocol": results[DENSE]["card"], "device": self.rt.describe(), "scale": asdict(self.settings.scale),
+            "rows": rows, "pairs": pairs, "protocol": str(measured[DENSE].protocol), "device": self.rt.describe(), "scale": asdict(self.settings.scale),
             "seed": self.settings.seed, "versions": {k: self.about[k] for k in ("llmcourse", "torch", "transformers")},
             "seconds": sum(row["seconds"] for row in rows),
         }
@@ -390,12 +386,22 @@ class _Job:
         best = min(rows[1:], key=lambda r: r["perplexity"])
         alt = (f"Perplexity against bytes on disk for {len(rows)} models. The dense model is the largest at {rows[0]['bytes_disk'] / 1e6:.0f} MB with perplexity "
                f"{rows[0]['perplexity']:.1f}; of the compressed ones, {best['name']} has the lowest perplexity, {best['perplexity']:.1f}, at {best['bytes_disk'] / 1e6:.0f} MB.")
-        figure = plotting.pareto([r["bytes_disk"] / 1e6 for r in rows], [r["perplexity"] for r in rows], labels=[r["name"] for r in rows],
-                                 low=[r["low"] for r in rows], high=[r["high"] for r in rows],
-                                 xlabel="size on disk (MB)", ylabel="perplexity (lower is better)", alt=alt)
+        points = [plotting.Point(r["name"], r["bytes_disk"] / 1e6, r["perplexity"], r["low"], r["high"]) for r in rows]
+        figure = plotting.pareto(points, xlabel="size on disk, MB", ylabel="perplexity", alt=alt)
         plotting.save(figure, folder / "pareto.png")
         plotting.save(figure, folder / "pareto.svg")
         return (folder / "pareto.svg").read_text(encoding="utf8")
+
+
+def _perplexity_of(result: dict):
+    """The measurement of a finished step, with its per-token losses."""
+    import numpy as np
+    import torch
+
+    from llmcourse.evaluation import Perplexity, Protocol
+
+    nll = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(result["nll"])), allow_pickle=False))
+    return Perplexity(**result["perplexity"], protocol=Protocol(**result["protocol"]), nll=nll)
 
 
 def _same_but_method(a: Arm, b: Arm) -> bool:
@@ -412,7 +418,7 @@ def _render_report(job: dict, figure_svg: str) -> str:
 
     env = Environment(loader=PackageLoader("llmcourse", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     svg = figure_svg[figure_svg.index("<svg"):]  # without the XML head, which HTML does not know
-    return env.get_template("report.html.j2").render(job=job, figure=svg, alt_table=True)
+    return env.get_template("report.html.j2").render(job=job, figure=svg)
 
 
 def print_table(job: dict) -> None:

@@ -206,7 +206,7 @@ def pareto_front_brute(x: Any, y: Any) -> list[int]:
     dominated = lambda i: any(x[j] <= x[i] and y[j] <= y[i] and (x[j] < x[i] or y[j] < y[i]) for j in range(len(x)))
     return sorted((i for i in range(len(x)) if not dominated(i)), key=lambda i: x[i])
 
-# %% ../nbs/01_plotting.ipynb #353cdf51
+# %% ../nbs/01_plotting.ipynb #6df4d5a9
 class Point(NamedTuple):
     """One candidate: its name, where it stands, the interval of y if there is one, and its group (color and marker)."""
 
@@ -239,7 +239,7 @@ def _place_labels(fig: Plot, ax: Any, points: Sequence[Point], path: Sequence[tu
         taken.append(legend.get_window_extent(renderer))
     frame, boxes = ax.get_window_extent(renderer), []
     for p, (x, y) in zip(points, at):
-        label = ax.annotate(p.name, (p.x, p.y), xytext=(0, 0), textcoords="offset points", fontsize=9.5, color="#222222", zorder=5)
+        label = ax.annotate(p.name, (p.x, p.y), xytext=(0, 0), textcoords="offset points", fontsize=9.5, va="bottom", color="#222222", zorder=5)
         label.set_in_layout(False)
         size = label.get_window_extent(renderer)
         w, h, best = size.width, size.height, None

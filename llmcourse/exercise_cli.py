@@ -1,0 +1,251 @@
+"""The exercise commands of `llmcourse`: check, hint, reveal, progress, exercises, classroom. `register` adds them to an app."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmcourse.settings import BadInput, course_root
+
+__all__ = ["app", "register"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Bad input ends the command with its one sentence and exit code 2."""
+    try:
+        yield
+    except BadInput as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _table(title: str, *columns: str):
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for name in columns:
+        right = name in ("points", "cases", "minutes", "difficulty", "tries", "hints", "wrong answers")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _mark(status: str) -> str:
+    return {"passed": "[green]✓ passed[/]", "failed": "[red]✗ not yet[/]", "not yet": "[red]✗ not yet[/]"}.get(status, "○ not started")
+
+
+def _sheet_files(what: str) -> tuple[list[Path], str | None]:
+    """The notebooks that PATH_OR_ID means, and the one exercise that is wanted."""
+    from llmcourse import checking
+
+    path = Path(what)
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts), None
+    if path.suffix == ".ipynb" or path.is_file():
+        return [path], None
+    sheet, _, name = what.partition(".")
+    known = checking.sheets()
+    if sheet not in known:
+        raise BadInput(f"sheet is {what!r}; allowed: the path of a notebook, a folder, or one of {', '.join(known)} (or SHEET.EXERCISE).")
+    exercises = checking.load_sheet(sheet)
+    if name and what not in exercises:
+        raise BadInput(f"exercise is {what!r}; allowed: {', '.join(exercises)}.")
+    for folder in (Path.cwd(), *Path.cwd().parents, course_root()):
+        found = sorted(folder.glob(f"exercises/*/{sheet}.ipynb")) or sorted(folder.glob(f"{sheet}.ipynb"))
+        if found:
+            return found[:1], what if name else None
+    raise BadInput(f"sheet is {what!r}; allowed: a sheet that is in exercises/ here or above; {sheet}.ipynb was not found.")
+
+
+def check(
+    what: Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="A sheet's notebook, a folder of sheets, a sheet's name, or one exercise: attention.scaled_dot_product")],
+    as_json: AsJson = False,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML to this file.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time limit for one cell.")] = 10.0,
+) -> None:
+    """Grade a sheet in a child process. Exit code 0 only if every exercise passes."""
+    from llmcourse import grading
+
+    with _plainly():
+        files, only = _sheet_files(what)
+        if not files:
+            raise BadInput(f"folder is {what!r}; allowed: a folder with notebooks in it.")
+        limits = grading.Limits(cell_seconds=seconds)
+        results = [grading.grade_file(f, only=only, limits=limits) for f in files]
+        _remember(results)
+        if junit is not None:
+            try:
+                junit.write_text(grading.junit(results), encoding="utf8")
+            except OSError as e:
+                raise BadInput(f"--junit is {str(junit)!r}; allowed: a file that can be written ({e.strerror}).") from None
+    if as_json:
+        print(json.dumps({"passed": all(r.passed for r in results), "sheets": [r.to_dict() for r in results]}, indent=1))
+    else:
+        out = _console()
+        for sheet in results:
+            table = _table(f"{sheet.file}: {sheet.points} of {sheet.max_points} points", "exercise", "result", "cases", "points", "what to read")
+            for r in sheet.results:
+                table.add_row(r.id.split(".")[1], _mark(r.status), f"{r.cases_passed}/{r.cases}", f"{r.points}/{r.max_points}", _escape(r.sentence))
+            out.print(table)
+        if only and not results[0].passed:
+            print(f"\n{results[0].results[0]!r}")
+    raise typer.Exit(0 if all(r.passed for r in results) else 1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _remember(results: list) -> None:
+    """The learner's own sheets count in the learner's progress; a teacher's pile of submissions does not."""
+    from llmcourse import checking
+
+    store = checking.Progress()
+    mine = (store.path.parent / "exercises").resolve()
+    for sheet in results:
+        if mine in Path(sheet.file).resolve().parents:
+            with contextlib.suppress(OSError):
+                for r in sheet.results:
+                    store.record(r)
+
+
+def hint(id: Annotated[str, typer.Argument(help="An exercise, for example attention.scaled_dot_product")]) -> None:
+    """Show the next hint of an exercise; there are three."""
+    from llmcourse import checking
+
+    with _plainly():
+        print(checking.hint(id))
+
+
+def reveal(id: Annotated[str, typer.Argument(help="An exercise, for example attention.scaled_dot_product")]) -> None:
+    """Show the solution of an exercise. Progress remembers it."""
+    from llmcourse import checking
+
+    with _plainly():
+        print(checking.reveal(id))
+
+
+def progress(
+    sheet: Annotated[str | None, typer.Argument(help="One sheet; all by default")] = None,
+    merge: Annotated[Path | None, typer.Option(metavar="FILE", help="First take over another progress file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is passed, and how many tries and hints it took."""
+    from llmcourse import checking
+
+    with _plainly():
+        if merge is not None:
+            if not merge.is_file():
+                raise BadInput(f"--merge is {str(merge)!r}; allowed: an existing progress file.")
+            checking.Progress().merge(merge)
+        seen = checking.progress(sheet)
+    if as_json:
+        print(json.dumps(seen.to_dict(), indent=1))
+        return
+    table = _table(seen.verdict, "exercise", "result", "tries", "hints", "solution seen")
+    for r in seen.rows:
+        table.add_row(r["id"], _mark(r["status"]), str(r["attempts"]), str(r["hints"]), "yes" if r["reveals"] else "")
+    _console().print(table)
+
+
+def exercises(
+    as_json: AsJson = False,
+    kill_matrix: Annotated[bool, typer.Option("--kill-matrix", help="Run every solution and every wrong answer; exit code 0 only if all wrong answers are found out.")] = False,
+) -> None:
+    """List all exercises, or prove them."""
+    from llmcourse import checking
+
+    with _plainly():
+        every = [ex for sheet in checking.sheets() for ex in checking.load_sheet(sheet).values()]
+    if kill_matrix:
+        _prove(every, as_json)
+        return
+    rows = [
+        {"id": ex.id, "chapter": ex.chapter, "title": ex.title, "minutes": ex.minutes, "difficulty": ex.difficulty, "points": ex.points,
+         "wrong_answers": list(ex.wrong_answers)}
+        for ex in every
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    total = sum(ex.points for ex in every)
+    table = _table(f"{len(rows)} exercises, {total} points", "exercise", "title", "minutes", "difficulty", "points", "wrong answers")
+    for r in rows:
+        table.add_row(r["id"], r["title"], str(r["minutes"]), str(r["difficulty"]), str(r["points"]), str(len(r["wrong_answers"])))
+    _console().print(table)
+
+
+def _prove(every: list, as_json: bool) -> None:
+    from llmcourse import checking
+
+    all_rows, all_problems = [], []
+    for ex in every:
+        rows, problems = checking.kill_matrix(ex)
+        all_rows += rows
+        all_problems += problems
+    if as_json:
+        print(json.dumps({"rows": all_rows, "problems": all_problems}, indent=1))
+    else:
+        found = sum(bool(r["killed_by"]) for r in all_rows)
+        own = sum(r["sentence_of"] == r["wrong_answer"] for r in all_rows)
+        table = _table(f"{found} of {len(all_rows)} wrong answers found out, {own} told their own sentence", "exercise", "wrong answer", "own sentence", "found out by the cases")
+        for r in all_rows:
+            table.add_row(r["exercise"], r["wrong_answer"], "yes" if r["sentence_of"] == r["wrong_answer"] else "NO", _escape("; ".join(r["killed_by"])) or "NONE")
+        _console().print(table)
+        for p in all_problems:
+            print(f"problem: {p}", file=sys.stderr)
+    raise typer.Exit(1 if all_problems else 0)
+
+
+COMMANDS = (
+    ("nbgrader generate_assignment {0}", "make the learners' sheet in exercises/ and enter it in the gradebook"),
+    ("nbgrader zip_collect {0}", "unpack what was downloaded to submitted/STUDENT/{0}/ (or copy the files there yourself)"),
+    ("nbgrader autograde {0}", "grade every submission; renamed and damaged ones too"),
+    ("nbgrader generate_feedback {0}", "write a page for each learner to feedback/STUDENT/{0}/"),
+    ("nbgrader export", "write all marks to grades.csv"),
+)
+
+
+def classroom(sheet: Annotated[str, typer.Argument(help="A sheet or its folder, for example attention or 03_attention")] = "attention") -> None:
+    """The five commands that a teacher needs, in order."""
+    from llmcourse import checking
+
+    with _plainly():
+        folders = {name: next(iter(checking.load_sheet(name).values())).chapter for name in checking.sheets()}
+        folder = folders.get(sheet, sheet)
+        if folder not in folders.values():
+            raise BadInput(f"sheet is {sheet!r}; allowed: {', '.join(folders)}.")
+    print("Once: pip install 'llmcourse[classroom]', in a clone of the course. Then, in its top folder:\n")
+    for number, (command, what) in enumerate(COMMANDS, 1):
+        print(f"{number}. {command.format(folder)}\n   {what.format(folder)}")
+
+
+def register(target: typer.Typer) -> None:
+    """Add the exercise commands to another app."""
+    command: Callable
+    for command in (check, hint, reveal, progress, exercises, classroom):
+        target.command(command.__name__)(command)
+
+
+app = typer.Typer(help="Exercises: check, hint, reveal, progress.", no_args_is_help=True, add_completion=False)
+register(app)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,343 @@
+"""Evaluation: token NLL against the definition, exact-once windows, bootstrap, pairing, bad input."""
+
+import copy
+import dataclasses
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from llmcourse import evaluation as ev
+from llmcourse.data import windows
+from llmcourse.runtime import Runtime
+from llmcourse.settings import BadInput
+
+V = 11
+
+
+class Recurrent(nn.Module):
+    """A tiny causal model whose logits depend on every earlier token of the window and on its position."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.embed = nn.Parameter(torch.randn(V, 8, generator=g))
+        self.head = nn.Parameter(torch.randn(8, V, generator=g))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids):
+        x = self.embed[ids]
+        decay = 0.8 ** (torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])).clamp(min=0)
+        return self.dropout(torch.tanh(torch.tril(decay).to(x.dtype) @ x)) @ self.head
+
+
+def brute_force(model, tokens, context, stride):
+    """One forward per token, float64; the window of a token is the first one that ends after it."""
+    n, out = len(tokens), []
+    with torch.no_grad():
+        for t in range(1, n):
+            stop = context
+            while stop <= t:
+                stop = min(stop + stride, n)
+            logits = model(tokens[None, stop - context : t])
+            last = (logits if torch.is_tensor(logits) else logits.logits)[0, -1].double()
+            out.append(torch.logsumexp(last, -1) - last[tokens[t]])
+    return torch.stack(out)
+
+
+def text(n, seed=0):
+    return torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+shapes = st.integers(2, 9).flatmap(lambda c: st.tuples(st.integers(c, 40), st.just(c), st.integers(1, c - 1)))
+
+
+def test_by_hand():
+    """Two symbols: p(b|a) = 1/2, p(a|b) = 1/4, so the perplexity of 'a b a' is sqrt(8)."""
+    table = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+    p = ev.perplexity(lambda ids: table[ids], torch.tensor([0, 1, 0]), context=3, stride=2, token_bytes=torch.tensor([9, 1, 1]))
+    assert p.value == pytest.approx(math.sqrt(8), rel=1e-6)
+    assert p.bits_per_byte == pytest.approx(1.5, rel=1e-6)  # (1 + 2) bits for two bytes; the first token's do not count
+
+
+@given(shapes)
+def test_windows_score_every_target_once(shape):
+    n, context, stride = shape
+    found = windows(n, context, stride)
+    assert sorted(t for w in found for t in range(w.first, w.stop)) == list(range(1, n))
+    assert all(0 <= w.start < w.first < w.stop <= n and w.stop - w.start == context for w in found)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.integers(1, 4))
+def test_agrees_with_one_forward_per_token(shape, batch_size):
+    n, context, stride = shape
+    model, tokens = Recurrent(), text(n)
+    got = ev.token_nll(model, tokens, context=context, stride=stride, batch_size=batch_size)
+    assert got.shape == (n - 1,) and got.dtype == torch.float64
+    torch.testing.assert_close(got, brute_force(model, tokens, context, stride), rtol=1e-5, atol=1e-5)
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_agrees_with_the_loss_of_transformers():
+    model, tokens = llama(), text(30)
+    theirs = model(tokens[None], labels=tokens[None]).loss.item()
+    assert ev.token_nll(model, tokens, context=30, stride=29).mean().item() == pytest.approx(theirs, rel=1e-5)
+    torch.testing.assert_close(ev.token_nll(model, tokens, context=9, stride=4, batch_size=3), brute_force(model, tokens, 9, 4), rtol=1e-5, atol=1e-5)
+
+
+def test_softmax_of_a_bf16_model_is_float32():
+    model, tokens = Recurrent().bfloat16(), text(40)
+    got = ev.token_nll(model, tokens, context=40, stride=1)
+    with torch.no_grad():
+        logits = model(tokens[None])[0, :-1]
+    assert logits.dtype == torch.bfloat16
+    exact = -logits.double().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    rough = -logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0].double()
+    assert (got - exact).abs().max() < 1e-5 < (rough - exact).abs().max()
+
+
+def test_long_rows_are_split(monkeypatch):
+    """A vocabulary so large that one row is a chunk of its own."""
+    big = 2**24 // 3
+    model = lambda ids: torch.zeros(1, 1, big).expand(*ids.shape, big)
+    got = ev.token_nll(model, torch.tensor([0, 5, big - 1, 7, 2]), context=5, stride=1)
+    assert torch.allclose(got, torch.full((4,), math.log(big), dtype=torch.float64))
+
+
+def test_logits_of_earlier_windows_are_dropped():
+    kept = []
+
+    def model(ids):
+        assert all(r() is None for r in kept), "logits of an earlier batch are still in memory"
+        logits = torch.zeros(*ids.shape, V)
+        kept.append(weakref.ref(logits))
+        return logits
+
+    ev.token_nll(model, text(50), context=10, stride=5, batch_size=2)
+    assert len(kept) > 3
+
+
+def test_dropout_is_off_and_every_mode_is_restored():
+    model, tokens = Recurrent(dropout=0.5).train(), text(20)
+    model.dropout.eval()
+    want = ev.token_nll(Recurrent(), tokens, context=10, stride=5)
+    assert torch.equal(ev.token_nll(model, tokens, context=10, stride=5), want)
+    assert model.training and not model.dropout.training
+    model.dropout.train()
+    with pytest.raises(BadInput):  # also when something goes wrong on the way
+        model.embed.data[3] = math.nan
+        ev.token_nll(model, tokens, context=10, stride=5)
+    assert model.training and model.dropout.training
+
+
+def test_parametrized_weights_are_computed_once():
+    class Count(nn.Module):
+        calls = 0
+
+        def forward(self, w):
+            Count.calls += 1
+            return w * 2
+
+    model = Recurrent()
+    nn.utils.parametrize.register_parametrization(model, "head", Count())
+    Count.calls = 0
+    ev.token_nll(model, text(40), context=10, stride=2)
+    assert Count.calls == 1
+
+
+def test_inputs_are_not_changed():
+    model, tokens = Recurrent(), text(30)
+    before, weights = tokens.clone(), copy.deepcopy(model.state_dict())
+    ev.perplexity(model, tokens, context=10, stride=3, token_bytes=torch.ones_like(tokens))
+    assert torch.equal(tokens, before) and all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_small_integer_types_and_runtime():
+    rt = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16)
+    model, tokens = Recurrent(), text(30)
+    want = ev.token_nll(model, tokens, context=10, stride=5)
+    assert torch.equal(ev.token_nll(model, tokens.to(torch.int32), context=10, stride=5), want)
+    p = ev.perplexity(model, tokens, context=10, stride=5, rt=rt)
+    assert "float32 under autocast to bfloat16" in str(p.protocol) and (p.nll - want).abs().max() < 0.2
+
+
+# --------------------------------------------------------------------------------------------- bootstrap
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.integers(0, 99))
+def test_bootstrap_is_the_written_out_one(shape, seed):
+    n, block = shape
+    rng = np.random.default_rng(seed)
+    values, weights = rng.normal(size=n), rng.integers(1, 9, n)
+    starts, _ = ev._block_starts(n, block, 20, seed)
+    index = (starts[:, :, None] + np.arange(block)).reshape(20, -1)[:, :n] % n
+    got = ev.block_bootstrap(values, weights, block=block, n_boot=20, seed=seed).numpy()
+    np.testing.assert_allclose(got, values[index].sum(1) / weights[index].sum(1), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(ev.block_bootstrap(values, block=block, n_boot=20, seed=seed).numpy(), values[index].mean(1), rtol=1e-9, atol=1e-12)
+
+
+def test_one_block_of_everything_has_no_spread():
+    x = torch.rand(50, dtype=torch.float64)
+    assert ev.block_bootstrap(x, block=50, n_boot=20).std() < 1e-12
+
+
+def test_blocks_see_correlation_and_single_tokens_do_not():
+    """Eight equal values in a row: the true standard error is sqrt(8) times that of independent values."""
+    x = np.random.default_rng(0).normal(size=512).repeat(8)
+    single, blocks = (ev.block_bootstrap(x, block=b, n_boot=2000).std().item() for b in (1, 64))
+    assert 2.3 < blocks / single < 3.2
+    y = np.random.default_rng(0).permutation(x)
+    assert 0.85 < ev.block_bootstrap(y, block=64, n_boot=2000).std().item() / single < 1.15
+
+
+def test_autocorrelation():
+    assert ev.autocorrelation([1.0, -1.0, 1.0, -1.0], [0, 1, 2]) == [1.0, -0.75, 0.5]
+
+
+# -------------------------------------------------------------------------------------------- perplexity
+
+
+def measure(lm, /, n=300, **kw):
+    kw = {"context": 20, "stride": 10, "n_boot": 200, **kw}
+    return ev.perplexity(lm, text(n), **kw)
+
+
+def test_perplexity_and_its_card():
+    sizes = torch.arange(300) % 3
+    p = measure(Recurrent(), token_bytes=sizes, model="toy", data="dice", split="test", tokenizer="digits")
+    assert p.value == pytest.approx(p.nll.mean().exp().item()) and p.low < p.value < p.high
+    assert p.bits_per_byte == pytest.approx(p.nll.sum().item() / math.log(2) / sizes[1:].sum().item())
+    assert p.bits_per_byte_low < p.bits_per_byte < p.bits_per_byte_high
+    card = str(p.protocol)
+    for words in ("toy", "dice", "test", "digits", "context 20", "stride 10", "300 tokens", "299 scored", "float32", "blocks of 37", "95 %", "200 replicates"):
+        assert words in card, words
+    assert measure(Recurrent(), level=0.5).high - measure(Recurrent(), level=0.5).low < p.high - p.low
+    assert measure(Recurrent()).bits_per_byte is None
+
+
+def test_uniform_model_has_the_vocabulary_as_its_perplexity():
+    p = measure(lambda ids: torch.zeros(*ids.shape, V))
+    assert p.value == pytest.approx(V, rel=1e-6) and p.low == pytest.approx(V, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(1, 7))
+def test_batch_size_does_not_change_the_result(batch_size):
+    one, many = measure(Recurrent()), measure(Recurrent(), batch_size=batch_size)
+    assert (one.nll - many.nll).abs().max() < 1e-5 and one.protocol == many.protocol
+
+
+def test_a_model_against_itself_is_exactly_one():
+    a = measure(Recurrent())
+    assert ev.compare_perplexity(a, measure(Recurrent())) == (1.0, 1.0, 1.0)
+
+
+def test_pairing_separates_what_separate_intervals_do_not():
+    model = Recurrent()
+    base, worse = measure(model, n=2000), None
+    for size, seed in ((1e-6, 1), (0.1, 2)):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.head += size * torch.randn(other.head.shape, generator=torch.Generator().manual_seed(seed))
+        worse = measure(other, n=2000)
+        ratio = ev.compare_perplexity(base, worse)
+        assert ratio.value == pytest.approx(worse.value / base.value) and ratio.low <= ratio.value <= ratio.high
+        if size == 1e-6:  # strictly another model, so the interval need not contain 1, but all of it is next to 1
+            assert 1 - 1e-5 < ratio.low <= ratio.high < 1 + 1e-5
+    assert ratio.high - ratio.low < (worse.high - worse.low) / worse.value
+    back = ev.compare_perplexity(worse, base)
+    assert back.value == pytest.approx(1 / ratio.value) and back.low == pytest.approx(1 / ratio.high)
+
+
+def test_paired_interval_contains_one_when_the_true_ratio_is_one():
+    """Null control: differences with mean 0 that are correlated over runs of 8 tokens; 95 % of the intervals should contain 1."""
+    a, hits = measure(Recurrent(), n=1601, block=64), 0
+    for seed in range(100):
+        noise = torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).repeat_interleave(8)
+        ratio = ev.compare_perplexity(a, dataclasses.replace(a, nll=a.nll + noise))
+        hits += ratio.low <= 1 <= ratio.high
+    assert 85 <= hits <= 99
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+m, t = Recurrent(), text(30)
+go = {"context": 10, "stride": 5}
+
+
+def nan_at(position):
+    def model(ids):
+        logits = torch.zeros(*ids.shape, V)
+        logits[:, position] = math.nan
+        return logits
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: ev.token_nll(m, t[:0], **go), "empty"),
+        (lambda: ev.token_nll(m, t[:9], **go), "n_tokens is 9"),
+        (lambda: ev.token_nll(m, t, context=10, stride=10), "stride is 10"),
+        (lambda: ev.token_nll(m, t, context=10, stride=11), "stride is 11"),
+        (lambda: ev.token_nll(m, t, context=10, stride=0), "stride is 0"),
+        (lambda: ev.token_nll(m, t, context=10, stride=-1), "stride is -1"),
+        (lambda: ev.token_nll(m, t, context=10, stride=2.5), "stride is 2.5"),
+        (lambda: ev.token_nll(m, t, context=1, stride=1), "context is 1"),
+        (lambda: ev.token_nll(llama(), text(60), context=33, stride=5), "context is 33"),
+        (lambda: ev.token_nll(llama(), t + 1, **go), "largest token is 11"),
+        (lambda: ev.token_nll(m, t - 5, **go), "smallest token is -5"),
+        (lambda: ev.token_nll(m, t.float(), **go), "dtype of tokens is 'torch.float32'"),
+        (lambda: ev.token_nll(m, t > 3, **go), "dtype of tokens is 'torch.bool'"),
+        (lambda: ev.token_nll(m, t[None], **go), "shape of tokens is (1, 30)"),
+        (lambda: ev.token_nll(m, t.tolist(), **go), "tokens is 'list'"),
+        (lambda: ev.token_nll(m, t, batch_size=0, **go), "batch_size is 0"),
+        (lambda: ev.token_nll(lambda ids: torch.zeros(len(ids), V), t, **go), "shape of the model's logits"),
+        (lambda: ev.token_nll(nan_at(4), t, **go), "token 5 is nan"),
+        (lambda: ev.token_nll(nan_at(7), t, **go), "token 8 is nan"),
+        (lambda: ev.token_nll(lambda ids: torch.full((*ids.shape, V), -math.inf).scatter(-1, torch.zeros_like(ids)[..., None], 0.0), t, **go), "is inf"),
+        (lambda: ev.perplexity(m, t, token_bytes=torch.ones(29), **go), "shape of token_bytes is (29,)"),
+        (lambda: ev.perplexity(m, t, token_bytes=torch.zeros(30), **go), "token_bytes"),
+        (lambda: ev.perplexity(m, t, level=0.0, **go), "level is 0.0"),
+        (lambda: ev.perplexity(m, t, level=1.0, **go), "level is 1.0"),
+        (lambda: ev.perplexity(m, t, level=95, **go), "level is 95"),
+        (lambda: ev.perplexity(m, t, block=30, **go), "block is 30"),
+        (lambda: ev.perplexity(m, t, n_boot=0, **go), "n_boot is 0"),
+        (lambda: ev.block_bootstrap([], block=1), "shape of values is (0,)"),
+        (lambda: ev.block_bootstrap([1.0, math.nan], block=1), "values is"),
+        (lambda: ev.block_bootstrap([1.0, 2.0], block=3), "block is 3"),
+        (lambda: ev.block_bootstrap([1.0, 2.0], [1.0], block=1), "shape of denominators is (1,)"),
+        (lambda: ev.block_bootstrap([1.0, 2.0], [0.0, 0.0], block=1), "denominators"),
+        (lambda: ev.autocorrelation([1.0, 2.0], [2]), "lag is 2"),
+        (lambda: ev.autocorrelation([1.0, 1.0], [1]), "all equal"),
+        (lambda: ev.compare_perplexity(ev.perplexity(m, t, **go), ev.perplexity(m, t.flip(0), **go)), "tokens_sha256 of b"),
+        (lambda: ev.compare_perplexity(ev.perplexity(m, t, **go), ev.perplexity(m, t, context=10, stride=4)), "stride of b is 4"),
+    ],
+)
+def test_bad_input_is_one_sentence(wrong, words):
+    with pytest.raises(BadInput) as e:
+        wrong()
+    assert words in str(e.value) and "allowed" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_gives_the_same_losses():
+    model, tokens = llama(), text(30)
+    want = ev.token_nll(model, tokens, context=10, stride=5)
+    got = ev.token_nll(model.cuda(), tokens.cuda(), context=10, stride=5, batch_size=2)
+    assert got.device.type == "cpu" and (got - want).abs().max() < 1e-3  # another order of the sums, perhaps TF32

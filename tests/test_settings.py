@@ -1,0 +1,103 @@
+"""Settings: what is read, what overrides it, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, clean_env, run_cli
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmcourse.settings import BadInput, load_settings
+
+SHIPPED = ROOT / "settings.ini"
+
+
+def test_shipped_settings_are_valid_at_every_scale():
+    for scale in ("test", "cpu", "gpu"):
+        settings = load_settings(SHIPPED, env={"LLMCOURSE_SCALE": scale})
+        assert settings.scale.name == scale and settings.model == "smollm2-135m" and settings.offline
+
+
+def test_environment_overrides_the_file_and_the_chosen_scale(tmp_path):
+    settings = load_settings(SHIPPED, env={"LLMCOURSE_CONTEXT": "100", "LLMCOURSE_STRIDE": "50", "LLMCOURSE_HOME": str(tmp_path), "LLMCOURSE_OFFLINE": "no"})
+    assert (settings.scale.context, settings.scale.stride, settings.home, settings.offline) == (100, 50, tmp_path, False)
+
+
+@pytest.mark.parametrize(("env", "words"), [
+    ({"LLMCOURSE_SCALLE": "cpu"}, ("LLMCOURSE_SCALLE", "LLMCOURSE_SCALE")),
+    ({"LLMCOURSE_SCALE": "huge"}, ("scale", "'huge'", "test, cpu, gpu")),
+    ({"LLMCOURSE_CONTEXT": "1.5"}, ("context", "'1.5'", "whole number")),
+    ({"LLMCOURSE_STRIDE": "512"}, ("stride", "512", "1 to 511")),
+    ({"LLMCOURSE_EVAL_TOKENS": "0"}, ("eval_tokens", "0", "at least 1")),
+    ({"LLMCOURSE_OFFLINE": "perhaps"}, ("offline", "'perhaps'", "true, false")),
+    ({"LLMCOURSE_DEVICE": "gpu"}, ("device", "'gpu'", "cuda")),
+    ({"LLMCOURSE_DTYPE": "int8"}, ("dtype", "'int8'", "bfloat16")),
+    ({"LLMCOURSE_SEED": "-1"}, ("seed", "-1", "4294967295")),
+    ({"LLMCOURSE_MODEL": ""}, ("model", "''")),
+    ({"LLMCOURSE_SETTINGS": "/nowhere/settings.ini"}, ("LLMCOURSE_SETTINGS", "/nowhere/settings.ini")),
+])
+def test_a_bad_value_is_one_sentence_with_name_value_and_what_is_allowed(env, words):
+    with pytest.raises(BadInput) as e:
+        load_settings(None if "LLMCOURSE_SETTINGS" in env else SHIPPED, env=env)
+    text = str(e.value)
+    assert "\n" not in text and "allowed" in text
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("seed = 0", "sead = 0", ("sead", "seed")),
+    ("[scale.cpu]", "[scales.cpu]", ("scales.cpu",)),
+    ("seed = 0", "", ("seed (missing)",)),
+    ("[llmcourse]", "[llmcourse", ("INI syntax",)),
+    ("[llmcourse]", "[other]", ("[llmcourse] section",)),
+])
+def test_a_mistake_in_the_file_is_named(tmp_path, old, new, words):
+    text = SHIPPED.read_text(encoding="utf8")
+    assert old in text
+    path = tmp_path / "settings.ini"
+    path.write_text(text.replace(old, new, 1), encoding="utf8")
+    with pytest.raises(BadInput) as e:
+        load_settings(path, env={})
+    for word in words:
+        assert word in str(e.value)
+
+
+@given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
+def test_no_unknown_variable_is_ignored(name):
+    known = {"settings", "model", "data", "scale", "seed", "home", "offline", "device", "dtype", "eval_tokens", "context", "stride", "batch_size",
+             "calib_sequences", "calib_length", "seeds"}
+    if name in known:
+        return
+    with pytest.raises(BadInput, match="environment variable"):
+        load_settings(SHIPPED, env={f"LLMCOURSE_{name.upper()}": "1"})
+
+
+def test_a_foreign_settings_ini_is_not_taken(tmp_path):
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = other\n")
+    result = run_cli("data", cwd=tmp_path, LLMCOURSE_HOME=str(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_2():
+    result = run_cli("data", LLMCOURSE_SCALE="huge")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.strip() == "llmcourse: scale is 'huge'; allowed: test, cpu, gpu."
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers():
+    code = "import llmcourse, sys; print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules]); print(sorted(llmcourse.__all__)[0])"
+    out = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=clean_env(), check=True).stdout
+    assert out.splitlines()[0] == "[]"
+
+
+def test_every_public_name_resolves():
+    import llmcourse
+
+    for name in llmcourse.__all__:
+        assert getattr(llmcourse, name).__module__.startswith("llmcourse.")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = llmcourse.nothing
