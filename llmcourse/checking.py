@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import html
 import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -213,13 +212,13 @@ def sheets() -> list[str]:
     import pkgutil
 
     package = importlib.import_module("llmcourse.exercises")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
     chapter = {}
-    for name in names:
-        spec = importlib.util.find_spec(f"llmcourse.exercises.{name}")
-        found = re.search(r'^CHAPTER = "(.*)"$', Path(spec.origin).read_text(encoding="utf8"), re.M)
-        chapter[name] = found[1] if found else name
-    return sorted(names, key=lambda n: (chapter[n], n))
+    for m in pkgutil.iter_modules(package.__path__):
+        if not m.name.startswith("_") and m.name not in chapter:
+            spec = m.module_finder.find_spec(f"llmcourse.exercises.{m.name}")
+            found = re.search(r'^CHAPTER = "(.*)"$', Path(spec.origin).read_text(encoding="utf8"), re.M)
+            chapter[m.name] = found[1] if found else m.name
+    return sorted(chapter, key=lambda n: (chapter[n], n))
 
 
 def load_sheet(sheet: str) -> dict[str, Exercise]:
@@ -348,7 +347,7 @@ def _compare(want: dict, got: dict, c: Case) -> str:
             return f"Your code raised {_a(got['type'])}; expected {_a(allowed)}."
         return "" if got["kind"] == "error" else got["message"]
     if got["kind"] == "error":
-        line = f" in line {got['lineno']}: {got['line']}" if got.get("line") else ""
+        line = f" in line {got['lineno']}" + (f": {got['line']}" if got.get("line") else "") if got.get("lineno") else ""
         return f"Your code stopped with {got['type']}{': ' if got['message'] else ''}{got['message']}{line}"
     if got["kind"] != "value":
         return got["message"]
@@ -562,9 +561,10 @@ class Result:
             parts.append(f'<p style="margin:.6em 0 0">{e(self.sentence)}</p>')
         if self.case:
             more = f"<br>{e(self.detail)}" if self.detail != self.sentence else ""
+            parts.append(f'<p style="margin:.6em 0 0">Smallest failing case: <em>{e(self.case)}</em>{more}</p>')
             parts.append(
-                f'<table style="margin:.6em 0 0;border-collapse:collapse;font-size:inherit"><caption style="text-align:left;'
-                f'caption-side:top;padding:0;color:inherit">Smallest failing case: <em>{e(self.case)}</em>{more}</caption><tbody>{rows}</tbody></table>'
+                f'<table aria-label="Smallest failing case: {e(self.case)}" style="margin:.3em 0 0;border-collapse:collapse;font-size:inherit">'
+                f"<tbody>{rows}</tbody></table>"
             )
         if self.printed and not self.passed:
             parts.append(f'<p style="margin:.6em 0 0">Your code printed: <code>{e(self.printed.strip()[:500])}</code></p>')
@@ -627,7 +627,8 @@ def judge(ex: Exercise, outcomes: list[dict], seconds: float = 0.0) -> Result:
     """The verdict on what the learner's answer did in the cases (fewer outcomes than cases: it was stopped)."""
     cases, expected = ex.all_cases(), ex.expected()
     base = dict(id=ex.id, title=ex.title, max_points=ex.points, points=0, cases=len(cases), seconds=seconds)
-    if outcomes and all(o["kind"] == "error" and o["type"] == "NotImplementedError" for o in outcomes):
+    blank = not ex.make_cases and outcomes and outcomes[0].get("value") is None and outcomes[0]["kind"] == "value"
+    if blank or outcomes and all(o["kind"] == "error" and o["type"] == "NotImplementedError" for o in outcomes):
         return Result(**base, status="not started", sentence="Write your answer in the cell above, run it, then run this check again.")
     problems = [_compare(w, g, c) for w, g, c in zip(expected, outcomes, cases)]
     problems += ["This case was not run, because an earlier one was stopped."] * (len(cases) - len(outcomes))

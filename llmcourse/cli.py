@@ -97,7 +97,7 @@ def data(
         table.add_column(head, overflow="fold")
     for a in CATALOG.values():
         table.add_row(a.name, a.kind, "yes" if is_prepared(a.name, settings.home) else "no", f"{a.carrier.size / 1e6:.1f} MB", a.licence, a.origin, a.carrier.sha256)
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 320, highlight=False)  # a pipe has no width: fold nothing
     console.print(table)
     for a in CATALOG.values():
         if a.note:

@@ -5,12 +5,11 @@ __all__ = ['Stat', 'AbsMax', 'ColNorm', 'Hessian', 'layer_error', 'Grid', 'Mask'
            'LayerReport', 'Report', 'Pass', 'mask_of', 'grid_of', 'write_back', 'LayerPass', 'compress', 'Noise',
            'Passport', 'count_parameters', 'memory_bytes', 'disk_bytes', 'flops_per_token', 'latency', 'passport']
 
-# %% ../nbs/11_compression.ipynb #96818508
+# %% ../nbs/11_compression.ipynb #88eb1395
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +20,7 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from .data import TokenData
-from .evaluation import Perplexity, perplexity
+from .evaluation import Perplexity
 from .runtime import Runtime, Timing, benchmark, progress
 from .settings import BadInput, require
 
@@ -208,7 +207,7 @@ def _targets(block: nn.Module, prefix: str, filter_fn: Callable[[str, nn.Module]
             found[full] = module
     return found
 
-# %% ../nbs/11_compression.ipynb #a99a45f9
+# %% ../nbs/11_compression.ipynb #d53b0244
 class Solved(NamedTuple):
     """What `solve` found for a layer."""
 
@@ -278,10 +277,8 @@ def _first_inputs(model: nn.Module, block: nn.Module, ids: Tensor) -> list[tuple
     handle = block.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for sequence in ids:
-            try:
+            with suppress(_Stop):
                 model(sequence[None])
-            except _Stop:
-                pass
     finally:
         handle.remove()
     return seen
@@ -401,7 +398,7 @@ class LayerPass:
         return Report(type(self).__name__, self.config, tuple(layers), perf_counter() - start)
 
     def _treat(self, name: str, layer: nn.Linear, stat: Stat | None) -> LayerReport:
-        began, W = perf_counter(), layer.weight.detach().float()
+        began, W = perf_counter(), layer.weight.detach().float().clone()  # a copy: the layer is about to change
         try:
             solved = self.solve(W, stat, mask_of(layer))
             write_back(layer, solved)

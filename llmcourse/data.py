@@ -4,7 +4,7 @@
 __all__ = ['SPLITS', 'ModelCard', 'LoadedModel', 'load_model', 'document_hash', 'split_of', 'load_records', 'load_data',
            'TokenData', 'separator_id', 'encode', 'token_data', 'Window', 'windows']
 
-# %% ../nbs/02_data.ipynb #b3412eb5
+# %% ../nbs/02_data.ipynb #7cd32999
 import csv
 import gettext
 import hashlib
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .runtime import Runtime
 from .settings import BadInput, Settings, load_settings, require
-from .store import CATALOG, asset_folder, is_prepared, verify
+from .store import CATALOG, verify
 
 # %% ../nbs/02_data.ipynb #44f13475
 @dataclass(frozen=True, kw_only=True)

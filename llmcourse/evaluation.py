@@ -4,11 +4,11 @@
 __all__ = ['token_nll', 'block_bootstrap', 'Protocol', 'Perplexity', 'perplexity', 'autocorrelation', 'Ratio',
            'compare_perplexity']
 
-# %% ../nbs/05_evaluation.ipynb #3dc4a3d4
+# %% ../nbs/05_evaluation.ipynb #98d9e904
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 

@@ -214,7 +214,7 @@ def _prove(every: list, as_json: bool) -> None:
 
 
 COMMANDS = (
-    ("nbgrader generate_assignment {0}", "make the learners' sheet in exercises/ and enter it in the gradebook"),
+    ("nbgrader generate_assignment --force {0}", "make the learners' sheet in exercises/ and enter it in the gradebook"),
     ("nbgrader zip_collect {0}", "unpack what was downloaded to submitted/STUDENT/{0}/ (or copy the files there yourself)"),
     ("nbgrader autograde {0}", "grade every submission; renamed and damaged ones too"),
     ("nbgrader generate_feedback {0}", "write a page for each learner to feedback/STUDENT/{0}/"),

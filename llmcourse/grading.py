@@ -46,7 +46,7 @@ class Limits:
     """What the learner's code may use. Time is for one cell or one call; the others are for one exercise."""
 
     cell_seconds: float = 10.0
-    memory_bytes: int = 2 * 2**30
+    memory_bytes: int = 2**30
     """beyond what Python and PyTorch take when they are loaded"""
     file_bytes: int = 16 * 2**20
     """in one file"""

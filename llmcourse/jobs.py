@@ -248,7 +248,7 @@ def run_job(model: str, recipe: Recipe, out: str | Path, *, settings: Settings |
     except OSError as e:
         if e.errno == errno.ENOSPC:
             raise BadInput(f"out is {str(out)!r} and its disk is full; finished steps are kept in {str(work)!r}: make room and run the same command again.") from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise BadInput(f"out is {str(out)!r} and cannot be written ({e.strerror}: {e.filename}); allowed: a folder that you can write to.") from e
         raise
 

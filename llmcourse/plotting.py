@@ -5,10 +5,11 @@ __all__ = ['PALETTE', 'LINES', 'relative_luminance', 'contrast', 'text_color', '
            'loss_curves', 'pareto_front', 'pareto_front_brute', 'Point', 'pareto', 'intervals', 'heatmap',
            'attention_map', 'save']
 
-# %% ../nbs/01_plotting.ipynb #2993965c
+# %% ../nbs/01_plotting.ipynb #1062d926
 import contextlib
 import html
 import io
+import itertools
 import math
 import os
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -206,7 +207,7 @@ def pareto_front_brute(x: Any, y: Any) -> list[int]:
     dominated = lambda i: any(x[j] <= x[i] and y[j] <= y[i] and (x[j] < x[i] or y[j] < y[i]) for j in range(len(x)))
     return sorted((i for i in range(len(x)) if not dominated(i)), key=lambda i: x[i])
 
-# %% ../nbs/01_plotting.ipynb #6df4d5a9
+# %% ../nbs/01_plotting.ipynb #fc2a52f2
 class Point(NamedTuple):
     """One candidate: its name, where it stands, the interval of y if there is one, and its group (color and marker)."""
 
@@ -233,7 +234,7 @@ def _place_labels(fig: Plot, ax: Any, points: Sequence[Point], path: Sequence[tu
             (x, y0), (_, y1) = ax.transData.transform([(p.x, p.low), (p.x, p.high)])
             taken.append(Bbox.from_extents(x - 3 * px, min(y0, y1), x + 3 * px, max(y0, y1)))
     corners = ax.transData.transform(path) if len(path) else []
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:]):
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
         taken.append(Bbox.from_extents(min(x0, x1) - px, min(y0, y1) - px, max(x0, x1) + px, max(y0, y1) + px))
     if legend := ax.get_legend():
         taken.append(legend.get_window_extent(renderer))

@@ -257,7 +257,7 @@ def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int | str = "channel", 
     back[order] = codes
     return Solved(weight=grid.values(back.T.contiguous().to(torch.uint8)).to(W.dtype), mask=mask, grid=grid)
 
-# %% ../nbs/14_quantization.ipynb #6c8c0149
+# %% ../nbs/14_quantization.ipynb #fa076e42
 @dataclass(frozen=True, kw_only=True)
 class RTN(LayerPass):
     """Round every weight of every chosen layer to the nearest point of its grid. Looks at no data.
@@ -274,6 +274,10 @@ class RTN(LayerPass):
 
     def __post_init__(self):
         _check_bits(self.bits)
+
+    def check_layer(self, layer: nn.Linear) -> None:
+        super().check_layer(layer)
+        _group_width(self.group_size, layer.in_features)
 
     def solve(self, W: Tensor, stat: Stat | None, mask: Tensor | None) -> Solved:
         return rtn(W, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, mask=mask)
@@ -296,6 +300,10 @@ class GPTQ(LayerPass):
         number = isinstance(self.damping, (int, float)) and not isinstance(self.damping, bool)
         require(number and 0 <= self.damping < float("inf"), "damping", self.damping, "0 or more, as a fraction of the mean diagonal of H")
 
+    def check_layer(self, layer: nn.Linear) -> None:
+        super().check_layer(layer)
+        _group_width(self.group_size, layer.in_features)
+
     def solve(self, W: Tensor, stat: Stat, mask: Tensor | None) -> Solved:
         return gptq(W, stat.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, act_order=self.act_order,
                     damping=self.damping, block_size=self.block_size, mask=mask)
@@ -312,12 +320,19 @@ class EmbeddingRTN:
     def __post_init__(self):
         _check_bits(self.bits)
 
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, data: TokenData | None = None, rt: Runtime | None = None) -> Report:
-        start = perf_counter()
+    def check(self, model: nn.Module) -> None:
+        """Raise BadInput, before anything is changed, for a model whose embedding cannot be treated."""
         embedding = model.get_input_embeddings()
         require(isinstance(embedding, nn.Embedding), "input embedding", type(embedding).__name__, "an nn.Embedding")
         require(not parametrize.is_parametrized(embedding, "weight"), "input embedding", "quantized or masked already", "an embedding that no pass has treated")
+        _check_weight(embedding.weight.detach())
+        _group_width(self.group_size, embedding.embedding_dim)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, data: TokenData | None = None, rt: Runtime | None = None) -> Report:
+        start = perf_counter()
+        self.check(model)
+        embedding = model.get_input_embeddings()
         W = embedding.weight.detach().float().clone()
         solved = rtn(W, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         # In place and before the parametrization: a tied output layer holds the same parameter, so it gets the same values.

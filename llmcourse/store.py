@@ -365,7 +365,7 @@ def prepare(name: str, home: Path, *, say: Callable[[str], None] = print) -> Pat
                                 "requirement": asset.carrier.requirement, "licence": asset.licence, "origin": asset.origin, "files": files}
                     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")
     except OSError as e:
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise BadInput(f"home is {str(home)!r} and cannot be written; allowed: a folder of yours (set LLMCOURSE_HOME), or one where {name!r} was prepared before.") from e
         if e.errno == errno.ENOSPC:
             raise BadInput(f"home is {str(home)!r} and its disk is full; {name!r} was not prepared and nothing half-written is left.") from e

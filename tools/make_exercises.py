@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import importlib
-import importlib.util
-import json
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -29,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import nbformat  # noqa: E402
 
-from llmcourse import checking  # noqa: E402
+from llmcourse import checking, grading  # noqa: E402
 from llmcourse.classroom import directive  # noqa: E402
 from llmcourse.settings import BadInput  # noqa: E402
 
@@ -114,18 +112,32 @@ def checker_module(nb: nbformat.NotebookNode, master: Path, sheet: str, chapter:
     return "\n\n\n".join(parts) + "\n"
 
 
-def load(path: Path, sheet: str) -> dict[str, checking.Exercise]:
-    """Import a checker from a file (not from the package) and return its exercises."""
-    name = f"llmcourse.exercises.{sheet}"
-    checking._REGISTRY.pop(name, None)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+@contextlib.contextmanager
+def loaded(text: str, sheet: str):
+    """The exercises of a checker that is not (yet) the installed one; afterwards everything is as it was."""
     import linecache
 
-    linecache.checkcache()
-    spec.loader.exec_module(module)
-    return checking._REGISTRY.get(name, {})
+    import llmcourse.exercises as package
+
+    name = f"llmcourse.exercises.{sheet}"
+    before, registered = sys.modules.pop(name, None), checking._REGISTRY.pop(name, None)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, f"{sheet}.py").write_text(text, encoding="utf8")
+        package.__path__.insert(0, folder)
+        importlib.invalidate_caches()
+        linecache.checkcache()
+        try:
+            importlib.import_module(name)
+            yield checking._REGISTRY.get(name, {})
+        finally:
+            package.__path__.remove(folder)
+            sys.modules.pop(name, None)
+            checking._REGISTRY.pop(name, None)
+            if before is not None:
+                sys.modules[name] = before
+            if registered is not None:
+                checking._REGISTRY[name] = registered
+            importlib.invalidate_caches()
 
 
 def set_names(tree: ast.Module) -> set[str]:
@@ -229,6 +241,14 @@ def release(nb: nbformat.NotebookNode, chapter: str, sheet: str, config: Path = 
     return text_of(made)
 
 
+def solved(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The master as a learner would hand it in with every answer right: no checker cells, no markers."""
+    nb.cells = [c for c in nb.cells if not directive(c, "checker")]
+    for cell in nb.cells:
+        cell.source = without_markers(cell.source)
+    return nb
+
+
 # ------------------------------------------------------------------------------------ all of it
 
 
@@ -239,20 +259,10 @@ def make(master: Path, root: Path) -> dict[Path, str]:
     need(re.fullmatch(r"[a-z][a-z_0-9]*", sheet), str(master), "a sheet's name is a Python name.")
     nb = nbformat.read(master, 4)
     module = checker_module(nb, master, sheet, chapter)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"{sheet}.py")
-        file.write_text(module, encoding="utf8")
-        exercises = load(file, sheet)
+    with loaded(module, sheet) as exercises:
         examine(nb, exercises, sheet)
         nb = tidy(nb, exercises, sheet)
-        # the release asks the checker for titles, minutes and points
-        import llmcourse.exercises as package
-
-        package.__path__.insert(0, folder)
-        try:
-            learner = release(nb, chapter, sheet)
-        finally:
-            package.__path__.remove(folder)
+        learner = release(nb, chapter, sheet)  # asks the checker for minutes and points
     return {
         master: text_of(nb),
         root / "llmcourse" / "exercises" / f"{sheet}.py": module,
@@ -289,11 +299,13 @@ def main(argv: list[str] | None = None) -> int:
             import torch
 
             torch.set_num_threads(1)
-            where = next(p for p in files if p.suffix == ".py")
-            with tempfile.TemporaryDirectory() as folder:
-                file = shutil.copy(where, folder) if where.exists() else Path(folder, where.name)
-                Path(file).write_text(files[where], encoding="utf8")
-                for ex in load(Path(file), master.stem).values():
+            module = next(text for p, text in files.items() if p.suffix == ".py")
+            with loaded(module, master.stem) as exercises:
+                apart = {r.id: r for r in grading.grade(solved(nbformat.reads(files[master], 4))).results}
+                for ex in exercises.values():
+                    if not apart[ex.id].passed:
+                        print(f"PROBLEM {ex.id}: the solution, alone in a child process, does not pass:\n{apart[ex.id]!r}")
+                        bad = 1
                     rows, problems = checking.kill_matrix(ex)
                     print(f"\n{ex.id} ({len(ex.all_cases())} cases)")
                     for row in rows:

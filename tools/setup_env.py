@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--extra", required=True, help="lab, dev, …: an extra of pyproject.toml")
     extra = parser.parse_args().extra
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (this script runs under whatever Python make finds)
         raise SystemExit(f"environment: Python is {platform.python_version()}; allowed: 3.11 or newer (make PYTHON=python3.12 …).")
     start = time.time()
     if not PYTHON.exists() or subprocess.run([str(PYTHON), "-c", "import pip"], capture_output=True).returncode:

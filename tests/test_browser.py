@@ -1,0 +1,124 @@
+"""A real browser: JupyterLab on the learner's folder; a wrong answer is typed and its sentence read, then the right one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+pytest.importorskip("jupyterlab", reason='JupyterLab is not installed: pip install "llmcourse[lab]"')
+
+from example_sheet import ROOT, as_typed, build  # noqa: E402
+
+from llmcourse import checking  # noqa: E402
+
+CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")]
+
+@pytest.fixture
+def lab(tmp_path: Path):
+    """JupyterLab in a fresh copy of the learner's folder; gives its address and the sheet."""
+    folder = tmp_path / "learner"
+    folder.mkdir()
+    ours = sorted((ROOT / "exercises").glob("*/*.ipynb"))
+    if ours:
+        sheet = folder / ours[0].name
+        shutil.copy(ours[0], sheet)
+    else:  # before the course has a sheet: the tests' own
+        made = build(tmp_path / "course")
+        sheet = folder / made["learner"].name
+        shutil.copy(made["learner"], sheet)
+        more = f"import llmcourse.exercises\nllmcourse.exercises.__path__.append({str(made['module'].parent)!r})\n"
+        startup = tmp_path / "ipython" / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        (startup / "00_example.py").write_text(more)
+        exec(more)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython"), "HOME": str(tmp_path),
+            "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "run")}  # fmt: skip
+    with open(tmp_path / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--ip=127.0.0.1",
+             "--IdentityProvider.token=", "--allow-root", f"--ServerApp.root_dir={folder}"],
+            cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + 90
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while True:
+            assert server.poll() is None, (tmp_path / "lab.log").read_text()
+            try:
+                opener.open(f"http://127.0.0.1:{port}/api", timeout=2).close()
+                break
+            except OSError:
+                assert time.monotonic() < end, (tmp_path / "lab.log").read_text()
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}", sheet
+    finally:
+        server.terminate()
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def test_wrong_then_right(lab: tuple[str, Path], tmp_path: Path) -> None:
+    address, sheet = lab
+    shots = Path(os.environ.get("LLMCOURSE_TEST_SHOTS", tmp_path))
+    ex = next(iter(checking.load_sheet(sheet.stem).values()))
+    wrong, right, sentence = as_typed(ex)
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--no-proxy-server"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(90_000)
+        page.goto(f"{address}/lab/tree/{sheet.name}")
+        # the stub's cell and the check below it, found by what they say, as a learner finds them
+        answer = page.locator(".jp-CodeCell", has_text=f"def {ex.name}(").first
+        verdict = page.locator(".jp-CodeCell", has_text=f'check("{ex.id}"')
+        answer.wait_for()
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+
+        def run(cell) -> None:
+            cell.locator(".cm-content").click()
+            page.keyboard.press("Control+Enter")
+
+        def write(text: str) -> None:
+            answer.locator(".cm-content").click()
+            page.keyboard.press("Control+a")
+            page.keyboard.insert_text(text)
+            page.keyboard.press("Control+Enter")
+
+        run(page.locator(".jp-CodeCell", has_text="import torch").first)
+        run(page.locator(".jp-CodeCell", has_text="from llmcourse.checking import").first)
+        write(wrong)
+        run(verdict)
+        card = verdict.locator(".llmcourse-check")
+        card.wait_for()
+        card.scroll_into_view_if_needed()
+        page.screenshot(path=shots / "wrong.png")
+        assert card.get_attribute("role") == "status"
+        assert card.get_attribute("data-status") == "failed"
+        text = card.inner_text()
+        assert sentence in text
+        assert "Not yet: " in text and "Smallest failing case: " in text and "expected" in text and "got" in text
+
+        write(right)
+        run(verdict)
+        verdict.locator(".llmcourse-check[data-status=passed]").wait_for()
+        page.screenshot(path=shots / "right.png")
+        assert f"Passed: all {len(ex.all_cases())} cases" in card.inner_text()
+        browser.close()
+    kept = json.loads((sheet.parent / checking.PROGRESS_FILE).read_text())["exercises"][ex.id]
+    assert (kept["attempts"], kept["last"]) == (2, "passed")
