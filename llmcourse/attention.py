@@ -100,13 +100,13 @@ def padding_mask(lengths: Tensor, S: int, *, side: str = "right") -> Tensor:
     keep = at < lengths if side == "right" else at >= S - lengths  # (B, S)
     return keep[:, None, None, :]
 
-# %% ../nbs/03_attention.ipynb #b9c52ece
+# %% ../nbs/03_attention.ipynb #361c5385
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D)."""
     require(x.ndim == 3, "shape of x", tuple(x.shape), "(B, T, width)")
     require(n_heads >= 1 and x.shape[-1] % n_heads == 0, "n_heads", n_heads, f"a divisor of the width {x.shape[-1]}")
     B, T, width = x.shape
-    return x.view(B, T, n_heads, width // n_heads).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
+    return x.reshape(B, T, n_heads, width // n_heads).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
 
 
 def merge_heads(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcourse._exercise_worker import Other, Rng, TimeLimit, decode, encode, run_call
-from llmcourse.settings import BadInput, require
+from llmcourse.settings import require
 
 __all__ = [
     "Case", "Exercise", "Progress", "Result", "case", "check", "exercise", "find", "hint", "load_sheet", "progress", "reveal", "rng",
@@ -184,6 +184,15 @@ class Exercise:
         if "solution" not in self._known:
             self._known["solution"] = [_outcome(self.solution, c) for c in self.all_cases()]
         return self._known["solution"]
+
+    def broken(self) -> str:
+        """Why the solution itself cannot be run here; empty when it can. Something in this process is not as it should be."""
+        for c, outcome in zip(self.all_cases(), self.expected()):
+            if (outcome["kind"] != "value") != bool(c.error):
+                said = outcome.get("message") or outcome.get("type") or "no error was raised"
+                self._known.pop("solution")
+                return f"in the case {c.name!r} the solution gives: {said}"
+        return ""
 
     def given_by(self, wrong: str) -> list[dict]:
         if wrong not in self._known:
@@ -387,7 +396,7 @@ def _read(reply: dict, blobs: list[bytes], c: Case) -> dict:
     """A reply of `run_call` as an outcome: decoded, and with the names of the inputs that were changed."""
     if reply.get("kind") != "value":
         return reply
-    out = {"kind": "value", "value": decode(reply["value"], blobs), "printed": str(reply.get("printed", "")), "changed": []}
+    out = {"kind": "value", "value": decode(reply["value"], blobs), "printed": str(reply.get("printed", ""))[:2000], "changed": []}
     if "gradients" in reply:
         out["gradients"] = decode(reply["gradients"], blobs)
         if not isinstance(out["gradients"], list) or len(out["gradients"]) != len(c.grads):
@@ -429,8 +438,13 @@ def time_limit(seconds: float) -> Iterator[None]:
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, old)
+            while True:  # the repeating alarm may ring once more on the way out
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.signal(signal.SIGALRM, old)
+                    break
+                except TimeLimit:
+                    continue
         return
 
     import ctypes
@@ -448,8 +462,14 @@ def time_limit(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
-        watcher.join()
+        while True:
+            try:
+                done.set()
+                watcher.join()
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), None)  # one that was sent and not yet delivered
+                break
+            except TimeLimit:
+                continue
 
 
 def timeout_outcome(seconds: float) -> dict:
@@ -628,7 +648,7 @@ def judge(ex: Exercise, outcomes: list[dict], seconds: float = 0.0) -> Result:
     cases, expected = ex.all_cases(), ex.expected()
     base = dict(id=ex.id, title=ex.title, max_points=ex.points, points=0, cases=len(cases), seconds=seconds)
     blank = not ex.make_cases and outcomes and outcomes[0].get("value") is None and outcomes[0]["kind"] == "value"
-    if blank or outcomes and all(o["kind"] == "error" and o["type"] == "NotImplementedError" for o in outcomes):
+    if blank or (outcomes and all(o["kind"] == "error" and o["type"] == "NotImplementedError" for o in outcomes)):
         return Result(**base, status="not started", sentence="Write your answer in the cell above, run it, then run this check again.")
     problems = [_compare(w, g, c) for w, g, c in zip(expected, outcomes, cases)]
     problems += ["This case was not run, because an earlier one was stopped."] * (len(cases) - len(outcomes))
@@ -685,6 +705,8 @@ def kill_matrix(ex: Exercise) -> tuple[list[dict], list[str]]:
     """For each wrong answer the cases that it fails and the sentence that it gets; and what is wrong with the exercise."""
     problems = []
     cases = ex.all_cases()
+    if why := ex.broken():
+        return [], [f"{ex.id}: {why}"]
     verdict = judge(ex, _run_here(ex, ex.solution))
     if not verdict.passed:
         problems.append(f"{ex.id}: the solution does not pass: {verdict.detail}")
@@ -725,7 +747,9 @@ def check(id: str, answer: Any = _MISSING) -> Result:
 
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):  # the learner's own random numbers go on as if nothing had happened
-        ex.expected()
+        if why := ex.broken():
+            return Result(id=ex.id, title=ex.title, status="failed", points=0, max_points=ex.points, sentence="The check itself cannot run: "
+                          f"{why}. Something in this notebook has replaced a part of PyTorch or Python; restart the kernel and run all cells.")  # fmt: skip
         result = judge(ex, _run_here(ex, answer), time.perf_counter() - started)
     if os.environ.get("NBGRADER_EXECUTION"):
         # nbgrader run without our configuration counts a cell as wrong only when it raises.
@@ -774,11 +798,9 @@ def reveal(id: str) -> Note:
 
 
 def _learner_folder() -> Path:
-    """Where progress is kept: the nearest folder above that already keeps some or is the course's, else this one."""
+    """Where progress is kept: the nearest folder above with the course's settings, else this one."""
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / PROGRESS_FILE).is_file():
-            return folder
         own = folder / "settings.ini"
         if own.is_file() and re.search(r"^\[llmcourse\]", own.read_text(encoding="utf8", errors="replace"), re.M):
             return folder

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from llmcourse import __version__
+from llmcourse import __version__, exercise_cli
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
 app = typer.Typer(
@@ -121,6 +121,9 @@ def start(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folde
     _say(f"The course is in {directory}. Next: llmcourse data --fetch all, then: jupyter lab {directory}")
 
 
+exercise_cli.register(app)
+
+
 def main() -> None:
     """Entry point: one sentence for bad input, never a traceback of ours."""
     # the course is offline unless it says otherwise; these keep libraries from asking the network behind its back
@@ -128,7 +131,10 @@ def main() -> None:
     try:
         if load_settings().offline:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer turns Ctrl-C into the exit code 130 and returns it
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except BadInput as e:
         print(f"llmcourse: {e}", file=sys.stderr)
         sys.exit(2)

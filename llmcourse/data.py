@@ -279,7 +279,7 @@ def load_data(name: str | Path, split: str | None = None, *, settings: Settings 
         return load_dataset(name, split=split)
     return Dataset.from_list(load_records(name, split, settings=settings))
 
-# %% ../nbs/02_data.ipynb #bd686b38
+# %% ../nbs/02_data.ipynb #2bc9cca2
 @dataclass(frozen=True, kw_only=True)
 class TokenData:
     """Four streams of token ids, split by document; each document starts with the separator.
@@ -382,7 +382,7 @@ def token_data(tokenizer: Any, name: str | Path | None = None, *, limits: dict[s
             continue
         streams[part], sizes[part] = encode(tokenizer, by_part[part], limit=wanted)
         if wanted is not None and len(streams[part]) < wanted:
-            raise BadInput(f"limits[{part!r}] is {wanted!r}; allowed: at most {len(streams[part])}, the tokens in that part of {str(name)!r}.")
+            raise BadInput(f"data is {str(name)!r}, whose part {part!r} has {len(streams[part])} tokens; allowed: at least {wanted} (a document belongs to one part as a whole, so many documents are needed).")
     return TokenData(**streams, bytes=sizes, name=str(name), tokenizer=Path(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__).name,
                      separator=separator_id(tokenizer))
 

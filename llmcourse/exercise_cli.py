@@ -40,7 +40,7 @@ def _table(title: str, *columns: str):
     table = Table(title=title, title_justify="left", caption_justify="left")
     for name in columns:
         right = name in ("points", "cases", "minutes", "difficulty", "tries", "hints", "wrong answers")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name in ("exercise", "wrong answer"))
     return table
 
 
@@ -85,7 +85,16 @@ def check(
         if not files:
             raise BadInput(f"folder is {what!r}; allowed: a folder with notebooks in it.")
         limits = grading.Limits(cell_seconds=seconds)
-        results = [grading.grade_file(f, only=only, limits=limits) for f in files]
+        results = []
+        for file in files:
+            try:
+                results.append(grading.grade_file(file, only=only, limits=limits))
+            except BadInput as e:
+                if len(files) == 1:
+                    raise
+                print(f"left out: {file}: {e}", file=sys.stderr)  # a folder may hold other notebooks
+        if not results:
+            raise BadInput(f"folder is {what!r}; allowed: a folder with exercise sheets in it.")
         _remember(results)
         if junit is not None:
             try:
@@ -99,7 +108,8 @@ def check(
         for sheet in results:
             table = _table(f"{sheet.file}: {sheet.points} of {sheet.max_points} points", "exercise", "result", "cases", "points", "what to read")
             for r in sheet.results:
-                table.add_row(r.id.split(".")[1], _mark(r.status), f"{r.cases_passed}/{r.cases}", f"{r.points}/{r.max_points}", _escape(r.sentence))
+                table.add_row(r.id.split(".")[1], _mark(r.status), f"{r.cases_passed}/{r.cases}", f"{r.points}/{r.max_points}",
+                              "" if r.status == "not started" and len(sheet.results) > 1 else _escape(r.sentence))  # fmt: skip
             out.print(table)
         if only and not results[0].passed:
             print(f"\n{results[0].results[0]!r}")

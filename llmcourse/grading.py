@@ -315,7 +315,7 @@ def _grade_one(ex: checking.Exercise, cells: list[_Cell], guilty: set[int], limi
     result, lacks = _attempt(ex, own, guilty, limits)
     if lacks and len(own) < len(cells):  # perhaps a helper is defined in the cell of another exercise
         again, _ = _attempt(ex, cells, set(guilty), limits)
-        result = again if again.passed or not result.passed and again.cases_passed > result.cases_passed else result
+        result = again if again.passed or (not result.passed and again.cases_passed > result.cases_passed) else result
     return replace(result, seconds=time.perf_counter() - started)
 
 

@@ -502,7 +502,7 @@ def watch_routing(model: nn.Module) -> Iterator[list[Routing]]:
         for layer in layers:
             layer._seen = None
 
-# %% ../nbs/04_model.ipynb #2f38d5ed
+# %% ../nbs/04_model.ipynb #683f00d4
 class LayerCache:
     """Keys and values of one layer: (B, H_kv, S, D/H) each, inside a larger reserved block."""
 
@@ -555,8 +555,9 @@ class KVCache:
         return sum(t[:, :, : layer.length].numel() * t.element_size() for layer in self.layers for t in (layer.k, layer.v) if t is not None)
 
     def crop(self, length: int) -> None:
-        """Forget everything after the first `length` tokens; the room stays reserved."""
-        require(0 <= length <= self.length, "length", length, f"0 to {self.length}")
+        """Forget everything after the first `length` tokens (a negative number: so many from the end); the room stays reserved."""
+        require(-self.length <= length <= self.length, "length", length, f"{-self.length} to {self.length}")
+        length += self.length if length < 0 else 0
         for layer in self.layers:
             layer.length = length
 

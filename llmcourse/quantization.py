@@ -257,7 +257,7 @@ def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int | str = "channel", 
     back[order] = codes
     return Solved(weight=grid.values(back.T.contiguous().to(torch.uint8)).to(W.dtype), mask=mask, grid=grid)
 
-# %% ../nbs/14_quantization.ipynb #fa076e42
+# %% ../nbs/14_quantization.ipynb #a81187b5
 @dataclass(frozen=True, kw_only=True)
 class RTN(LayerPass):
     """Round every weight of every chosen layer to the nearest point of its grid. Looks at no data.
@@ -277,7 +277,7 @@ class RTN(LayerPass):
 
     def check_layer(self, layer: nn.Linear) -> None:
         super().check_layer(layer)
-        _group_width(self.group_size, layer.in_features)
+        _group_width(self.group_size, layer.weight.shape[1])
 
     def solve(self, W: Tensor, stat: Stat | None, mask: Tensor | None) -> Solved:
         return rtn(W, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, mask=mask)
@@ -302,7 +302,7 @@ class GPTQ(LayerPass):
 
     def check_layer(self, layer: nn.Linear) -> None:
         super().check_layer(layer)
-        _group_width(self.group_size, layer.in_features)
+        _group_width(self.group_size, layer.weight.shape[1])
 
     def solve(self, W: Tensor, stat: Stat, mask: Tensor | None) -> Solved:
         return gptq(W, stat.value, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, act_order=self.act_order,
@@ -320,19 +320,19 @@ class EmbeddingRTN:
     def __post_init__(self):
         _check_bits(self.bits)
 
-    def check(self, model: nn.Module) -> None:
-        """Raise BadInput, before anything is changed, for a model whose embedding cannot be treated."""
-        embedding = model.get_input_embeddings()
-        require(isinstance(embedding, nn.Embedding), "input embedding", type(embedding).__name__, "an nn.Embedding")
+    def check(self, model: nn.Module) -> nn.Embedding:
+        """The embedding to treat. Raises BadInput, before anything is changed, if there is a problem."""
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        require(isinstance(embedding, nn.Embedding), "input embedding", type(embedding).__name__, "a model with an nn.Embedding")
         require(not parametrize.is_parametrized(embedding, "weight"), "input embedding", "quantized or masked already", "an embedding that no pass has treated")
-        _check_weight(embedding.weight.detach())
-        _group_width(self.group_size, embedding.embedding_dim)
+        _check_weight(embedding.weight)
+        _group_width(self.group_size, embedding.weight.shape[1])
+        return embedding
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, data: TokenData | None = None, rt: Runtime | None = None) -> Report:
         start = perf_counter()
-        self.check(model)
-        embedding = model.get_input_embeddings()
+        embedding = self.check(model)
         W = embedding.weight.detach().float().clone()
         solved = rtn(W, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         # In place and before the parametrization: a tied output layer holds the same parameter, so it gets the same values.

@@ -2,7 +2,7 @@
 
 The rules are in book_rules.py; each is run here on the real chapters, and each has a test that
 feeds it a broken notebook, so that a rule that has gone silent is noticed. The last class renders
-the whole book: it needs Quarto, takes a minute, and runs when LLMCOURSE_BOOK_TEST=1.
+the whole book: it needs Quarto, takes a minute, and runs when BOOK_TEST=1.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class TestRulesCanFail:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("LLMCOURSE_BOOK_TEST") != "1", reason="renders the book: set LLMCOURSE_BOOK_TEST=1")
+@pytest.mark.skipif(os.environ.get("BOOK_TEST") != "1", reason="renders the book: set BOOK_TEST=1")
 @pytest.mark.skipif(shutil.which("quarto") is None, reason="needs Quarto on the path")
 class TestRenderedBook:
     @pytest.fixture(scope="class")

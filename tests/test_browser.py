@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -48,6 +49,12 @@ def lab(tmp_path: Path):
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython"), "HOME": str(tmp_path),
             "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "run")}  # fmt: skip
+    # no question about news, and every cell really on the page (by default only those in view are)
+    for name, value in (("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
+                        ("notebook-extension/tracker", {"windowingMode": "none"})):  # fmt: skip
+        file = tmp_path / "config" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--ip=127.0.0.1",
@@ -74,6 +81,12 @@ def lab(tmp_path: Path):
             server.kill()
 
 
+def surprised(dialog, page, shots: Path) -> None:
+    """JupyterLab asks something: the test says what, in its own words, instead of waiting in vain."""
+    page.screenshot(path=shots / "dialog.png")
+    pytest.fail(f"JupyterLab opened a dialog: {dialog.inner_text()!r}")
+
+
 def test_wrong_then_right(lab: tuple[str, Path], tmp_path: Path) -> None:
     address, sheet = lab
     shots = Path(os.environ.get("LLMCOURSE_TEST_SHOTS", tmp_path))
@@ -82,7 +95,8 @@ def test_wrong_then_right(lab: tuple[str, Path], tmp_path: Path) -> None:
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--no-proxy-server"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(90_000)
+        page.set_default_timeout(60_000)
+        page.add_locator_handler(page.locator(".jp-Dialog"), lambda dialog: surprised(dialog, page, shots))
         page.goto(f"{address}/lab/tree/{sheet.name}")
         # the stub's cell and the check below it, found by what they say, as a learner finds them
         answer = page.locator(".jp-CodeCell", has_text=f"def {ex.name}(").first
@@ -90,15 +104,30 @@ def test_wrong_then_right(lab: tuple[str, Path], tmp_path: Path) -> None:
         answer.wait_for()
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
 
-        def run(cell) -> None:
+        def focus(cell) -> None:
             cell.locator(".cm-content").click()
+            cell.locator(".cm-editor.cm-focused").wait_for()
+
+        def run(cell) -> None:
+            """Run a cell and wait until the kernel is done with it: its number has changed and is a number."""
+            prompt = cell.locator(".jp-InputPrompt")
+            before = prompt.inner_text()
+            focus(cell)
             page.keyboard.press("Control+Enter")
+            end = time.monotonic() + 60
+            while (now := prompt.inner_text()) == before or not re.search(r"\d", now):
+                if time.monotonic() > end:
+                    page.screenshot(path=shots / "stuck.png")
+                    pytest.fail(f"a cell did not run: {before!r} -> {now!r}; see {shots / 'stuck.png'}")
+                time.sleep(0.1)
 
         def write(text: str) -> None:
-            answer.locator(".cm-content").click()
+            focus(answer)
             page.keyboard.press("Control+a")
             page.keyboard.insert_text(text)
-            page.keyboard.press("Control+Enter")
+            last = text.rstrip().splitlines()[-1].strip()
+            answer.locator(".cm-line", has_text=last).last.wait_for()
+            run(answer)
 
         run(page.locator(".jp-CodeCell", has_text="import torch").first)
         run(page.locator(".jp-CodeCell", has_text="from llmcourse.checking import").first)
@@ -116,8 +145,8 @@ def test_wrong_then_right(lab: tuple[str, Path], tmp_path: Path) -> None:
 
         write(right)
         run(verdict)
-        verdict.locator(".llmcourse-check[data-status=passed]").wait_for()
         page.screenshot(path=shots / "right.png")
+        verdict.locator(".llmcourse-check[data-status=passed]").wait_for()
         assert f"Passed: all {len(ex.all_cases())} cases" in card.inner_text()
         browser.close()
     kept = json.loads((sheet.parent / checking.PROGRESS_FILE).read_text())["exercises"][ex.id]

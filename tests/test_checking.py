@@ -16,8 +16,11 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-import nbformat
 import pytest
+
+pytest.importorskip("nbgrader", reason='nbgrader is not installed: pip install "llmcourse[classroom]"')
+
+import nbformat
 import torch
 from example_sheet import CELLS, ROOT, build, tool
 from typer.testing import CliRunner
@@ -137,6 +140,14 @@ class TestMasters:
         nb = nbformat.reads(text, 4)
         assert all(not c.outputs and c.execution_count is None for c in nb.cells if c.cell_type == "code")
         assert set(nb.metadata) == {"kernelspec", "language_info", "llmcourse"}
+
+    @master
+    def test_marking_scheme_in_the_book_is_this_one(self, path: Path) -> None:
+        nb = nbformat.read(ROOT / "nbs" / "92_teaching.ipynb", 4)
+        shown = "\n".join(str(o.get("data", {}).get("text/markdown", "")) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+        for ex in checking.load_sheet(path.stem).values():
+            row = f"| `{ex.id}` | {ex.title} | {ex.minutes} | {ex.difficulty} | {ex.points} |"
+            assert row in shown, f"run nbs/92_teaching.ipynb again: {row}"
 
     @master
     def test_sheet_needs_only_chapters_up_to_its_own(self, path: Path) -> None:
@@ -297,6 +308,14 @@ class TestCheck:
         torch.manual_seed(5)
         checking.check("example.attend", attend_with("    torch.rand(9)\n    return v"))
         assert torch.equal(torch.rand(3), want)
+
+    def test_a_notebook_that_broke_pytorch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        checking.find("example.RMSNorm")._known.clear()
+        with monkeypatch.context() as m:
+            m.setattr(torch.Tensor, "rsqrt", None)
+            result = checking.check("example.RMSNorm", object)
+        assert result.status == "failed" and "restart the kernel" in result.sentence
+        assert checking.check("example.RMSNorm", checking.find("example.RMSNorm").solution).passed
 
     def test_not_started(self) -> None:
         assert checking.check("example.attend", attend_with("    raise NotImplementedError()")).status == "not started"
@@ -476,8 +495,9 @@ class TestGrading:
             pytest.skip(f"this kernel offers only: {in_force or 'nothing'}")
 
     def test_no_process_and_no_folder_is_left(self, sheet) -> None:
-        import psutil
         import tempfile
+
+        import psutil
 
         before = set(Path(tempfile.gettempdir()).glob("llmcourse-*"))
         verdicts(answer(sheet, "attend", "while True: pass"))
@@ -632,6 +652,13 @@ class TestCommands:
         data = json.loads(self.run("progress", "example", "--json").stdout)
         assert {e["id"]: e["status"] for e in data["exercises"]} == {
             "example.attend": "not yet", "example.RMSNorm": "passed", "example.n_parameters": "passed", "example.sample": "passed"}  # fmt: skip
+
+    def test_check_a_folder(self, sheet, tmp_path: Path) -> None:
+        nbformat.write(sheet, tmp_path / "a.ipynb")
+        nbformat.write(nbformat.v4.new_notebook(), tmp_path / "other.ipynb")
+        done = self.run("check", ".", "--json")
+        assert done.exit_code == 0 and len(json.loads(done.stdout)["sheets"]) == 1
+        assert "left out: other.ipynb" in done.stderr
 
     @pytest.mark.parametrize("arguments", [("check", "no.ipynb"), ("check", "nothing"), ("check", "example.no"), ("hint", "example.no"), ("reveal", "x"),
                                            ("progress", "nothing"), ("progress", "--merge", "no.json"), ("classroom", "nothing"), ("check", "empty")])  # fmt: skip

@@ -286,7 +286,7 @@ def test_text_that_is_empty_or_too_short(cli, tiny_model, tmp_path, text, words)
 
 
 def test_a_test_part_shorter_than_one_window(cli, tiny_model, tmp_path, corpus):
-    assert_refused(cli("compress", tiny_model, "--recipe", "w4", "--out", tmp_path / "out", LLMCOURSE_EVAL_TOKENS="1000000"), tmp_path, "limits['test']", "1000000", "at most")
+    assert_refused(cli("compress", tiny_model, "--recipe", "w4", "--out", tmp_path / "out", LLMCOURSE_EVAL_TOKENS="1000000"), tmp_path, "part 'test'", "at least 1000000")
 
 
 def test_an_output_folder_that_is_not_empty(cli, tiny_model, tmp_path):

@@ -113,6 +113,21 @@ def test_group_size_that_does_not_divide_is_refused(group_size):
         rtn(torch.ones(2, 4), bits=4, group_size=group_size)
 
 
+def test_passes_refuse_before_they_change_anything():
+    from llmcourse.compression import compress
+
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 6))])
+
+    for method in (RTN(group_size=3), GPTQ(group_size=3)):
+        with pytest.raises(BadInput, match=r"layers.0.0.*group_size is 3"):
+            compress(Tiny(), [method], None, None)
+    with pytest.raises(BadInput, match="input embedding"):
+        compress(Tiny(), [EmbeddingRTN()], None, None)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_named(bad):
     W = torch.ones(3, 4)

@@ -1,0 +1,610 @@
+"""The model chapter: properties of its parts, equality with references, and the real checkpoint where it is prepared."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmcourse.data import load_model
+from llmcourse.model import (
+    GPT,
+    Attention,
+    Block,
+    GPTConfig,
+    KVCache,
+    LayerCache,
+    MoE,
+    Output,
+    RMSNorm,
+    generate,
+    layer_norm,
+    left_pad,
+    load_balance_loss,
+    next_probabilities,
+    rms_norm,
+    route,
+    watch_routing,
+)
+from llmcourse.runtime import Runtime
+from llmcourse.settings import BadInput, load_settings
+from llmcourse.store import is_prepared
+
+HOME = load_settings().home
+needs_model = [
+    pytest.mark.model,
+    pytest.mark.skipif(
+        not is_prepared("smollm2-135m", HOME), reason="smollm2-135m is not prepared: run llmcourse data --fetch smollm2-135m"
+    ),
+]
+few = settings(max_examples=25, deadline=None)
+
+
+def config(**options) -> GPTConfig:
+    return GPTConfig(
+        **(
+            {"vocab_size": 50, "d_model": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "context": 40, "init_std": 0.3}
+            | options
+        )
+    )
+
+
+KINDS = {
+    "llama": {},
+    "untied": {"tied": False},
+    "table": {"position": "learned", "norm": "layer", "ffn": "gelu", "n_kv_heads": 6},
+    "post": {"norm_position": "post", "ffn": "relu", "position": "none"},
+    "one kv head": {"n_kv_heads": 1},
+    "experts": {"n_experts": 4},
+    "one expert": {"n_experts": 3, "experts_per_token": 1},
+}
+
+
+@pytest.fixture(params=KINDS, ids=lambda k: k.replace(" ", "-"))
+def model(request) -> GPT:
+    torch.manual_seed(0)
+    return GPT(config(**KINDS[request.param])).eval()
+
+
+# ------------------------------------------------------------------------------------------- norms
+
+
+@few
+@given(st.integers(1, 5), st.integers(2, 40), st.integers(0, 10**6))
+def test_norms_equal_the_reference(rows, width, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, w, b = torch.randn(rows, width, generator=g) * 3 + 1, torch.rand(width, generator=g), torch.randn(width, generator=g)
+    torch.testing.assert_close(layer_norm(x, w, b), F.layer_norm(x, (width,), w, b), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rms_norm(x, w), F.rms_norm(x, (width,), w, 1e-5))
+
+
+@few
+@given(st.floats(0.1, 1000), st.integers(0, 10**6))
+def test_norms_forget_the_length_and_layer_norm_the_mean(factor, seed):
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    one = torch.ones(16, dtype=torch.float64)
+    torch.testing.assert_close(rms_norm(factor * x, one, eps=0), rms_norm(x, one, eps=0))
+    torch.testing.assert_close(layer_norm(x + factor, one, eps=0), layer_norm(x, one, eps=0))
+    assert not torch.allclose(rms_norm(x + factor, one, eps=0), rms_norm(x, one, eps=0))
+
+
+def test_rms_norm_in_bfloat16_sums_in_float32():
+    norm, x = RMSNorm(576), torch.randn(4, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(norm.bfloat16()(x), rms_norm(x.float(), torch.ones(576)).bfloat16())
+
+
+# ------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"vocab_size": 0},
+        {"d_model": 25},
+        {"n_layers": True},
+        {"n_kv_heads": 4},
+        {"norm": "batch"},
+        {"norm_position": "mid"},
+        {"ffn": "tanh"},
+        {"position": "alibi"},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"norm_eps": -1e-5},
+        {"rope_theta": 0},
+        {"init_std": 0},
+        {"n_experts": 1},
+        {"n_experts": 4, "experts_per_token": 5},
+        {"n_experts": 4, "capacity_factor": 0},
+        {"n_heads": 8, "n_kv_heads": 8},
+        {"context": 0},
+        {"d_ff": 0},
+        {"norm_eps": "small"},
+    ],
+)
+def test_impossible_configurations_are_refused_in_one_sentence(wish):
+    with pytest.raises(BadInput) as e:
+        config(**wish)
+    assert str(e.value).count("allowed:") == 1 and next(iter(wish)).split("_")[0] in str(e.value)
+
+
+@few
+@given(
+    st.sampled_from(["swiglu", "gelu", "relu"]),
+    st.sampled_from(["rms", "layer"]),
+    st.sampled_from(["pre", "post"]),
+    st.sampled_from(["rope", "learned", "none"]),
+    st.booleans(),
+    st.sampled_from([1, 2, 3, 6]),
+    st.integers(1, 3),
+    st.sampled_from([0, 2, 3]),
+)
+def test_parameters_by_formula(ffn, norm, norm_position, position, tied, kv, layers, experts):
+    c = config(
+        ffn=ffn,
+        norm=norm,
+        norm_position=norm_position,
+        position=position,
+        tied=tied,
+        n_kv_heads=kv,
+        n_layers=layers,
+        n_experts=experts,
+    )
+    assert sum(c.parameters().values()) == sum(p.numel() for p in GPT(c).parameters())
+
+
+def test_flops_by_formula(model):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = torch.zeros(1, 7, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+        model(ids)
+    assert counter.get_total_flops() == model.config.flops(7)
+    cache = KVCache(model.config.n_layers)
+    model(ids, cache=cache)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+        model(ids[:, :3], cache=cache)
+    assert counter.get_total_flops() == model.config.flops(3, past=7)
+
+
+# --------------------------------------------------------------------------------- attention and model
+
+
+def test_attention_equals_the_written_out_one():
+    from llmcourse.attention import naive_attention
+
+    torch.manual_seed(0)
+    layer, x = Attention(config(position="none")), torch.randn(2, 5, 24)
+    q, k, v = (f(x).view(2, 5, n, 4).transpose(1, 2) for f, n in ((layer.q, 6), (layer.k, 2), (layer.v, 2)))
+    y = naive_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask=torch.ones(5, 5).tril().bool())
+    torch.testing.assert_close(layer(x), layer.o(y.transpose(1, 2).reshape(2, 5, 24)))
+
+
+def test_a_token_sees_no_later_token(model):
+    torch.manual_seed(1)
+    a = torch.randint(50, (1, 9))
+    b = a.clone()
+    b[:, 5:] = (b[:, 5:] + 1) % 50
+    with torch.no_grad():
+        torch.testing.assert_close(model(a)[:, :5], model(b)[:, :5])
+        assert not torch.allclose(model(a)[:, 5:], model(b)[:, 5:])
+
+
+def test_without_causality_it_does():
+    torch.manual_seed(0)
+    m, a = GPT(config(causal=False)).eval(), torch.randint(50, (1, 6))
+    b = a.clone()
+    b[:, -1] = (b[:, -1] + 1) % 50
+    with torch.no_grad():
+        assert not torch.allclose(m(a)[:, 0], m(b)[:, 0])
+
+
+@pytest.mark.parametrize("pieces", [(1,) * 9, (4, 5), (8, 1), (3, 1, 5)])
+def test_reading_in_pieces_with_a_cache(model, pieces):
+    torch.manual_seed(2)
+    ids, cache, out = torch.randint(50, (2, 9)), KVCache(2, capacity=2), []
+    with torch.no_grad():
+        for part in ids.split(pieces, 1):
+            out.append(model(part, cache=cache))
+        torch.testing.assert_close(torch.cat(out, 1), model(ids), rtol=1e-4, atol=1e-5)
+    assert cache.length == 9
+
+
+def test_cropping_a_cache_takes_tokens_back(model):
+    torch.manual_seed(3)
+    ids, cache = torch.randint(50, (1, 8)), KVCache(2)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        cache.crop(4)
+        torch.testing.assert_close(model(ids[:, 4:], cache=cache), model(ids)[:, 4:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(BadInput, match="length"):
+        cache.crop(99)
+
+
+@few
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 5))
+def test_layer_cache_is_concatenation(parts, capacity):
+    cache, seen = LayerCache(capacity), []
+    for i, n in enumerate(parts):
+        seen.append(torch.full((1, 2, n, 3), float(i)))
+        k, v = cache.append(seen[-1], -seen[-1])
+    assert torch.equal(k, torch.cat(seen, 2)) and torch.equal(v, -k)
+
+
+def test_cache_bytes():
+    cache = KVCache(2, capacity=30)
+    GPT(config())(torch.zeros(3, 5, dtype=torch.long), cache=cache)
+    assert cache.bytes == 2 * 2 * 3 * 2 * 5 * 4 * 4  # keys and values, layers, rows, heads, tokens, columns, bytes
+
+
+def test_left_padding_changes_nothing(model):
+    torch.manual_seed(4)
+    prompts = [torch.randint(50, (n,)).tolist() for n in (3, 7, 1)]
+    ids, pad = left_pad(prompts)
+    assert pad.tolist() == [4, 0, 6]
+    with torch.no_grad():
+        together, cache = model(ids, pad=pad), KVCache(2)
+        torch.testing.assert_close(model(ids, pad=pad, cache=cache), together)
+        more = torch.randint(50, (3, 1))
+        step = model(more, cache=cache)
+        for i, p in enumerate(prompts):
+            torch.testing.assert_close(together[i, -1], model(torch.tensor([p]))[0, -1], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(step[i, 0], model(torch.tensor([[*p, int(more[i])]]))[0, -1], rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(together).all()
+
+
+def test_names_that_transformers_uses():
+    m = GPT(config())
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    first = m(ids, use_cache=True)
+    assert isinstance(first, Output) and first.past_key_values.length == 4
+    second = m(ids, past_key_values=first.past_key_values, use_cache=True)
+    assert second.past_key_values.length == 8 and second.logits.shape == (1, 4, 50)
+    assert isinstance(m(ids, use_cache=False), torch.Tensor) and m.get_input_embeddings() is m.embed
+    assert m(ids, last_only=True).shape == (1, 1, 50)
+
+
+def test_tied_matrix_is_one_parameter_also_in_a_copy():
+    m = copy.deepcopy(GPT(config()))
+    assert m.head.weight is m.embed.weight and "head.weight" not in dict(m.named_parameters())
+    assert GPT(config(tied=False)).head.weight is not GPT(config(tied=False)).embed.weight
+
+
+def test_every_parameter_gets_a_gradient(model):
+    model(torch.arange(40).view(1, 40)).square().mean().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_training_after_inference_mode():
+    m = GPT(config())
+    with torch.inference_mode():
+        m(torch.zeros(1, 3, dtype=torch.long))
+    m(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+
+
+def test_initial_weights_that_write_to_the_stream_are_smaller():
+    torch.manual_seed(0)
+    m = GPT(config(d_model=96, n_layers=8))
+    assert abs(float(m.blocks[0].attn.q.weight.detach().std()) / 0.3 - 1) < 0.05
+    assert (
+        abs(float(m.blocks[0].attn.o.weight.detach().std()) / 0.3 * 4 - 1) < 0.05
+        and abs(float(m.blocks[3].ffn.down.weight.detach().std()) / 0.3 * 4 - 1) < 0.05
+    )
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.zeros(4, dtype=torch.long),
+        torch.zeros(1, 0, dtype=torch.long),
+        torch.zeros(1, 4),
+        torch.zeros(1, 41, dtype=torch.long),
+    ],
+)
+def test_bad_ids(ids):
+    with pytest.raises(BadInput):
+        GPT(config())(ids)
+
+
+def test_bfloat16_model_runs_with_and_without_cache():
+    torch.manual_seed(0)
+    m = GPT(config()).bfloat16().eval()
+    assert generate(m, [[1, 2, 3]], max_new_tokens=4) and m(torch.zeros(1, 3, dtype=torch.long)).dtype == torch.bfloat16
+
+
+# -------------------------------------------------------------------------------------- experts
+
+
+@few
+@given(st.integers(1, 12), st.integers(2, 6), st.integers(0, 10**6), st.one_of(st.none(), st.integers(1, 6)))
+def test_routing(N, E, seed, capacity):
+    logits = torch.randn(N, E, generator=torch.Generator().manual_seed(seed))
+    for k in range(1, E + 1):
+        r = route(logits, k, capacity=capacity)
+        assert r.experts.shape == r.weights.shape == (N, k) and all(len(set(row)) == k for row in r.experts.tolist())
+        used = torch.bincount(r.experts[r.kept], minlength=E)
+        assert capacity is None or int(used.max()) <= capacity
+        assert bool((r.weights[~r.kept] == 0).all())
+        if capacity is None:
+            want = torch.ones(N) if k > 1 else logits.softmax(-1).amax(-1)
+            torch.testing.assert_close(r.weights.sum(-1), want)
+        else:  # nobody is dropped while there is room
+            wanted = torch.bincount(r.experts.flatten(), minlength=E)
+            assert used.tolist() == wanted.clamp_max(capacity).tolist()
+
+
+def test_balance_loss_bounds_and_gradient():
+    one = route(torch.tensor([[50.0, 0, 0, 0]] * 8), 1)
+    assert math.isclose(float(load_balance_loss(one)), 4.0, rel_tol=1e-5)
+    even = route(50 * torch.eye(4).repeat(2, 1), 1)
+    assert math.isclose(float(load_balance_loss(even)), 1.0, rel_tol=1e-5)
+    logits = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)).add(torch.tensor([1.0, 0, 0, 0])).requires_grad_()
+    load_balance_loss(route(logits, 1)).backward()
+    assert float(logits.grad[:, 0].sum()) > 0  # a step against the gradient makes the busy expert less probable
+
+
+def test_mixture_equals_the_written_out_sum():
+    torch.manual_seed(0)
+    layer = MoE(8, [torch.nn.Linear(8, 8) for _ in range(4)], top_k=2)
+    x = torch.randn(3, 5, 8)
+    p = layer.router(x).softmax(-1)
+    want = torch.zeros_like(x)
+    for b in range(3):
+        for t in range(5):
+            w, e = p[b, t].topk(2)
+            want[b, t] = sum(w[i] / w.sum() * layer.experts[e[i]](x[b, t]) for i in range(2))
+    torch.testing.assert_close(layer(x), want)
+    with watch_routing(layer) as seen:
+        layer(x)
+    assert len(seen) == 1 and layer._seen is None
+
+
+def test_the_router_of_a_single_expert_gets_a_gradient():
+    torch.manual_seed(0)
+    layer = MoE(8, [torch.nn.Linear(8, 8) for _ in range(3)], top_k=1)
+    layer(torch.randn(6, 8)).square().sum().backward()
+    assert float(layer.router.weight.grad.abs().sum()) > 0
+
+
+# --------------------------------------------------------------------------------------- generation
+
+
+@few
+@given(st.integers(0, 10**6), st.floats(0.2, 3), st.integers(1, 30), st.floats(0.05, 1))
+def test_probabilities_equal_transformers(seed, temperature, k, p):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(4, 25, generator=torch.Generator().manual_seed(seed))
+    want = logits
+    for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(k), TopPLogitsWarper(p)):
+        want = warper(None, want)
+    got = next_probabilities(logits, temperature=temperature, top_k=k, top_p=p)
+    torch.testing.assert_close(got.sum(-1), torch.ones(4))
+    differs = (got > 0) != (want.softmax(-1) > 0)
+    assert int(differs.sum()) <= 1  # a sum that equals p up to rounding may fall on either side
+    if not differs.any():
+        torch.testing.assert_close(got, want.softmax(-1))
+
+
+def test_greedy_is_the_cold_limit():
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(next_probabilities(logits, temperature=0), next_probabilities(logits, temperature=1e-3))
+
+
+def test_cache_batch_and_greedy_agree(model):
+    torch.manual_seed(5)
+    prompts = [torch.randint(50, (n,)).tolist() for n in (2, 6, 4)]
+    cached = generate(model, prompts, max_new_tokens=12)
+    assert (
+        cached
+        == generate(model, prompts, max_new_tokens=12, use_cache=False)
+        == [generate(model, [p], max_new_tokens=12)[0] for p in prompts]
+    )
+    one = prompts[0]
+    for token in cached[0]:
+        assert token == int(model(torch.tensor([one]))[0, -1].argmax())
+        one = [*one, token]
+
+
+def test_stop_tokens_end_a_row_and_no_other():
+    torch.manual_seed(0)
+    m = GPT(config()).eval()
+    free = generate(m, [[1, 2], [3]], max_new_tokens=10)
+    stop = free[0][3]
+    for row, new in zip(free, generate(m, [[1, 2], [3]], max_new_tokens=10, stop=[stop])):
+        cut = row.index(stop) + 1 if stop in row else 10
+        assert new == row[:cut]
+
+
+def test_sampling_repeats_with_the_generator_and_follows_the_distribution():
+    torch.manual_seed(0)
+    m = GPT(config()).eval()
+    draw = lambda seed, **kw: generate(
+        m, [[1, 2]] * 400, max_new_tokens=1, generator=torch.Generator().manual_seed(seed), temperature=1.0, **kw
+    )
+    assert draw(0) == draw(0) != draw(1)
+    with torch.no_grad():
+        p = next_probabilities(m(torch.tensor([[1, 2]]))[0, -1], top_k=3)
+    share = torch.bincount(torch.tensor(draw(2, top_k=3)).flatten(), minlength=50) / 400
+    assert bool((share[p == 0] == 0).all()) and float((share - p).abs().max()) < 0.12  # four standard deviations
+
+
+def test_generate_leaves_the_model_as_it_was():
+    m = GPT(config(dropout=0.5)).train()
+    assert generate(m, [[1, 2, 3]], max_new_tokens=5) == generate(m, [[1, 2, 3]], max_new_tokens=5) and m.training
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 99},
+        {"max_new_tokens": 2, "temperature": -1},
+        {"max_new_tokens": 2, "top_k": 0},
+        {"max_new_tokens": 2, "top_p": 0.0},
+    ],
+)
+def test_generate_refuses(options):
+    with pytest.raises(BadInput):
+        generate(GPT(config()), [[1]], **options)
+    with pytest.raises(BadInput, match="prompts"):
+        generate(GPT(config()), [[1], []], max_new_tokens=2)
+
+
+# --------------------------------------------------------------------- with the other chapters' tools
+
+
+def test_layer_pass_walks_our_blocks():
+    compression = pytest.importorskip("llmcourse.compression")
+    from llmcourse.data import TokenData
+
+    torch.manual_seed(0)
+    m = GPT(config()).eval()
+    before = {n: p.clone() for n, p in m.named_parameters()}
+    stream = torch.randint(50, (200,))
+    data = TokenData(train=stream, val=stream, test=stream, calib=stream, bytes={}, name="random", tokenizer="none", separator=0)
+    rt = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+
+    class Halve(compression.LayerPass):
+        stat = compression.Hessian
+
+        def solve(self, W, stat, mask):
+            assert stat.n == 4 * 10
+            return compression.Solved(W / 2)
+
+    student, (report,) = compression.compress(m, [Halve(n_calib=4, seq_len=10)], data, rt)
+    assert compression.blocks_of(student)[0] == "blocks" and len(report.layers) == 2 * 7
+    assert all(torch.equal(p, before[n]) for n, p in m.named_parameters())
+    torch.testing.assert_close(student.blocks[1].ffn.up.weight, before["blocks.1.ffn.up.weight"] / 2)
+    prefill, decode = compression.latency(student, rt, tokens=6, repeats=1)
+    assert prefill.n and decode.n
+
+
+def test_evaluation_reads_our_logits(model):
+    evaluation = pytest.importorskip("llmcourse.evaluation")
+    tokens = torch.randint(50, (30,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = F.cross_entropy(model(tokens[None])[0, :-1], tokens[1:], reduction="none")
+    got = evaluation.token_nll(model, tokens, context=30, stride=29)
+    torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_take_hidden_states_and_keywords():
+    c = config()
+    block, x = Block(c), torch.randn(2, 4, 24)
+    assert block(x, rotation=None, mask=None, cache=None).shape == x.shape
+
+
+# -------------------------------------------------------------------------------- reading checkpoints
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+        )
+    ).eval()
+    folder = tmp_path_factory.mktemp("llama")
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+def test_a_small_llama_computes_the_same(tiny_llama):
+    theirs, folder = tiny_llama
+    ours = GPT.from_pretrained(folder, rt=Runtime(device=torch.device("cpu"), dtype=torch.float32))
+    ids = torch.randint(60, (2, 33), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert not ours.config.tied and not ours.training
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tiny_llama, tmp_path):
+    import json
+    import shutil
+
+    _, folder = tiny_llama
+    for change in (
+        {"model_type": "gpt2"},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        {"num_hidden_layers": 4},
+        {"vocab_size": 61},
+        {"head_dim": 16},
+        {"quantization_config": {"quant_method": "gptq"}},
+    ):
+        copied = tmp_path / next(iter(change))
+        shutil.copytree(folder, copied)
+        c = json.loads((copied / "config.json").read_text())
+        (copied / "config.json").write_text(json.dumps(c | change))
+        with pytest.raises(BadInput):
+            GPT.from_pretrained(copied)
+    for name in (tmp_path / "nowhere", "gpt-5", "wikipedia"):
+        with pytest.raises(BadInput):
+            GPT.from_pretrained(name)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    rt = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    theirs, tokenizer, _ = load_model("smollm2-135m", rt=rt)
+    return theirs, GPT.from_pretrained("smollm2-135m", rt=rt), tokenizer
+
+
+class TestRealCheckpoint:
+    pytestmark = needs_model
+
+    def test_logits(self, pair):
+        theirs, ours, tokenizer = pair
+        ids = tokenizer(
+            "The three laws of motion were first stated by Isaac Newton in 1687. " * 12, return_tensors="pt"
+        ).input_ids[:, :128]
+        with torch.inference_mode():
+            assert float((theirs(ids).logits - ours(ids)).abs().max()) <= 1e-4
+
+    def test_greedy_text_and_counts(self, pair):
+        theirs, ours, tokenizer = pair
+        ids = tokenizer("Water boils at", return_tensors="pt").input_ids
+        theirs.generation_config.eos_token_id = None
+        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)[
+            0, ids.shape[1] :
+        ].tolist()
+        assert generate(ours, ids, max_new_tokens=12) == [want]
+        assert sum(ours.config.parameters().values()) == sum(p.numel() for p in ours.parameters()) == 134_515_008
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+class TestOnAGpu:
+    def test_same_logits_and_text_as_on_the_cpu(self, model):
+        ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            want, text = model(ids), generate(model, ids, max_new_tokens=8)
+            on_gpu = copy.deepcopy(model).cuda()
+            torch.testing.assert_close(on_gpu(ids.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
+        assert generate(on_gpu, ids, max_new_tokens=8) == text
+
+    def test_bfloat16_with_padding_and_cache(self):
+        torch.manual_seed(0)
+        m = GPT(config()).cuda().bfloat16().eval()
+        assert all(len(r) == 6 for r in generate(m, [[1, 2, 3], [4]], max_new_tokens=6))
+        g = torch.Generator(device="cuda").manual_seed(0)
+        assert generate(m, [[1, 2, 3]], max_new_tokens=6, temperature=0.8, top_p=0.9, generator=g)

@@ -1,0 +1,105 @@
+"""The wheel is the course: everything that the commands need, nothing that they do not, installable without a clone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy of the sources, without the network."""
+    copy = tmp_path_factory.mktemp("build") / "course"
+    skip = shutil.ignore_patterns(".venv", ".git", "build", "dist", "_book", "__pycache__", ".*cache", "tests")
+    shutil.copytree(ROOT, copy, ignore=skip)
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=copy, env=clean_env(), check=True, capture_output=True)
+    (built,) = (copy / "dist").glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_package_and_the_course(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmcourse").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert ours <= names
+    for notebook in (ROOT / "nbs").glob("*.ipynb"):
+        assert f"llmcourse/_course/nbs/{notebook.name}" in names
+    assert {"llmcourse/_course/settings.ini", "llmcourse/_course/recipes/w4.toml"} <= names
+    assert not [n for n in names if n.startswith(("tests/", "tools/", "benchmarks/")) or n.endswith(".pyc")]
+
+
+def test_the_installed_wheel_unpacks_the_course(wheel, tmp_path):
+    site, target = tmp_path / "site", tmp_path / "course"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)], check=True, capture_output=True)
+    env = clean_env(PYTHONPATH=str(site))
+    where = subprocess.run([sys.executable, "-c", "import llmcourse; print(llmcourse.__file__)"], env=env, cwd=tmp_path, text=True, capture_output=True, check=True).stdout
+    assert str(site) in where  # not the checkout
+    result = subprocess.run([sys.executable, "-m", "llmcourse", "start", str(target)], env=env, cwd=tmp_path, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert (target / "nbs" / "14_quantization.ipynb").read_bytes() == (ROOT / "nbs" / "14_quantization.ipynb").read_bytes()
+    settings = subprocess.run([sys.executable, "-c", "from llmcourse.settings import load_settings; print(load_settings().source)"], env=env, cwd=target, text=True, capture_output=True, check=True)
+    assert settings.stdout.strip() == str((target / "settings.ini").resolve())
+
+
+def test_every_extra_is_there_and_constrained():
+    assert {"lab", "classroom", "book", "eval", "dev"} <= set(PROJECT["optional-dependencies"])
+    pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
+    names = {re.match(r"[\w-]+", d).group().lower().replace("_", "-") for d in wanted} - {"llmcourse"}
+    assert names - pins == set()
+
+
+def test_the_pins_allow_what_the_project_asks_for():
+    from packaging.requirements import Requirement
+
+    pins = dict(line.strip().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and not line.startswith("#"))
+    pins = {k.lower().replace("_", "-"): v for k, v in pins.items()}
+    for text in [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]:
+        requirement = Requirement(text)
+        name = requirement.name.lower().replace("_", "-")
+        if name != "llmcourse":
+            assert requirement.specifier.contains(pins[name]), text
+
+
+def test_the_package_imports_without_what_the_gpu_image_lacks():
+    """Every module imports where datasets, nbdev, gguf, platformdirs, psutil and torchao are not installed."""
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"datasets", "nbdev", "fastcore", "gguf", "platformdirs", "psutil", "torchao", "pydantic", "nbgrader", "IPython", "execnb"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import importlib, pkgutil, llmcourse
+for module in pkgutil.iter_modules(llmcourse.__path__):
+    if module.name != "__main__" and not module.ispkg:
+        importlib.import_module(f"llmcourse.{module.name}")
+print("imported")
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=clean_env(), text=True, capture_output=True)
+    assert "imported" in result.stdout, result.stderr[-2000:]
+
+
+def test_the_readme_names_commands_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf8")
+    for target in set(re.findall(r"make ([a-z]+)", readme)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for picture in re.findall(r"!\[[^\]]{40,}\]\(([^)]+)\)", readme):
+        assert (ROOT / picture).is_file(), picture
+    assert "![" in readme
+    from llmcourse.cli import app
+
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands}
+    for command in set(re.findall(r"`llmcourse ([a-z]+)", readme)):
+        assert command in commands, command
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf8")
