@@ -328,7 +328,7 @@ def block_mask(T: int, block: int, *, device: torch.device | str | None = None) 
     at = torch.arange(T, device=device)
     return (at[:, None] >= at) & (at[:, None] // block == at // block)
 
-# %% ../nbs/03_attention.ipynb #85ddd8d8
+# %% ../nbs/03_attention.ipynb #a5713a45
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float | None = None) -> Tensor:
     """Causal sliding-window attention in chunks, 2 · T · max(window, 64) scores: equals a `sliding_window_mask` without forming it.
 
@@ -339,6 +339,8 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: f
     require(q.shape[2] == k.shape[2], "number of keys", k.shape[2], f"{q.shape[2]}, as many as queries")
     B, H, T, D = q.shape
     k, v = repeat_heads(k, H // k.shape[1]), repeat_heads(v, H // v.shape[1])
+    if window >= T:  # everything is in sight
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     chunk = min(max(window, 64), T)  # shorter chunks would be many tiny products
     n = -(-T // chunk)
 

@@ -373,7 +373,7 @@ class _Job:
         packaged = CATALOG[self.model_name].carrier.size if self.model_name in CATALOG else None
         return {
             "fingerprint": self.fingerprint, "recipe": self.recipe.name, "description": self.recipe.description, "deliver": self.recipe.deliver,
-            "model": self.model_name, "note": self.card.note, "parameters": parameters, "packaged_bytes": packaged,
+            "model": self.card.name, "note": self.card.note, "parameters": parameters, "packaged_bytes": packaged,
             "rows": rows, "pairs": pairs, "protocol": str(measured[DENSE].protocol), "device": self.rt.describe(), "scale": asdict(self.settings.scale),
             "seed": self.settings.seed, "versions": {k: self.about[k] for k in ("llmcourse", "torch", "transformers")},
             "seconds": sum(row["seconds"] for row in rows),

@@ -184,7 +184,7 @@ class GPTConfig:
         per_token = L * (2 * D * D + 2 * D * kv + ffn) + self.vocab_size * D
         return 2 * tokens * per_token + 4 * L * tokens * (past + tokens) * D
 
-# %% ../nbs/04_model.ipynb #adeac489
+# %% ../nbs/04_model.ipynb #2869df3f
 class Attention(nn.Module):
     """Grouped-query self-attention: (B, T, D) → (B, T, D)."""
 
@@ -215,7 +215,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q.reshape(B, self.n_kv_heads, -1, self.head_dim), k, v, attn_mask=mask)
             y = y.reshape(B, 1, -1)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=self.n_kv_heads != self.n_heads)
             y = merge_heads(y)
         return self.o(y)
 

@@ -111,15 +111,19 @@ def test_wrong_then_right(lab: tuple[str, Path], tmp_path: Path) -> None:
         def run(cell) -> None:
             """Run a cell and wait until the kernel is done with it: its number has changed and is a number."""
             prompt = cell.locator(".jp-InputPrompt")
-            before = prompt.inner_text()
-            focus(cell)
-            page.keyboard.press("Control+Enter")
-            end = time.monotonic() + 60
-            while (now := prompt.inner_text()) == before or not re.search(r"\d", now):
-                if time.monotonic() > end:
+            before = now = prompt.inner_text()
+            started, pressed = time.monotonic(), float("-inf")
+            while now == before or not re.search(r"\d", now):
+                if now == before and time.monotonic() - pressed > 8:
+                    # JupyterLab drops the key while it is still connecting to a new kernel; a person presses it again
+                    focus(cell)
+                    page.keyboard.press("Control+Enter")
+                    pressed = time.monotonic()
+                if time.monotonic() - started > 60:
                     page.screenshot(path=shots / "stuck.png")
                     pytest.fail(f"a cell did not run: {before!r} -> {now!r}; see {shots / 'stuck.png'}")
                 time.sleep(0.1)
+                now = prompt.inner_text()
 
         def write(text: str) -> None:
             focus(answer)

@@ -536,6 +536,20 @@ def test_a_small_llama_computes_the_same(tiny_llama):
     assert not ours.config.tied and not ours.training
 
 
+def test_a_loaded_model_can_be_trained_and_its_file_stays_as_it_was(tiny_llama):
+    _, folder = tiny_llama
+    before = (folder / "model.safetensors").read_bytes()
+    rt = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    ours = GPT.from_pretrained(folder, rt=rt)
+    ours(torch.zeros(1, 3, dtype=torch.long)).square().mean().backward()
+    with torch.no_grad():
+        for p in ours.parameters():
+            assert p.grad is not None
+            p.sub_(1.0)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not torch.equal(GPT.from_pretrained(folder, rt=rt).embed.weight, ours.embed.weight)
+
+
 def test_checkpoints_that_do_not_fit_are_refused(tiny_llama, tmp_path):
     import json
     import shutil
