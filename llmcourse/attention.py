@@ -328,7 +328,7 @@ def block_mask(T: int, block: int, *, device: torch.device | str | None = None) 
     at = torch.arange(T, device=device)
     return (at[:, None] >= at) & (at[:, None] // block == at // block)
 
-# %% ../nbs/03_attention.ipynb #a5713a45
+# %% ../nbs/03_attention.ipynb #dcb65356
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float | None = None) -> Tensor:
     """Causal sliding-window attention in chunks, 2 · T · max(window, 64) scores: equals a `sliding_window_mask` without forming it.
 
@@ -337,7 +337,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: f
     _check(q, k, v)
     require(window >= 1, "window", window, "a whole number of at least 1")
     require(q.shape[2] == k.shape[2], "number of keys", k.shape[2], f"{q.shape[2]}, as many as queries")
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     k, v = repeat_heads(k, H // k.shape[1]), repeat_heads(v, H // v.shape[1])
     if window >= T:  # everything is in sight
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -356,9 +356,9 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: f
     out = F.scaled_dot_product_attention(cut(q), with_previous(cut(k)), with_previous(cut(v)), attn_mask=seen[None], scale=scale)
     return out.reshape(B, H, n * chunk, -1)[:, :, :T]
 
-# %% ../nbs/03_attention.ipynb #2f877d80
+# %% ../nbs/03_attention.ipynb #911e9f33
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, chunk: int = 64) -> Tensor:
-    """Attention with weights φ(q)·φ(k), φ = elu + 1, in time and memory in proportion to T [Katharopoulos et al. 2020, eq. 9 and 12].
+    """Attention with weights φ(q)·φ(k), φ = elu + 1, in time and memory in proportion to T [Katharopoulos et al. 2020, §3.2 and §3.3].
 
     Not softmax attention: a model must be trained with it. Shapes: q (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, C) -> (B, H, T, C).
 
