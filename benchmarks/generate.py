@@ -28,9 +28,10 @@ RESULTS = Path(__file__).resolve().parent / "results" / "generate.json"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few tokens and rounds")
+    parser.add_argument("--rounds", type=int, default=12, help="how often each candidate is timed")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
     options = parser.parse_args()
-    prompt_tokens, new_tokens, rounds = (16, 4, 2) if options.quick else (64, 32, 12)
+    prompt_tokens, new_tokens, rounds = (16, 4, 2) if options.quick else (64, 32, options.rounds)
 
     settings = load_settings()
     rt = Runtime.auto(settings.device, settings.dtype)
@@ -90,8 +91,9 @@ def main() -> int:
         verdict = results["llmcourse"]
         word = "faster" if verdict.high < 1 else "slower" if verdict.low > 1 else "no difference that the spread allows to see"
         print(f"llmcourse against transformers at batch {batch}: {word}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
+        # after each batch size: a run that is cut off keeps what it has
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
     print(f"\nwritten to {options.out.name}")
     return 0
 

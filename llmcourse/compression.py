@@ -101,7 +101,7 @@ def layer_error(delta: Tensor, H: Tensor) -> float:
     delta = delta.to(H.dtype)
     return 0.5 * float(((delta @ H) * delta).sum())
 
-# %% ../nbs/11_compression.ipynb #4277c77f
+# %% ../nbs/11_compression.ipynb #557701fd
 @dataclass(frozen=True)
 class Grid:
     """A uniform quantization grid for a weight W (O, I).
@@ -132,6 +132,8 @@ class Grid:
 
     def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of the columns [start, stop), one per column: (R, stop - start)."""
+        if start == 0 and stop == self.group_size * self.scale.shape[1]:  # the whole matrix: faster than indexing
+            return self.scale.repeat_interleave(self.group_size, 1), self.zero.repeat_interleave(self.group_size, 1)
         group = torch.arange(start, stop, device=self.scale.device) // self.group_size
         return self.scale[:, group], self.zero[:, group]
 
@@ -207,7 +209,7 @@ def _targets(block: nn.Module, prefix: str, filter_fn: Callable[[str, nn.Module]
             found[full] = module
     return found
 
-# %% ../nbs/11_compression.ipynb #d53b0244
+# %% ../nbs/11_compression.ipynb #bff7c01a
 class Solved(NamedTuple):
     """What `solve` found for a layer."""
 
@@ -282,6 +284,31 @@ def _first_inputs(model: nn.Module, block: nn.Module, ids: Tensor) -> list[tuple
     finally:
         handle.remove()
     return seen
+
+
+def _watch(block: nn.Module, targets: dict[str, nn.Linear], stat: type, inputs: list[tuple[Tensor, dict]]) -> dict[str, Stat]:
+    """Run the sequences through the block and collect the statistic of each layer's input.
+
+    Layers that are given the very same tensor (queries, keys and values, say) share one statistic.
+    """
+    stats: dict[str, Stat] = {}
+    owner: dict[str, str] = {}  # layer -> the layer that keeps the statistic of their common input
+    first: list[tuple[str, Tensor]] = []
+
+    def watch(name: str, x: Tensor) -> None:
+        if name not in owner:
+            owner[name] = next((other for other, seen in first if seen is x), name)
+            first.append((name, x))
+            stats.setdefault(owner[name], stat())
+        if owner[name] == name:
+            stats[name].add(x.reshape(-1, x.shape[-1]))
+
+    with ExitStack() as hooks:
+        for name, layer in targets.items():
+            hooks.callback(layer.register_forward_pre_hook(lambda module, args, name=name: watch(name, args[0])).remove)
+        for hidden, kwargs in inputs:
+            block(hidden, **kwargs)
+    return {name: stats[owner[name]] if name in owner else stat() for name in targets}  # an empty one says so when it is asked
 
 
 def _on_weight(layer: nn.Module, kind: type) -> nn.Module | None:
@@ -382,18 +409,13 @@ class LayerPass:
         last = max(i for i, chosen in enumerate(targets) if chosen)
         layers: list[LayerReport] = []
         for i in progress(range(last + 1), f"{type(self).__name__}: blocks"):
-            stats = {name: self.stat() for name in targets[i]} if self.stat else {}
-            if stats:
-                with ExitStack() as hooks:
-                    for name, layer in targets[i].items():
-                        watch = lambda module, args, stat=stats[name]: stat.add(args[0].reshape(-1, args[0].shape[-1]))
-                        hooks.callback(layer.register_forward_pre_hook(watch).remove)
-                    for hidden, kwargs in inputs:
-                        blocks[i](hidden, **kwargs)
+            stats = _watch(blocks[i], targets[i], self.stat, inputs) if self.stat and targets[i] else {}
             for name, layer in targets[i].items():
                 layers.append(self._treat(name, layer, stats.pop(name, None)))
             if self.stat is not None and i < last:
-                inputs = [(out[0] if isinstance(out, tuple) else out, kwargs) for (hidden, kwargs) in inputs for out in [blocks[i](hidden, **kwargs)]]
+                with parametrize.cached():  # masks and grids are applied once, not once per sequence
+                    outputs = [blocks[i](hidden, **kwargs) for hidden, kwargs in inputs]
+                inputs = [(out[0] if isinstance(out, tuple) else out, kwargs) for out, (_, kwargs) in zip(outputs, inputs)]
         model.train(was_training)
         return Report(type(self).__name__, self.config, tuple(layers), perf_counter() - start)
 
