@@ -5,11 +5,12 @@ BIN := .venv/bin
 JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help course test lab data tour book notebooks export wheel clean
+.PHONY: help course test lab classroom data tour book notebooks export wheel clean
 
 help:
 	@echo "make course     environment, models and data, and the tour: a real model made smaller, with a report"
 	@echo "make lab        open the course in JupyterLab"
+	@echo "make classroom  environment with nbgrader, and the five commands that a teacher needs"
 	@echo "make test       environment and all tests"
 	@echo "make book       render the course as a book (needs Quarto)"
 	@echo "make notebooks  run every notebook and save its outputs (for maintainers)"
@@ -22,6 +23,9 @@ course: .venv/.lab.stamp
 
 lab: .venv/.lab.stamp
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+classroom: .venv/.lab.stamp .venv/.classroom.stamp
+	@$(BIN)/llmcourse classroom
 
 test: .venv/.dev.stamp
 	@$(BIN)/llmcourse data --fetch all

@@ -24,7 +24,7 @@ def _plainly() -> Iterator[None]:
     try:
         yield
     except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"llmcourse: {e}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 

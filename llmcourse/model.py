@@ -7,7 +7,6 @@ __all__ = ['layer_norm', 'rms_norm', 'RMSNorm', 'FFN', 'SwiGLU', 'GPTConfig', 'A
 
 # %% ../nbs/04_model.ipynb #da62a3b5
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

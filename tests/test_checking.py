@@ -666,7 +666,7 @@ class TestCommands:
         (tmp_path / "empty").mkdir()
         done = self.run(*arguments)
         assert done.exit_code == 2
-        assert done.stderr.startswith("error: ") and "allowed" in done.stderr and "Traceback" not in done.output
+        assert done.stderr.startswith("llmcourse: ") and "allowed" in done.stderr and "Traceback" not in done.output
 
     def test_hint_reveal_exercises_classroom(self) -> None:
         assert "Hint 1 of 3" in self.run("hint", "example.sample").stdout
