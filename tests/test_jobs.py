@@ -129,8 +129,9 @@ def job_env(corpus: Path, tmp_path: Path) -> dict[str, str]:
 
 # The command line, but when the second arm is written, half a file is on the disk and the process waits to be killed.
 STUCK = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that Ctrl-C is ignored
 import llmcourse.quantization as q
 from llmcourse.cli import main
 real, calls = q.save_packed, []
