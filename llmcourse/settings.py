@@ -45,6 +45,8 @@ class Scale:
     """calibration sequences"""
     calib_length: int
     """tokens in a calibration sequence"""
+    train_steps: int
+    """optimizer steps of one small training run"""
     seeds: int
     """repetitions where randomness matters"""
 

@@ -69,7 +69,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, old, new, words):
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
 def test_no_unknown_variable_is_ignored(name):
     known = {"settings", "model", "data", "scale", "seed", "home", "offline", "device", "dtype", "eval_tokens", "context", "stride", "batch_size",
-             "calib_sequences", "calib_length", "seeds"}
+             "calib_sequences", "calib_length", "train_steps", "seeds"}
     if name in known:
         return
     with pytest.raises(BadInput, match="environment variable"):
