@@ -7,6 +7,7 @@ __all__ = ['layer_norm', 'rms_norm', 'RMSNorm', 'FFN', 'SwiGLU', 'GPTConfig', 'A
 
 # %% ../nbs/04_model.ipynb #da62a3b5
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -367,6 +368,38 @@ class GPT(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding, under the name that transformers uses."""
         return self.embed
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a plain Llama checkpoint: config.json and model.safetensors, which `from_pretrained` and transformers read.
+
+        Raises:
+            BadInput: a shape that the Llama architecture does not have.
+        """
+        from safetensors.torch import save_file
+
+        c, folder = self.config, Path(folder)
+        for name, allowed in (("norm", "rms"), ("norm_position", "pre"), ("ffn", "swiglu"), ("position", "rope"), ("causal", True), ("n_experts", 0)):
+            require(getattr(c, name) == allowed, name, getattr(c, name), f"{allowed!r}, to be saved as a Llama checkpoint")
+        state = self.state_dict()
+        if c.tied:
+            del state["head.weight"]  # the embedding's, and stored once
+        weights = {}
+        for key, value in state.items():
+            key = key.replace(".attn.", ".self_attn.").replace(".ffn.", ".mlp.")
+            for part in ("q", "k", "v", "o", "gate", "up", "down"):
+                key = key.replace(f".{part}.weight", f".{part}_proj.weight")
+            for old, new in _LLAMA_NAMES[:6]:
+                if key.startswith(new) or (new in ("attn_norm.", "ffn_norm.") and new in key):
+                    key = key.replace(new, old)
+            weights[key] = value.detach().cpu().contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layers,
+            "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim, "intermediate_size": c.d_ff, "max_position_embeddings": c.context,
+            "rms_norm_eps": c.norm_eps, "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"}, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tied,
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "initializer_range": c.init_std, "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
+        }, indent=2) + "\n", encoding="utf8")
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, rt: Runtime | None = None, settings: Settings | None = None) -> "GPT":

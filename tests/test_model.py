@@ -622,3 +622,27 @@ class TestOnAGpu:
         assert all(len(r) == 6 for r in generate(m, [[1, 2, 3], [4]], max_new_tokens=6))
         g = torch.Generator(device="cuda").manual_seed(0)
         assert generate(m, [[1, 2, 3]], max_new_tokens=6, temperature=0.8, top_p=0.9, generator=g)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_of_ours_is_saved_as_a_plain_llama(tied, tmp_path):
+    """transformers and `from_pretrained` read what `save_pretrained` wrote, and give the same logits."""
+    import transformers
+
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(vocab_size=101, d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, context=64, rope_theta=5000.0, tied=tied)).eval()
+    ours.save_pretrained(tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    again = GPT.from_pretrained(tmp_path / "saved")
+    ids = torch.randint(101, (2, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-5, atol=1e-6)
+        assert torch.equal(again(ids), ours(ids))
+    assert again.config == ours.config
+    assert {k: v.shape for k, v in theirs.state_dict().items()}.keys() == transformers.LlamaForCausalLM(theirs.config).state_dict().keys()
+
+
+def test_a_shape_that_llama_lacks_is_not_saved(tmp_path):
+    with pytest.raises(BadInput, match="norm is 'layer'"):
+        GPT(GPTConfig(vocab_size=16, d_model=16, n_layers=1, n_heads=2, norm="layer")).save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
