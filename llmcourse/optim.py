@@ -95,12 +95,12 @@ def lion_update(param: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: float, beta
     direction = torch.sign(betas[0] * exp_avg + (1 - betas[0]) * grad)
     return param * (1 - lr * weight_decay) - lr * direction, betas[1] * exp_avg + (1 - betas[1]) * grad
 
-# %% ../nbs/06_optimizers.ipynb #0835d6d2
+# %% ../nbs/06_optimizers.ipynb #e3604ba0
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrix: Tensor, *, coefficients: tuple[float, float, float] = NS_COEFFICIENTS, eps: float = 1e-7, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Roughly U Vᵀ for matrix = U S Vᵀ, (M, N) → (M, N), by Newton–Schulz iteration (Jordan et al., 2024).
+    """Roughly U Vᵀ for matrix = U S Vᵀ, by Newton–Schulz iteration (Jordan et al., 2024); (M, N) → (M, N), or a stack (K, M, N) → (K, M, N).
 
     Each round applies x ↦ a x + b x³ + c x⁵ to all singular values. With the usual coefficients and five rounds,
     values above about 0.005 of the Frobenius norm end between 0.65 and 1.25.
@@ -109,16 +109,17 @@ def orthogonalize(matrix: Tensor, *, coefficients: tuple[float, float, float] = 
         eps: the Frobenius norm is taken to be at least this, so that a matrix of zeros stays one.
         dtype: format of the matrix products and of the result; None: the matrix's own.
     """
-    require(matrix.ndim == 2, "shape of matrix", tuple(matrix.shape), "two dimensions (M, N)")
+    require(matrix.ndim in (2, 3), "shape of matrix", tuple(matrix.shape), "two dimensions (M, N), or three (K, M, N)")
     a, b, c = coefficients
     X = matrix if dtype is None else matrix.to(dtype)
-    tall = X.shape[0] > X.shape[1]
-    X = X.T if tall else X  # the products below are smallest when M ≤ N
-    X = X / X.norm().clamp(min=eps)
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X  # the products below are smallest when M ≤ N
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    product = torch.addmm if X.ndim == 2 else torch.baddbmm  # β · first + α · second @ third
     for _ in range(steps):
-        A = X @ X.T  # (M, M)
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A²) X
-    return X.T if tall else X
+        A = X @ X.mT  # (…, M, M)
+        X = product(X, product(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A²) X
+    return X.mT if tall else X
 
 
 def _shape_scale(shape: torch.Size, adjust_lr_fn: str | None) -> float:
@@ -144,7 +145,7 @@ def muon_update(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, lr: flo
     step = orthogonalize(direction, coefficients=ns_coefficients, eps=eps, steps=ns_steps, dtype=ns_dtype)
     return param * (1 - lr * weight_decay) - lr * _shape_scale(param.shape, adjust_lr_fn) * step, momentum_buffer
 
-# %% ../nbs/06_optimizers.ipynb #2d45b221
+# %% ../nbs/06_optimizers.ipynb #1bf77a7a
 def _check_options(options: dict[str, Any], bounds: dict[str, tuple[float, float]]) -> None:
     """Every numeric option within its bounds: (low, high) means low ≤ value < high; lr is above 0."""
     def number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
@@ -425,9 +426,15 @@ class Muon(_Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         directions = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        alike = {}  # matrices of one shape in a stack: on a GPU, and for small ones on a CPU, the number of calls is what takes time
         for p, direction in zip(params, directions):
-            step = orthogonalize(direction, coefficients=group["ns_coefficients"], eps=group["eps"], steps=group["ns_steps"], dtype=group["ns_dtype"])
-            p.add_(step, alpha=-lr * _shape_scale(p.shape, group["adjust_lr_fn"]))
+            alike.setdefault(p.shape, []).append((p, direction))
+        for shape, pairs in alike.items():
+            same, stack = zip(*pairs)
+            stack = stack[0] if len(stack) == 1 else torch.stack(stack)
+            steps = orthogonalize(stack, coefficients=group["ns_coefficients"], eps=group["eps"], steps=group["ns_steps"], dtype=group["ns_dtype"])
+            for p, step in zip(same, [steps] if len(same) == 1 else steps):
+                p.add_(step, alpha=-lr * _shape_scale(shape, group["adjust_lr_fn"]))
 
 
 class MuonWithAdamW(_Optimizer):
@@ -451,7 +458,7 @@ def _options(rule: type[_Optimizer]) -> dict[str, Any]:
     """The settings of a rule with their defaults."""
     return {name: p.default for name, p in inspect.signature(rule).parameters.items() if name != "params"}
 
-# %% ../nbs/06_optimizers.ipynb #e55bcf82
+# %% ../nbs/06_optimizers.ipynb #929ed0e6
 def lr_factor(step: int, *, total: int, warmup: int = 0, kind: str = "cosine", final: float = 0.1, decay: float = 0.2) -> float:
     """What to multiply the peak learning rate with at this step.
 
@@ -475,7 +482,7 @@ def lr_factor(step: int, *, total: int, warmup: int = 0, kind: str = "cosine", f
     if kind == "constant":
         return 1.0
     last = total - 1
-    start = warmup if kind != "wsd" else max(warmup, total - round(decay * total)) - 1  # the last step at the peak
+    start = warmup if kind != "wsd" else max(warmup, total - max(1, round(decay * total))) - 1  # the last step at the peak
     t = min(1.0, max(0.0, (step - start) / (last - start))) if last > start else float(step > start)
     shape = (1 + math.cos(math.pi * t)) / 2 if kind == "cosine" else 1 - t
     return final + (1 - final) * shape

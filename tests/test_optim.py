@@ -139,6 +139,13 @@ def test_muon_is_torchs_muon_bit_for_bit():
         assert together(Muon(a, lr=0.02, **options), torch.optim.Muon(b, lr=0.02, **options), a, b) == 0.0
 
 
+def test_stacked_muon_is_torchs_muon_to_bfloat16():
+    """Matrices of one shape are multiplied as a stack, whose sums may run in another order: a bit of bfloat16 now and then."""
+    shapes = [(4, 4), (8, 3), (4, 4), (4, 4), (8, 3), (16, 64)]
+    a, b = parameters(shapes, torch.float32), parameters(shapes, torch.float32)
+    assert together(Muon(a, lr=0.02), torch.optim.Muon(b, lr=0.02), a, b) <= 1e-3
+
+
 def test_a_torch_optimizer_goes_on_from_our_state_and_back():
     for ours, options in ((SGD, {"momentum": 0.9}), (RMSprop, {"momentum": 0.9, "centered": True}), (AdamW, {}), (Muon, {})):
         shapes, theirs = MATRICES if ours is Muon else SHAPES, getattr(torch.optim, ours.__name__)
@@ -274,6 +281,12 @@ def test_muon_class_against_the_svd():
         optimizer.step()
     for p, m in zip(params, mirror):
         assert torch.allclose(p, m, rtol=0, atol=1e-8)
+
+
+def test_a_stack_is_its_matrices():
+    G = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0))
+    for dtype in (None, torch.bfloat16, torch.float64):
+        assert torch.allclose(orthogonalize(G, dtype=dtype), torch.stack([orthogonalize(g, dtype=dtype) for g in G]), atol=1e-6)
 
 
 def test_zero_gradient():
