@@ -424,7 +424,7 @@ def nothing_dropped(step, n_items, batch_size, seed):
     return torch.randperm(n_items, generator=torch.Generator().manual_seed(seed + epoch))[position * batch_size : (position + 1) * batch_size]
 
 
-@ex.wrong("You carried what was left over into the next epoch. Then no item is dropped, and a batch may lie in two epochs; the rule of this run is that every epoch begins with a fresh batch.")
+@ex.wrong("You carried what was left over into the next epoch. Then no item is dropped, and a batch may lie in two epochs. Many trainers do it so, and it is a good rule; the rule of this run is that every epoch begins with a fresh batch.")
 def leftover_carried(step, n_items, batch_size, seed):
     if batch_size > n_items:
         raise ValueError("too few items")
