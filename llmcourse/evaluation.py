@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['token_nll', 'block_bootstrap', 'Protocol', 'Perplexity', 'perplexity', 'autocorrelation', 'Ratio',
-           'compare_perplexity']
+           'compare_perplexity', 'KneserNey']
 
 # %% ../nbs/05_evaluation.ipynb #98d9e904
 import contextlib
@@ -284,3 +284,87 @@ def compare_perplexity(a: Perplexity, b: Perplexity) -> Ratio:
     p, difference = a.protocol, b.nll - a.nll
     low, high = _ends(block_bootstrap(difference, block=p.block, n_boot=p.n_boot, seed=p.seed).exp(), p.level)
     return Ratio(math.exp(difference.mean()), low, high)
+
+# %% ../nbs/05_evaluation.ipynb #bc9496c6
+class KneserNey:
+    """An interpolated Kneser–Ney n-gram model: it counts, and nothing else. Called like a language model: ids (B, T) → log-probabilities (B, T, V).
+
+    The probability of a token after a context of k tokens is what is left of its count after a discount, plus the
+    discounted share times the probability after the last k - 1 of them. Below the highest order, a token counts as
+    often as it follows a *different* token (Kneser and Ney, 1995), and there are three discounts per order, for counts
+    of 1, 2 and more (Chen and Goodman, 1999, section 3); below the unigrams stands the uniform distribution.
+
+    Args:
+        tokens: the text to count (N,).
+        vocab_size: V. `order` tokens of it must fit into 63 bits.
+        order: length of the longest n-grams.
+        discounts: taken off counts of 1, 2 and more, at most that count; None: estimated for each order.
+    """
+
+    def __init__(self, tokens: Tensor, vocab_size: int, *, order: int = 5, discounts: tuple[float, float, float] | None = None):
+        self.bits = max(1, (vocab_size - 1).bit_length())
+        require(isinstance(order, int) and 1 <= order <= 63 // self.bits, "order", order, f"1 to {63 // self.bits}, so that {self.bits} bits per token fit into one number")
+        require(tokens.ndim == 1 and len(tokens) >= order, "tokens", f"{len(tokens)} tokens", f"at least {order}, one n-gram")
+        require(0 <= int(tokens.min()) and int(tokens.max()) < vocab_size, "tokens", f"{int(tokens.min())} to {int(tokens.max())}", f"0 to {vocab_size - 1}")
+        require(discounts is None or (len(discounts) == 3 and all(0 <= d <= c for c, d in enumerate(discounts, 1))), "discounts", discounts, "None, or three numbers of at least 0 and at most 1, 2 and 3")
+        self.vocab_size, self.order, self._given = vocab_size, order, discounts
+        ids = tokens.numpy().astype(np.int64)
+        codes = self._codes(ids, order)
+        grams, counts = np.unique(codes, return_counts=True)  # an n-gram as one number: its last token in the lowest bits
+        # the first order - 1 tokens of the text end a shorter n-gram that no longer one contains
+        self._tables = [self._table(grams, counts)]
+        for k in range(order - 1, 0, -1):
+            # how many different tokens stand before each shorter n-gram: each longer one votes once
+            grams, counts = np.unique(grams & ((1 << self.bits * k) - 1), return_counts=True)
+            self._tables.append(self._table(grams, counts))
+        self._tables.reverse()  # now by length, from 1
+
+    def _codes(self, ids: np.ndarray, k: int) -> np.ndarray:
+        code = np.zeros(len(ids) - k + 1, dtype=np.int64)
+        for i in range(k):
+            code = (code << self.bits) | ids[i : len(ids) - k + 1 + i]
+        return code
+
+    def _table(self, grams: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """The followers of each context with their discounted probabilities, and what the discounts left over."""
+        if self._given is None:
+            n1, n2, n3, n4 = (int((counts == c).sum()) for c in (1, 2, 3, 4))
+            y, ratio = n1 / max(1, n1 + 2 * n2), lambda a, b: b / a if a else 0.0
+            estimated = [1 - 2 * y * ratio(n1, n2), 2 - 3 * y * ratio(n2, n3), 3 - 4 * y * ratio(n3, n4)]
+            # outside of these bounds (tiny texts) a probability would be negative, or nothing be left for unseen tokens
+            discounts = np.clip(estimated, [0.1, 0.1, 0.1], [1.0, 2.0, 3.0])
+        else:
+            discounts = np.array(self._given, dtype=np.float64)
+        discount = discounts[np.minimum(counts, 3) - 1]
+        contexts, first = np.unique(grams >> self.bits, return_index=True)
+        total = np.add.reduceat(counts, first).astype(np.float64)
+        return {"context": contexts, "first": np.append(first, len(grams)), "token": grams & ((1 << self.bits) - 1),
+                "p": (counts - discount) / np.repeat(total, np.diff(np.append(first, len(grams)))), "rest": np.add.reduceat(discount, first) / total}
+
+    @property
+    def n_grams(self) -> list[int]:
+        """Different n-grams by length, from 1."""
+        return [len(t["token"]) for t in self._tables]
+
+    def probabilities(self, context: np.ndarray) -> np.ndarray:
+        """p(next token | context) for every token (V,); only the last order - 1 tokens of the context count."""
+        p = np.full(self.vocab_size, 1 / self.vocab_size)
+        for k, table in enumerate(self._tables):
+            if k > len(context):
+                break
+            code = int(self._codes(context[len(context) - k :], k)[0]) if k else 0
+            i = np.searchsorted(table["context"], code)
+            if i == len(table["context"]) or table["context"][i] != code:
+                break  # a context that was never seen says nothing, and neither does a longer one
+            p *= table["rest"][i]
+            followers = slice(table["first"][i], table["first"][i + 1])
+            p[table["token"][followers]] += table["p"][followers]
+        return p
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        rows = ids.cpu().numpy().astype(np.int64)
+        logits = np.empty((*rows.shape, self.vocab_size), dtype=np.float32)
+        for b, row in enumerate(rows):
+            for t in range(len(row)):
+                logits[b, t] = np.log(self.probabilities(row[max(0, t - self.order + 2) : t + 1]))
+        return torch.from_numpy(logits)

@@ -341,3 +341,67 @@ def test_gpu_gives_the_same_losses():
     want = ev.token_nll(model, tokens, context=10, stride=5)
     got = ev.token_nll(model.cuda(), tokens.cuda(), context=10, stride=5, batch_size=2)
     assert got.device.type == "cpu" and (got - want).abs().max() < 1e-3  # another order of the sums, perhaps TF32
+
+
+def kneser_ney_by_definition(text, V, order, discounts):
+    """p(w | context) from the formulas, with dictionaries of tuples and no codes."""
+    occurs = [tuple(text[i : i + order]) for i in range(len(text) - order + 1)]
+    longest = {g: occurs.count(g) for g in set(occurs)}
+    tables, grams = {order: longest}, set(longest)
+    for k in range(order - 1, 0, -1):
+        tables[k] = {}
+        for g in grams:
+            tables[k][g[1:]] = tables[k].get(g[1:], 0) + 1
+        grams = set(tables[k])
+
+    def p(w, context, k):
+        if k == 0:
+            return 1 / V
+        c = tuple(context[len(context) - (k - 1) :])
+        after = {g[-1]: n for g, n in tables[k].items() if g[:-1] == c}
+        if not after:
+            return p(w, context, k - 1)
+        off = {v: discounts[min(n, 3) - 1] for v, n in after.items()}
+        total = sum(after.values())
+        return max(after.get(w, 0) - off.get(w, 0), 0) / total + sum(off.values()) / total * p(w, context, k - 1)
+
+    return p
+
+
+@given(st.lists(st.integers(0, 4), min_size=4, max_size=40), st.integers(1, 4), st.tuples(st.floats(0.1, 1), st.floats(0.1, 2), st.floats(0.1, 3)), st.data())
+@settings(max_examples=60, deadline=None)
+def test_kneser_ney_is_the_definition(text, order, discounts, data):
+    model = ev.KneserNey(torch.tensor(text), 5, order=order, discounts=discounts)
+    expected = kneser_ney_by_definition(text, 5, order, discounts)
+    context = data.draw(st.lists(st.integers(0, 4), min_size=0, max_size=5))
+    found = model.probabilities(np.array(context, dtype=np.int64))
+    k = min(order, len(context) + 1)
+    np.testing.assert_allclose(found, [expected(w, context, k) for w in range(5)], rtol=1e-10)
+    assert abs(found.sum() - 1) < 1e-12 and found.min() > 0
+    if context:
+        logits = model(torch.tensor([context]))
+        np.testing.assert_allclose(logits[0, -1].exp(), found, rtol=1e-5)
+
+
+def test_kneser_ney_discounts_are_estimated_per_order():
+    text = torch.randint(0, 30, (3000,), generator=torch.Generator().manual_seed(0))
+    model = ev.KneserNey(text, 30, order=3)
+    for context in ([1], [3, 7], [29, 29]):
+        p = model.probabilities(np.array(context))
+        assert abs(p.sum() - 1) < 1e-12 and p.min() > 0
+    assert model.n_grams[0] == 30 and model.n_grams[1] <= 900
+
+
+def test_counting_learns_what_can_be_counted():
+    """On a text with a fixed successor for every token, the model is nearly certain; on noise it is near uniform."""
+    cycle = torch.arange(600) % 7
+    noise = torch.randint(0, 7, (600,), generator=torch.Generator().manual_seed(0))
+    sure = ev.perplexity(ev.KneserNey(cycle, 7, order=3), cycle, context=32, stride=24).value
+    unsure = ev.perplexity(ev.KneserNey(noise[:300], 7, order=3), noise[300:], context=32, stride=24).value
+    assert sure < 1.2 and unsure > 6
+
+
+@pytest.mark.parametrize(("kwargs", "text"), [({"order": 0}, "order is 0"), ({"order": 40}, "order is 40"), ({"discounts": (2, 1, 1)}, "discounts"), ({"vocab_size": 3}, "tokens is '0 to 4'")])
+def test_bad_input_for_counting(kwargs, text):
+    with pytest.raises(BadInput, match=text):
+        ev.KneserNey(torch.arange(5), **({"vocab_size": 5} | kwargs))

@@ -1,0 +1,528 @@
+"""Training: accumulation, data parallel, resuming after a kill, checkpoints, early stop, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import training_worker as worker
+from conftest import ROOT, clean_env
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from llmcourse import training as tr
+from llmcourse.data import TokenData
+from llmcourse.model import GPT, GPTConfig
+from llmcourse.runtime import Runtime
+from llmcourse.settings import BadInput
+from llmcourse.training import NotFinite, TrainConfig, Windows, checkpoints, next_token_loss, train
+
+WORKER = Path(__file__).with_name("training_worker.py")
+SHORT = {"steps": 12, "batch_size": 8, "seq_len": 16, "lr": 3e-3, "warmup": 2}
+
+
+def stream(n=2000, V=32):
+    return (torch.arange(n) * 5 + torch.randint(0, 3, (n,), generator=torch.Generator().manual_seed(0))) % V
+
+
+def token_stream(train=None, val=None):
+    train = stream() if train is None else train
+    val = train[:500] if val is None else val
+    return TokenData(train=train, val=val, test=val, calib=val, bytes={}, name="made", tokenizer="none", separator=0)
+
+
+def run(job, *, processes=None, check=True, **env):
+    launch = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    found = subprocess.run([*launch, str(WORKER), json.dumps(job)], env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **env), capture_output=True, text=True, timeout=240)
+    if check:
+        assert found.returncode == 0, found.stderr[-3000:]
+        return json.loads(found.stdout.strip().splitlines()[-1])
+    return found
+
+
+# ------------------------------------------------------------------------------------------ examples and their order
+
+
+@given(st.integers(2, 200), st.integers(1, 40))
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_windows_make_each_token_a_target_once(n, length):
+    tokens = torch.arange(n)
+    if n <= length:
+        with pytest.raises(BadInput, match="data is 'a stream of"):
+            Windows(tokens, length)
+        return
+    windows = Windows(tokens, length)
+    targets = torch.cat([windows[i][1:] for i in range(len(windows))])
+    assert torch.equal(targets, torch.arange(1, len(targets) + 1)) and n - 1 - len(targets) < length
+    assert all(len(windows[i]) == length + 1 for i in range(len(windows)))
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5))
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_every_example_once_per_epoch_and_the_order_needs_no_state(n, batch, seed):
+    seen = [i for step in range(-(-2 * n // batch)) for i in tr.Order(n, batch, seed)[step]]
+    assert sorted(seen[:n]) == list(range(n)) and sorted(seen[n : 2 * n]) == list(range(n))
+    assert tr.Order(n, batch, seed)[3] == seen[3 * batch : 4 * batch] or len(seen) < 4 * batch
+
+
+def test_epochs_and_seeds_differ():
+    order = tr.Order(100, 100, 0)
+    assert order[0] != order[1] and order[0] != tr.Order(100, 100, 1)[0]
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.one_of(st.none(), st.integers(1, 9)))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_shares_are_a_partition(n, world, micro):
+    if n < world:
+        return
+    indices = list(range(n))
+    shares = [tr._share(indices, r, world, micro) for r in range(world)]
+    assert [i for share in shares for piece in share for i in piece] == indices
+    sizes = [sum(map(len, share)) for share in shares]
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+    assert micro is None or all(len(piece) <= micro for share in shares for piece in share)
+
+
+# ------------------------------------------------------------------------------------------ the step
+
+
+def test_one_step_is_the_loop_that_one_would_write():
+    """Same losses and weights as a bare loop with the same optimizer, clipping and schedule."""
+    from llmcourse.optim import make_optimizer
+
+    cfg = TrainConfig(**SHORT, optimizer="adamw")
+    ours, bare, data = worker.model(), worker.model(), worker.Rows()
+    result = train(ours, (data, None), cfg)
+    optimizer, order = make_optimizer(bare, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay), tr.Order(len(data), 8, 0)
+    losses = []
+    for step in range(cfg.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr_at(step)
+        batch = torch.stack([data[i] for i in order[step]])
+        loss = F.cross_entropy(bare(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    torch.testing.assert_close(torch.tensor(result.losses), torch.tensor(losses), rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours.parameters(), bare.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert result.losses[-1] < result.losses[0] and result.targets == 12 * 8 * 16
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("micro", [1, 3, 5])
+def test_accumulation_equals_the_large_batch(micro, uneven):
+    loss_fn = worker.uneven_loss if uneven else next_token_loss
+    large, small = worker.model(), worker.model()
+    a = train(large, (worker.Rows(), None), TrainConfig(**SHORT), loss_fn=loss_fn)
+    b = train(small, (worker.Rows(), None), TrainConfig(**SHORT, micro_batch=micro), loss_fn=loss_fn)
+    torch.testing.assert_close(torch.tensor(b.losses), torch.tensor(a.losses), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(b.grad_norms), torch.tensor(a.grad_norms), rtol=1e-4, atol=1e-6)
+    assert a.targets == b.targets
+
+
+def test_averaging_micro_batch_means_would_have_been_wrong():
+    """The control of the test above: the published bug gives another gradient on the same uneven batch."""
+    data, model = worker.Rows(), worker.model()
+    batch = torch.stack([data[i] for i in range(8)])
+    gradient = lambda loss: torch.cat([g.flatten() for g in torch.autograd.grad(loss, tuple(model.parameters()))])
+    right = gradient(worker.uneven_loss(model, batch).mean())
+    wrong = gradient(torch.stack([worker.uneven_loss(model, batch[i : i + 1]).mean() for i in range(8)]).mean())
+    assert float((wrong - right).norm() / right.norm()) > 0.05
+
+
+def test_gradients_are_clipped_to_the_limit():
+    seen = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(float(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]])))
+
+    model = worker.model()
+    result = train(model, (worker.Rows(), None), TrainConfig(**SHORT | {"clip": 0.25}, micro_batch=3), loss_fn=worker.uneven_loss, optimizer=Spy(model.parameters(), lr=1.0))
+    assert max(seen) <= 0.25 + 1e-6 and max(result.grad_norms) > 0.25
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"precision": "bfloat16"}])
+def test_options_change_cost_and_not_the_result(options):
+    plain, other = worker.model(0.1), worker.model(0.1)
+    a = train(plain, (worker.Rows(), None), TrainConfig(**SHORT))
+    b = train(other, (worker.Rows(), None), TrainConfig(**SHORT, **options))
+    tolerance = 1e-6 if "gradient_checkpointing" in options else 2e-2
+    torch.testing.assert_close(torch.tensor(b.losses), torch.tensor(a.losses), rtol=tolerance, atol=tolerance)
+    assert "forward" not in vars(other.blocks[0])  # nothing of the wrapping is left
+
+
+def test_a_transformers_model_trains_too():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32))
+    for checkpointing in (False, True):
+        result = train(model, token_stream(), TrainConfig(**SHORT, gradient_checkpointing=checkpointing))
+        assert result.losses[-1] < result.losses[0]
+
+
+def test_the_model_is_handed_back_in_its_mode_and_trainable():
+    model = worker.model(0.2).eval()
+    train(model, token_stream(), TrainConfig(**SHORT | {"steps": 2}, eval_every=1))
+    assert not model.training
+    assert type(model).forward is GPT.forward and "forward" not in vars(model)
+
+
+def test_a_frozen_parameter_stays():
+    model = worker.model()
+    model.embed.weight.requires_grad_(False)
+    before = model.embed.weight.clone()
+    train(model, token_stream(), TrainConfig(**SHORT | {"steps": 3}))
+    assert torch.equal(model.embed.weight, before)
+
+
+def test_validation_uses_the_same_examples_and_draws_at_every_look_and_disturbs_nothing():
+    def noisy(model, batch):
+        losses = next_token_loss(model, batch)
+        return losses * torch.rand(len(losses))
+
+    a, b = worker.model(0.1), worker.model(0.1)
+    with_looks = train(a, token_stream(), TrainConfig(**SHORT, eval_every=3), loss_fn=noisy)
+    without = train(b, token_stream(), TrainConfig(**SHORT), loss_fn=noisy)
+    assert with_looks.losses == without.losses and [s for s, _ in with_looks.val] == [3, 6, 9, 12]
+    still = TrainConfig(**SHORT | {"lr": 1e-12}, eval_every=4)
+    looks = [loss for _, loss in train(worker.model(0.1), token_stream(), still, loss_fn=noisy).val]
+    assert max(looks) - min(looks) < 1e-6
+
+
+def test_early_stop_goes_back_to_the_best_weights():
+    """Training on noise makes the validation part worse: the run stops after `patience` looks and restores."""
+    g = torch.Generator().manual_seed(0)
+    data = token_stream(torch.randint(0, 32, (300,), generator=g), torch.randint(0, 32, (400,), generator=g))
+    cfg = TrainConfig(steps=200, batch_size=8, seq_len=16, lr=1e-2, schedule="constant", eval_every=5, patience=3)
+    model = worker.model()
+    result = train(model, data, cfg)
+    assert result.stopped == "patience" and result.steps < 200
+    later = [loss for step, loss in result.val if step > result.best[0]]
+    assert len(later) == 3 and min(later) > result.best[1]
+    windows = Windows(data.val, 16)
+    batch = torch.stack([windows[i] for i in range(len(windows))])  # fewer than eval_sequences: all of them
+    with torch.no_grad():
+        assert abs(float(next_token_loss(model, batch).mean()) - result.best[1]) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------ checkpoints and resuming
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, optimizer):
+    """Losses, validation and weights to the last bit, with dropout, accumulation and a batch across the border of an epoch."""
+    cfg = TrainConfig(**SHORT | {"steps": 20}, micro_batch=3, eval_every=7, save_every=5, optimizer=optimizer, keep=9)
+    data = (worker.Rows(), worker.Rows())
+    whole, part = worker.model(0.2), worker.model(0.2)
+    expected = train(whole, data, cfg, out=tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for late in checkpoints(tmp_path / "b")[2:]:
+        shutil.rmtree(late)
+    found = train(part, data, cfg, out=tmp_path / "b")
+    assert found.resumed == [10] and found.losses == expected.losses and found.val == expected.val
+    assert worker.digest(part) == worker.digest(whole)
+    again = train(worker.model(0.2), data, cfg, out=tmp_path / "b")  # finished: nothing is done
+    assert again.losses == expected.losses
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_run_ends_the_same(tmp_path):
+    job = {"config": SHORT | {"steps": 40, "save_every": 3, "eval_every": 10}, "dropout": 0.1}
+    expected = run(job)
+    rng, out, kills, resumed = random.Random(0), tmp_path / "out", 0, set()
+    while True:
+        process = subprocess.Popen([sys.executable, str(WORKER), json.dumps(job | {"out": str(out), "pause": 0.03})], env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True)
+        if kills < 4:
+            had, deadline = len(list(out.glob("step-*"))) and checkpoints(out)[-1].name, time.time() + 120
+            while time.time() < deadline and process.poll() is None and (not checkpoints(out) or checkpoints(out)[-1].name == had):
+                time.sleep(0.01)  # until it has written something new
+            time.sleep(rng.uniform(0, 0.3))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        text, _ = process.communicate(timeout=200)
+        break
+    found = json.loads(text.strip().splitlines()[-1])
+    resumed = found["resumed"]
+    assert len(resumed) >= 1 and resumed[-1] > 3
+    assert found["losses"] == expected["losses"] and found["val"] == expected["val"] and found["digest"] == expected["digest"]
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
+    cfg = TrainConfig(**SHORT, save_every=4, keep=5)
+    whole = worker.model()
+    train(whole, token_stream(), cfg, out=tmp_path)
+    last = checkpoints(tmp_path)[-1]
+    shutil.move(last, tmp_path / f".{last.name}.partial-xyz")  # as a kill during the writing leaves it
+    model = worker.model()
+    result = train(model, token_stream(), cfg, out=tmp_path)
+    assert result.resumed == [8] and worker.digest(model) == worker.digest(whole)
+    assert not list(tmp_path.glob(".step-*")) and not list(tmp_path.glob("*partial*"))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train(worker.model(), token_stream(), TrainConfig(**SHORT, save_every=2, keep=2), out=tmp_path)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000010", "step-00000012"]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_field_by_field(tmp_path):
+    train(worker.model(), token_stream(), TrainConfig(**SHORT), out=tmp_path)
+    with pytest.raises(BadInput) as e:
+        train(worker.model(), token_stream(), TrainConfig(**SHORT | {"lr": 1e-2, "steps": 13}), out=tmp_path)
+    for words in ("lr 0.003 (now 0.01)", "steps 12 (now 13)", "empty folder"):
+        assert words in str(e.value)
+    assert "batch_size" not in str(e.value)
+    with pytest.raises(BadInput, match="n_layers 2 .now 1"):
+        train(GPT(GPTConfig(vocab_size=32, d_model=32, n_layers=1, n_heads=2, context=32)), token_stream(), TrainConfig(**SHORT), out=tmp_path)
+    with pytest.raises(BadInput, match="sha256 of the tokens"):
+        train(worker.model(), token_stream(stream() .flip(0)), TrainConfig(**SHORT), out=tmp_path)
+    with pytest.raises(BadInput, match="uneven_loss"):
+        train(worker.model(), token_stream(), TrainConfig(**SHORT), loss_fn=worker.uneven_loss, out=tmp_path)
+    train(worker.model(), token_stream(), TrainConfig(**SHORT, save_every=3, keep=1), out=tmp_path)  # these two may differ
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """The operating system refuses to write more than some bytes per file: the run stops with one sentence, and goes on later."""
+    script = f"""
+import json, resource, signal, sys
+sys.path.insert(0, {str(WORKER.parent)!r})
+import training_worker as w
+from llmcourse import training as tr
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+real, calls = tr._save, []
+def limited(*a, **k):
+    calls.append(1)
+    if len(calls) == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    return real(*a, **k)
+tr._save = limited
+try:
+    w.main({{"config": {SHORT | {"save_every": 4}!r}, "out": {str(tmp_path / "out")!r}}})
+except OSError as e:
+    print("stopped:", e)
+"""
+    found = subprocess.run([sys.executable, "-c", script], env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=200)
+    assert found.stdout.startswith("stopped:") and "step 8 could not be written" in found.stdout and "step-00000004" in found.stdout, found.stdout + found.stderr[-2000:]
+    assert [p.name for p in checkpoints(tmp_path / "out")] == ["step-00000004"]
+    assert not [p for p in (tmp_path / "out").iterdir() if "partial" in p.name]
+    expected = run({"config": SHORT})
+    later = run({"config": SHORT | {"save_every": 4}, "out": str(tmp_path / "out")})
+    assert later["resumed"] == [4] and later["digest"] == expected["digest"]
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [{}, {"uneven": True, "config": SHORT | {"micro_batch": 3, "batch_size": 7, "eval_every": 6}}])
+def test_two_processes_are_one(tmp_path, extra):
+    """Data parallel over gloo: the same global batch, unequal shares and target counts."""
+    job = {"config": SHORT} | extra
+    one = run(job | {"weights": str(tmp_path / "one.pt")})
+    two = run(job | {"weights": str(tmp_path / "two.pt")}, processes=2)
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(two["val"]), torch.tensor(one["val"]), rtol=1e-5, atol=1e-5)
+    a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
+    for name in a:  # Adam divides by the root of tiny squares: rounding shows in a few weights
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_take_up_their_run_again(tmp_path):
+    config = SHORT | {"save_every": 4, "keep": 9, "world_size": 2}
+    whole = run({"config": config, "out": str(tmp_path / "a"), "dropout": 0.1}, processes=2)
+    for late in checkpoints(tmp_path / "a")[1:]:
+        shutil.rmtree(late)
+    part = run({"config": config, "out": str(tmp_path / "a"), "dropout": 0.1}, processes=2)
+    assert part["resumed"] == [4] and part["losses"] == whole["losses"] and part["digest"] == whole["digest"]
+
+
+def test_the_number_of_processes_is_checked():
+    """`accelerate launch --cpu --num_processes 2` starts one process without a word."""
+    with pytest.raises(BadInput, match=r"world_size is 2, but 1 process takes part"):
+        train(worker.model(), token_stream(), TrainConfig(**SHORT, world_size=2))
+    lines = []
+    train(worker.model(), token_stream(), TrainConfig(**SHORT | {"steps": 1, "warmup": 0}), say=lines.append)
+    assert any(line.startswith("1 process on cpu") for line in lines)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_a_cpu_is_found_out():
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "2", str(WORKER), json.dumps({"config": SHORT | {"world_size": 2}})]
+    found = subprocess.run(launch, env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=240)
+    both = found.stdout + found.stderr
+    assert (found.returncode and "world_size is 2, but 1 process takes part" in both and "torchrun" in both) or '"world_size": 2' in both, both[-2000:]
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"lr": 0}, "lr is 0"), ({"lr": -1e-3}, "lr is -0.001"), ({"lr": math.nan}, "lr is nan"), ({"lr": math.inf}, "lr is inf"), ({"lr": "fast"}, "lr is 'fast'"),
+    ({"steps": 0}, "steps is 0"), ({"batch_size": 2.5}, "batch_size is 2.5"), ({"micro_batch": 0}, "micro_batch is 0"), ({"clip": 0}, "clip is 0"),
+    ({"precision": "int8"}, "float32, bfloat16, float16"), ({"schedule": "zigzag"}, "constant, linear, cosine, wsd"), ({"patience": 2}, "eval_every"), ({"weight_decay": -1}, "weight_decay is -1"),
+    ({"warmup": 100}, "warmup"),
+])
+def test_a_bad_configuration_is_refused_at_once(change, words):
+    with pytest.raises(BadInput, match=words.replace("(", r"\(")):
+        TrainConfig(**SHORT | change)
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (lambda: token_stream(torch.arange(16)), "a stream of 16 tokens"),
+    (lambda: ([], None), "0 examples"),
+    (lambda: 3, "int"),
+])
+def test_bad_data(data, words):
+    with pytest.raises(BadInput, match=words):
+        train(worker.model(), data(), TrainConfig(**SHORT))
+
+
+def test_float16_and_compile_are_refused_where_they_cannot_work(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match="float16 needs a GPU"):
+            train(worker.model(), token_stream(), TrainConfig(**SHORT, precision="float16"))
+    monkeypatch.setattr(tr, "_compiler", lambda: False)
+    with pytest.raises(BadInput, match="compile is True"):
+        train(worker.model(), token_stream(), TrainConfig(**SHORT, compile=True))
+
+
+def test_an_unknown_optimizer_or_option_is_refused():
+    with pytest.raises(BadInput, match="adamw"):
+        train(worker.model(), token_stream(), TrainConfig(**SHORT, optimizer="adamx"))
+    with pytest.raises(BadInput, match="betaz"):
+        train(worker.model(), token_stream(), TrainConfig(**SHORT, optimizer_options={"betaz": (0, 1)}))
+
+
+def test_a_loss_of_a_wrong_shape_is_refused():
+    with pytest.raises(BadInput, match="the result of loss_fn"):
+        train(worker.model(), token_stream(), TrainConfig(**SHORT), loss_fn=lambda model, batch: model(batch[:, :-1]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, bad):
+    model, calls, before = worker.model(), [], {}
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        if len(calls) == 7:
+            before.update({k: v.clone() for k, v in model.state_dict().items()})
+            return next_token_loss(model, batch) * bad
+        return next_token_loss(model, batch)
+
+    with pytest.raises(NotFinite) as e:
+        train(model, token_stream(), TrainConfig(**SHORT, save_every=2), loss_fn=loss_fn, out=tmp_path)
+    order = tr.Order(len(Windows(stream(), 16)), 8, 0)
+    assert e.value.step == 6 and e.value.examples == order[6] and e.value.checkpoint == checkpoints(tmp_path)[-1]
+    assert "step 6" in str(e.value) and str(order[6][0]) in str(e.value) and "step-00000006" in str(e.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_too():
+    class Root(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(3))
+
+    with pytest.raises(NotFinite, match="norm of the gradient is (nan|inf) at step 0"):
+        train(Root(), ([torch.ones(1)] * 8, None), TrainConfig(**SHORT), loss_fn=lambda m, b: m.w.abs().sum().sqrt().reshape(1), optimizer=None)
+
+
+# ------------------------------------------------------------------------------------------ GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_same_training_on_a_gpu(precision):
+    rt = Runtime.auto("cuda", "float32")
+    here = train(worker.model(), token_stream(), TrainConfig(**SHORT))
+    there = train(worker.model(), token_stream(), TrainConfig(**SHORT, precision=precision), rt=rt)
+    tolerance = 1e-3 if precision == "float32" else 5e-2
+    torch.testing.assert_close(torch.tensor(there.losses), torch.tensor(here.losses), rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------ the whole way
+
+
+RECIPE = """
+data = [{corpus!r}]
+licence = "none"
+[test]
+name = "tiny"
+vocab_size = 300
+model = {{ d_model = 16, n_layers = 1, n_heads = 2, context = 32 }}
+train = {{ steps = 8, batch_size = 4, seq_len = 32, lr = 0.01, eval_every = 4, eval_sequences = 4, save_every = 4 }}
+"""
+
+
+def test_a_model_from_nothing_with_its_card(tmp_path, corpus, small_settings):
+    import hashlib
+
+    from llmcourse.data import load_model
+
+    (tmp_path / "r.toml").write_text(RECIPE.format(corpus=str(corpus)), encoding="utf8")
+    recipe = tr.load_pretrain_recipe(tmp_path / "r.toml", "test")
+    lines = []
+    folder = tr.pretrain(recipe, tmp_path / "out", settings=small_settings, say=lines.append, command="the command")
+    model, tokenizer, _ = load_model(folder, settings=small_settings)
+    ours = GPT.from_pretrained(folder, settings=small_settings)
+    ids = tokenizer("ka lo mi", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, ours(ids), rtol=1e-5, atol=1e-6)
+    card = (folder / "README.md").read_text(encoding="utf8")
+    for words in ("tokens seen", "seed 0", "`the command`", "Kneser–Ney 5-gram", "loss.svg", "Limits", "sha256", "bits per byte"):
+        assert words in card, words
+    manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf8"))
+    for name, entry in manifest["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "loss.svg", "history.json"} <= set(manifest["files"])
+    history = json.loads((folder / "history.json").read_text(encoding="utf8"))
+    assert len(history["losses"]) == 8 and [s for s, _ in history["val"]] == [4, 8]
+    again = tr.pretrain(recipe, tmp_path / "out", settings=small_settings, say=lines.append)
+    assert again == folder and "is there" in lines[-1]
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("vocab_size = 300", "vocab = 300", "recipe key in r.toml is 'vocab'"), ("d_model = 16", "d_modl = 16", "d_modl"), ("lr = 0.01", "lr = -1.0", "lr is -1.0"),
+    ("seq_len = 32", "seq_len = 64", "seq_len is 64"), ("[test]", "[cpu]", "scale is 'test'"), ("licence", "= licence", "TOML"), ("steps = 8, ", "", "steps"),
+])
+def test_a_bad_pretraining_recipe_is_refused(tmp_path, old, new, words):
+    (tmp_path / "r.toml").write_text(RECIPE.format(corpus="sotu").replace(old, new, 1), encoding="utf8")
+    with pytest.raises(BadInput) as e:
+        tr.load_pretrain_recipe(tmp_path / "r.toml", "test")
+    assert words in str(e.value)
+
+
+def test_the_recipe_of_the_course_is_valid_at_every_scale():
+    sizes = {}
+    for scale in ("test", "cpu", "gpu"):
+        recipe = tr.load_pretrain_recipe(ROOT / "recipes" / "course.toml", scale)
+        sizes[recipe.name] = sum(recipe.model.parameters().values())
+    assert 2.7e6 < sizes["course-3m"] < 3.3e6 and 27e6 < sizes["course-30m"] < 33e6
+
+
+def test_a_result_is_plain_data():
+    result = train(worker.model(), token_stream(), TrainConfig(**SHORT | {"steps": 3}, eval_every=1))
+    assert json.loads(json.dumps(dataclasses.asdict(result)))["losses"] == result.losses
+    assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
