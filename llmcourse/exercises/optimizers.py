@@ -581,7 +581,7 @@ ex = exercise(
     hints=(
         "Two loops, one for the rise and one for the fall. Do the fall on paper for total = 5 and warmup = 2: which steps are in it, and what is p for each?",
         "Between step w and the last step, total − 1, there are total − 1 − w intervals. That is what p is divided by.",
-        "`p = (step - warmup) / (total - 1 - warmup)`; the rate is peak times (final plus (1 − final) times (1 + cos(π p)) / 2).",
+        "p is the number of steps since the warm-up ended, over total − 1 − warmup; the rate is peak times (final plus (1 − final) times (1 + cos(π p)) / 2).",
     ),
 )
 
