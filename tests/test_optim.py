@@ -5,7 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import json
 import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,7 +149,7 @@ def test_stacked_muon_is_torchs_muon_to_bfloat16():
     """Matrices of one shape are multiplied as a stack, whose sums may run in another order: a bit of bfloat16 now and then."""
     shapes = [(4, 4), (8, 3), (4, 4), (4, 4), (8, 3), (16, 64)]
     a, b = parameters(shapes, torch.float32), parameters(shapes, torch.float32)
-    assert together(Muon(a, lr=0.02), torch.optim.Muon(b, lr=0.02), a, b) <= 1e-3
+    assert together(Muon(a, lr=0.02), torch.optim.Muon(b, lr=0.02), a, b) <= 1e-2  # half of one step after a hundred
 
 
 def test_a_torch_optimizer_goes_on_from_our_state_and_back():
@@ -255,7 +261,7 @@ def test_orthogonalize_singular_values(m, n, seed, power):
     assert O.shape == G.shape
     ends = torch.linalg.svdvals(O)
     if float((S / S.norm()).min()) > 0.005:
-        assert float(ends.min()) > 0.65 and float(ends.max()) < 1.25
+        assert float(ends.min()) > 0.68 and float(ends.max()) < 1.16
     assert float((O * G).sum()) > 0  # points where G points
     assert torch.allclose(orthogonalize(-G), -O) and torch.allclose(orthogonalize(G.T), O.T, atol=1e-9)
 
@@ -410,6 +416,17 @@ def test_parameters_without_gradient_and_late_parameters():
     b.grad = torch.full((3,), 5.0)
     optimizer.step()
     assert torch.allclose(b, torch.full((3,), 0.9)) and int(optimizer.state[b]["step"]) == 1 and int(optimizer.state[a]["step"]) == 6
+
+
+def test_copy_of_an_optimizer():
+    model = small_model()
+    optimizer = make_optimizer(model, "muon", lr=1e-3)
+    train(model, optimizer, 0, 2)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 2, 4)
+    train(twin_model, twin, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin_model.parameters()))
+    assert all(s["step"].device.type == "cpu" and s["step"].dtype == torch.float32 for s in twin.state.values() if "step" in s)
 
 
 def test_closure_and_torchs_schedulers():
@@ -613,6 +630,22 @@ def test_bad_parameters_are_refused():
         SGD(table.parameters(), lr=0.1).step()
     with pytest.raises(BadInput, match="shape of matrix"):
         orthogonalize(torch.ones(3))
+
+
+def test_quick_benchmark(tmp_path) -> None:
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "optim.py"
+    out = tmp_path / "optim.json"
+    job = subprocess.run(
+        [sys.executable, script, "--quick", "--device", "cpu", "--out", out],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    result = json.loads(out.read_text(encoding="utf8"))
+    assert {"AdamW", "SGD", "Lion"} <= set(result["rules"])
+    for rule in result["rules"].values():
+        assert all(row["low"] <= row["ratio"] <= row["high"] and row["ms"] > 0 for row in rule["rows"].values())
+    assert set(result["rules"]["AdamW"]["rows"]) == {"torch default", "torch default again", "torch foreach", "torch fused", "llmcourse"}
+    assert platform.node() not in out.read_text(encoding="utf8")
 
 
 @pytest.mark.gpu
