@@ -64,6 +64,22 @@ def _run(model: str, recipe: str, out: Path) -> None:
 
 
 @app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that comes with the course.")],
+    out: Annotated[Path, typer.Option(help="Where tokenizer, checkpoints and the model go; a run that was stopped goes on there.")],
+) -> None:
+    """Train a language model from nothing: tokenizer, weights, and a card with what was measured."""
+    from llmcourse.jobs import find_recipe
+
+    settings, path = load_settings(), find_recipe(recipe)  # a typing error is reported before torch is imported
+    from llmcourse.training import load_pretrain_recipe
+    from llmcourse.training import pretrain as run
+
+    folder = run(load_pretrain_recipe(path, settings.scale.name), out, settings=settings, say=_say, command=f"llmcourse pretrain {recipe} --out {out}")
+    _say(f"Card: {folder / 'README.md'}   model: {folder} (loads with llmcourse.load_model)")
+
+
+@app.command()
 def data(
     fetch: Annotated[list[str] | None, typer.Option(help="Prepare this model or data set (repeatable); 'all' for the whole catalog.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every prepared file with its digest.")] = False,

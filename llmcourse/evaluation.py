@@ -285,7 +285,7 @@ def compare_perplexity(a: Perplexity, b: Perplexity) -> Ratio:
     low, high = _ends(block_bootstrap(difference, block=p.block, n_boot=p.n_boot, seed=p.seed).exp(), p.level)
     return Ratio(math.exp(difference.mean()), low, high)
 
-# %% ../nbs/05_evaluation.ipynb #bc9496c6
+# %% ../nbs/05_evaluation.ipynb #508b22cc
 class KneserNey:
     """An interpolated Kneser–Ney n-gram model: it counts, and nothing else. Called like a language model: ids (B, T) → log-probabilities (B, T, V).
 
@@ -305,7 +305,7 @@ class KneserNey:
         self.bits = max(1, (vocab_size - 1).bit_length())
         require(isinstance(order, int) and 1 <= order <= 63 // self.bits, "order", order, f"1 to {63 // self.bits}, so that {self.bits} bits per token fit into one number")
         require(tokens.ndim == 1 and len(tokens) >= order, "tokens", f"{len(tokens)} tokens", f"at least {order}, one n-gram")
-        require(0 <= int(tokens.min()) and int(tokens.max()) < vocab_size, "tokens", f"{int(tokens.min())} to {int(tokens.max())}", f"0 to {vocab_size - 1}")
+        require(int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size, "tokens", f"{int(tokens.min())} to {int(tokens.max())}", f"0 to {vocab_size - 1}")
         require(discounts is None or (len(discounts) == 3 and all(0 <= d <= c for c, d in enumerate(discounts, 1))), "discounts", discounts, "None, or three numbers of at least 0 and at most 1, 2 and 3")
         self.vocab_size, self.order, self._given = vocab_size, order, discounts
         ids = tokens.numpy().astype(np.int64)

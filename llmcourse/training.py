@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['next_token_loss', 'Windows', 'Order', 'TrainConfig', 'NotFinite', 'TrainResult', 'checkpoints', 'train',
-           'training_curve', 'PretrainRecipe', 'load_pretrain_recipe', 'pretrain']
+           'training_curve', 'matmul_speed', 'training_flops', 'mfu', 'PretrainRecipe', 'load_pretrain_recipe',
+           'pretrain']
 
-# %% ../nbs/07_training.ipynb #14d0c814
+# %% ../nbs/07_training.ipynb #9472d143
 import contextlib
 import dataclasses
 import functools
@@ -32,7 +33,7 @@ from .data import BPE, SPLITS, TokenData, load_records, token_data
 from .evaluation import KneserNey, _evaluating, compare_perplexity, perplexity
 from .model import GPT, GPTConfig
 from .optim import lr_factor, make_optimizer
-from .runtime import Runtime, format_bytes, progress
+from .runtime import Runtime, benchmark, progress
 from .settings import BadInput, Settings, load_settings, require
 from .store import CATALOG, MANIFEST, atomic_folder
 
@@ -205,7 +206,7 @@ class TrainResult:
         require(bool(self.val), "val", self.val, "a run with eval_every above 0")
         return min(self.val, key=lambda pair: pair[1])
 
-# %% ../nbs/07_training.ipynb #41ec179a
+# %% ../nbs/07_training.ipynb #5b037dcd
 class _Losses(nn.Module):
     """Model and loss as one module, so that data parallelism sees one forward pass whatever the loss calls inside."""
 
@@ -223,9 +224,11 @@ class _Losses(nn.Module):
 def _block_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
     """Inside the context, each block of the model keeps its input only and computes the rest again in the backward pass."""
     blocks = list(model.compression_blocks()) if on and hasattr(model, "compression_blocks") else []
+    # transformers 5.23 renamed gradient_checkpointing_* to activation_checkpointing_*
+    switch = lambda what: getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
     if on and not blocks:
         require(hasattr(model, "gradient_checkpointing_enable"), "gradient_checkpointing", True, f"False for a {type(model).__name__}, which does not say where its blocks are")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch("enable")({"use_reentrant": False})
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     try:
@@ -234,7 +237,7 @@ def _block_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
         for block in blocks:
             del block.forward  # the class's own is there again
         if on and not blocks:
-            model.gradient_checkpointing_disable()
+            switch("disable")()
 
 
 def _compiler() -> bool:
@@ -272,7 +275,68 @@ def _share(indices: list[int], rank: int, world: int, micro: int | None) -> list
     micro = len(own) if micro is None else micro
     return [own[i : i + micro] for i in range(0, len(own), micro)]
 
-# %% ../nbs/07_training.ipynb #a9afd7de
+# %% ../nbs/07_training.ipynb #543c0b52
+def _parts(data: Any, cfg: TrainConfig) -> tuple[Any, Any]:
+    """Training and validation examples."""
+    if isinstance(data, TokenData):
+        val = Windows(data.val, cfg.seq_len) if cfg.eval_every else None
+        return Windows(data.train, cfg.seq_len), val
+    require(isinstance(data, Sequence) and len(data) == 2, "data", type(data).__name__, "a TokenData, or a pair (train, val) of data sets")
+    require(len(data[0]) > 0, "data", "a training part of 0 examples", "at least one example")
+    return tuple(data)
+
+
+def _backward(accelerator: Any, module: nn.Module, batches: list[Any], cfg: TrainConfig, rt: Runtime) -> tuple[float, int]:
+    """Gradients of the sum of all losses, divided by batch_size · seq_len; returns that sum and how many targets there were, over all processes.
+
+    The divisor is the same everywhere, so no micro-batch weighs more than another; the true count is known only
+    after the last one, and `_scale_and_clip` corrects for it.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu" if rt.device.type == "mps" else rt.device)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        # gradients of processes are averaged once, after the last micro-batch
+        with contextlib.nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
+            losses = module(rt.move(batch))
+            loss = losses.float().sum()
+            accelerator.backward(loss / (cfg.batch_size * cfg.seq_len))
+        sums += torch.stack((loss.detach().double(), torch.tensor(float(losses.numel()), dtype=torch.float64, device=loss.device))).to(sums.device)
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums, reduction="sum")
+    total, count = sums.tolist()
+    return total, int(count)
+
+
+def _scale_and_clip(accelerator: Any, params: list[nn.Parameter], factor: float, limit: float | None) -> float:
+    """Multiply the gradients by `factor` and cut their norm to `limit`, in one pass; returns the norm before the cut."""
+    accelerator.unscale_gradients()
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * factor
+    scale = factor if limit is None or not math.isfinite(norm) else factor * min(1.0, limit / (norm + 1e-6))
+    if scale != 1.0:
+        torch._foreach_mul_(grads, scale)
+    return norm
+
+
+def _validate(accelerator: Any, module: _Losses, val: Any, collate: Callable, cfg: TrainConfig, rt: Runtime) -> float:
+    """Mean loss over the same examples of the validation part, with the same random numbers, at every look."""
+    n = min(cfg.eval_sequences, len(val))
+    chosen = [len(val) * i // n for i in range(n)]
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sums = torch.zeros(2, dtype=torch.float64)
+    devices = [rt.device] if rt.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _evaluating(module.model), accelerator.autocast():
+        torch.manual_seed(cfg.seed)
+        for piece in _share(chosen, rank, world, cfg.micro_batch or max(1, cfg.batch_size // world)):
+            if piece:
+                losses = module(rt.move(collate([val[i] for i in piece])))
+                sums += torch.tensor([float(losses.double().sum()), losses.numel()], dtype=torch.float64)
+    if world > 1:
+        sums = accelerator.reduce(sums.to(rt.device), reduction="sum").cpu()
+    return float(sums[0] / sums[1])
+
+# %% ../nbs/07_training.ipynb #18565183
 _BOOKKEEPING = ("save_every", "keep", "world_size")  # may differ when a run is taken up again: they change no weight
 
 
@@ -289,7 +353,7 @@ def _identity(model: nn.Module, cfg: TrainConfig, train: Any, loss_fn: Callable)
 
 
 def _random_state() -> dict:
-    state = {"torch": torch.get_rng_state(), "python": repr(random.getstate()), "numpy": repr(np.random.get_state()[1].tolist() + [np.random.get_state()[2]])}
+    state = {"torch": torch.get_rng_state(), "python": repr(random.getstate()), "numpy": repr([*np.random.get_state()[1].tolist(), np.random.get_state()[2]])}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -339,7 +403,55 @@ def _save(out: Path, step: int, cfg: TrainConfig, identity: dict, result: TrainR
 def _differences(old: dict, new: dict) -> list[str]:
     return [f"{key} {old[part].get(key)!r} (now {new[part].get(key)!r})" for part in new for key in {**old[part], **new[part]} if old[part].get(key) != new[part].get(key)]
 
-# %% ../nbs/07_training.ipynb #8f9851ba
+# %% ../nbs/07_training.ipynb #94bb6cf5
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each tensor once (tied ones have one name); shards are joined."""
+    state = dict(model.named_parameters())
+    persistent = model.state_dict().keys()
+    state |= {k: v for k, v in model.named_buffers() if k in persistent}
+    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+    return {k: v.detach().to("cpu").contiguous() for k, v in whole.items()}
+
+
+@torch.no_grad()
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Write weights of `_weights` into the model, in place."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in weights.items():
+        if hasattr(own[name], "device_mesh"):  # a shard
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value.to(own[name].device), own[name].device_mesh, own[name].placements)
+        own[name].copy_(value)
+
+
+def _sharded(module: nn.Module) -> bool:
+    return any(hasattr(p, "device_mesh") for p in module.parameters())
+
+
+def _state(accelerator: Any, wrapped: nn.Module, model: nn.Module, optimizer: Any, best: dict[str, Tensor] | None) -> dict[str, Any]:
+    """Everything that a checkpoint holds. All processes call this; the first one writes the result."""
+    from accelerate.utils import gather_object
+
+    if _sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        moments = get_optimizer_state_dict(wrapped, optimizer.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        moments = optimizer.state_dict()
+    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+    return {"model": _weights(model), "best": best, "optimizer": moments, "scaler": scaler, "random": gather_object([_random_state()])}
+
+
+def _load_optimizer(wrapped: nn.Module, optimizer: Any, state: dict, accelerator: Any) -> None:
+    if _sharded(wrapped):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        set_optimizer_state_dict(wrapped, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        optimizer.load_state_dict(state)
+
+# %% ../nbs/07_training.ipynb #249b6cf0
 def train(model: nn.Module, data: Any, cfg: TrainConfig, *, loss_fn: Callable[[nn.Module, Any], Tensor] = next_token_loss, collate: Callable | None = None,
           rt: Runtime | None = None, out: str | Path | None = None, optimizer: torch.optim.Optimizer | None = None, live: bool = False,
           say: Callable[[str], None] | None = None) -> TrainResult:
@@ -468,116 +580,7 @@ def train(model: nn.Module, data: Any, cfg: TrainConfig, *, loss_fn: Callable[[n
         _load_weights(model, best_weights)
     return result
 
-
-def _parts(data: Any, cfg: TrainConfig) -> tuple[Any, Any]:
-    """Training and validation examples."""
-    if isinstance(data, TokenData):
-        val = Windows(data.val, cfg.seq_len) if cfg.eval_every else None
-        return Windows(data.train, cfg.seq_len), val
-    require(isinstance(data, Sequence) and len(data) == 2, "data", type(data).__name__, "a TokenData, or a pair (train, val) of data sets")
-    require(len(data[0]) > 0, "data", "a training part of 0 examples", "at least one example")
-    return tuple(data)
-
-
-def _backward(accelerator: Any, module: nn.Module, batches: list[Any], cfg: TrainConfig, rt: Runtime) -> tuple[float, int]:
-    """Gradients of the sum of all losses, divided by batch_size · seq_len; returns that sum and how many targets there were, over all processes.
-
-    The divisor is the same everywhere, so no micro-batch weighs more than another; the true count is known only
-    after the last one, and `_scale_and_clip` corrects for it.
-    """
-    sums = torch.zeros(2, dtype=torch.float64, device="cpu" if rt.device.type == "mps" else rt.device)
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        # gradients of processes are averaged once, after the last micro-batch
-        with contextlib.nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
-            losses = module(rt.move(batch))
-            loss = losses.float().sum()
-            accelerator.backward(loss / (cfg.batch_size * cfg.seq_len))
-        sums += torch.stack((loss.detach().double(), torch.tensor(float(losses.numel()), dtype=torch.float64, device=loss.device))).to(sums.device)
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums, reduction="sum")
-    total, count = sums.tolist()
-    return total, int(count)
-
-
-def _scale_and_clip(accelerator: Any, params: list[nn.Parameter], factor: float, limit: float | None) -> float:
-    """Multiply the gradients by `factor` and cut their norm to `limit`, in one pass; returns the norm before the cut."""
-    accelerator.unscale_gradients()
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * factor
-    scale = factor if limit is None or not math.isfinite(norm) else factor * min(1.0, limit / (norm + 1e-6))
-    if scale != 1.0:
-        torch._foreach_mul_(grads, scale)
-    return norm
-
-
-def _validate(accelerator: Any, module: _Losses, val: Any, collate: Callable, cfg: TrainConfig, rt: Runtime) -> float:
-    """Mean loss over the same examples of the validation part, with the same random numbers, at every look."""
-    n = min(cfg.eval_sequences, len(val))
-    chosen = [len(val) * i // n for i in range(n)]
-    rank, world = accelerator.process_index, accelerator.num_processes
-    sums = torch.zeros(2, dtype=torch.float64)
-    devices = [rt.device] if rt.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _evaluating(module.model), accelerator.autocast():
-        torch.manual_seed(cfg.seed)
-        for piece in _share(chosen, rank, world, cfg.micro_batch or max(1, cfg.batch_size // world)):
-            if piece:
-                losses = module(rt.move(collate([val[i] for i in piece])))
-                sums += torch.tensor([float(losses.double().sum()), losses.numel()], dtype=torch.float64)
-    if world > 1:
-        sums = accelerator.reduce(sums.to(rt.device), reduction="sum").cpu()
-    return float(sums[0] / sums[1])
-
-# %% ../nbs/07_training.ipynb #9ee903d0
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each tensor once (tied ones have one name); shards are joined."""
-    state = dict(model.named_parameters())
-    persistent = model.state_dict().keys()
-    state |= {k: v for k, v in model.named_buffers() if k in persistent}
-    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
-    return {k: v.detach().to("cpu").contiguous() for k, v in whole.items()}
-
-
-@torch.no_grad()
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Write weights of `_weights` into the model, in place."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, value in weights.items():
-        if hasattr(own[name], "device_mesh"):  # a shard
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value.to(own[name].device), own[name].device_mesh, own[name].placements)
-        own[name].copy_(value)
-
-
-def _sharded(module: nn.Module) -> bool:
-    return any(hasattr(p, "device_mesh") for p in module.parameters())
-
-
-def _state(accelerator: Any, wrapped: nn.Module, model: nn.Module, optimizer: Any, best: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Everything that a checkpoint holds. All processes call this; the first one writes the result."""
-    from accelerate.utils import gather_object
-
-    if _sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        moments = get_optimizer_state_dict(wrapped, optimizer.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    else:
-        moments = optimizer.state_dict()
-    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-    return {"model": _weights(model), "best": best, "optimizer": moments, "scaler": scaler, "random": gather_object([_random_state()])}
-
-
-def _load_optimizer(wrapped: nn.Module, optimizer: Any, state: dict, accelerator: Any) -> None:
-    if _sharded(wrapped):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-        set_optimizer_state_dict(wrapped, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    else:
-        optimizer.load_state_dict(state)
-
-
+# %% ../nbs/07_training.ipynb #43d9a2b3
 class _Live:
     """A loss curve in the notebook that is redrawn every few seconds; does nothing elsewhere."""
 
@@ -615,6 +618,23 @@ def training_curve(result: TrainResult) -> Any:
         ax.set(xlabel="step", ylabel="loss (nats per target)")
         ax.legend()
     return fig
+
+# %% ../nbs/07_training.ipynb #5e4bad4a
+def matmul_speed(rt: Runtime, dtype: torch.dtype | None = None, *, n: int = 1024, repeats: int = 10) -> float:
+    """FLOP/s of an n × n matrix product on this device: what the machine reaches at its best."""
+    a, b = (torch.randn(n, n, device=rt.device, dtype=dtype or rt.dtype) for _ in range(2))
+    return 2 * n**3 / min(benchmark(lambda: a @ b, rt, warmup=3, repeats=repeats).seconds)
+
+
+def training_flops(config: GPTConfig, seq_len: int) -> float:
+    """FLOPs per token of one training step: three times the forward pass, because the backward pass costs two."""
+    return 3 * config.flops(seq_len) / seq_len
+
+
+def mfu(targets_per_second: float, config: GPTConfig, seq_len: int, peak: float) -> float:
+    """Model FLOPs utilization (Chowdhery et al., 2023, appendix B): needed FLOP/s over the FLOP/s `peak` of the device."""
+    require(peak > 0, "peak", peak, "FLOP/s above 0")
+    return targets_per_second * training_flops(config, seq_len) / peak
 
 # %% ../nbs/07_training.ipynb #98c9c4ef
 @dataclass(frozen=True, kw_only=True)

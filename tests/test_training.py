@@ -291,7 +291,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_field_by_field(tmp_pat
     for words in ("lr 0.003 (now 0.01)", "steps 12 (now 13)", "empty folder"):
         assert words in str(e.value)
     assert "batch_size" not in str(e.value)
-    with pytest.raises(BadInput, match="n_layers 2 .now 1"):
+    with pytest.raises(BadInput, match=r"n_layers 2 .now 1"):
         train(GPT(GPTConfig(vocab_size=32, d_model=32, n_layers=1, n_heads=2, context=32)), token_stream(), TrainConfig(**SHORT), out=tmp_path)
     with pytest.raises(BadInput, match="sha256 of the tokens"):
         train(worker.model(), token_stream(stream() .flip(0)), TrainConfig(**SHORT), out=tmp_path)
@@ -444,7 +444,7 @@ def test_a_gradient_that_is_not_finite_stops_too():
             super().__init__()
             self.w = torch.nn.Parameter(torch.zeros(3))
 
-    with pytest.raises(NotFinite, match="norm of the gradient is (nan|inf) at step 0"):
+    with pytest.raises(NotFinite, match=r"norm of the gradient is (nan|inf) at step 0"):
         train(Root(), ([torch.ones(1)] * 8, None), TrainConfig(**SHORT), loss_fn=lambda m, b: m.w.abs().sum().sqrt().reshape(1), optimizer=None)
 
 
