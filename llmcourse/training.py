@@ -403,9 +403,16 @@ def _save(out: Path, step: int, cfg: TrainConfig, identity: dict, result: TrainR
 def _differences(old: dict, new: dict) -> list[str]:
     return [f"{key} {old[part].get(key)!r} (now {new[part].get(key)!r})" for part in new for key in {**old[part], **new[part]} if old[part].get(key) != new[part].get(key)]
 
-# %% ../nbs/07_training.ipynb #94bb6cf5
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each tensor once (tied ones have one name); shards are joined."""
+# %% ../nbs/07_training.ipynb #5655c97f
+def _weights(model: nn.Module, root: nn.Module | None = None) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each tensor once (tied ones have one name); shards are joined.
+
+    Args:
+        root: the module around the model that was sharded. All processes must call this together.
+    """
+    for part in (root or model).modules():
+        if hasattr(part, "reshard"):  # FSDP keeps the outermost weights joined after a forward pass, in memory that it may take back
+            part.reshard()
     state = dict(model.named_parameters())
     persistent = model.state_dict().keys()
     state |= {k: v for k, v in model.named_buffers() if k in persistent}
@@ -440,7 +447,7 @@ def _state(accelerator: Any, wrapped: nn.Module, model: nn.Module, optimizer: An
     else:
         moments = optimizer.state_dict()
     scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-    return {"model": _weights(model), "best": best, "optimizer": moments, "scaler": scaler, "random": gather_object([_random_state()])}
+    return {"model": _weights(model, wrapped), "best": best, "optimizer": moments, "scaler": scaler, "random": gather_object([_random_state()])}
 
 
 def _load_optimizer(wrapped: nn.Module, optimizer: Any, state: dict, accelerator: Any) -> None:
@@ -451,7 +458,7 @@ def _load_optimizer(wrapped: nn.Module, optimizer: Any, state: dict, accelerator
     else:
         optimizer.load_state_dict(state)
 
-# %% ../nbs/07_training.ipynb #249b6cf0
+# %% ../nbs/07_training.ipynb #10fcdbe6
 def train(model: nn.Module, data: Any, cfg: TrainConfig, *, loss_fn: Callable[[nn.Module, Any], Tensor] = next_token_loss, collate: Callable | None = None,
           rt: Runtime | None = None, out: str | Path | None = None, optimizer: torch.optim.Optimizer | None = None, live: bool = False,
           say: Callable[[str], None] | None = None) -> TrainResult:
@@ -553,7 +560,7 @@ def train(model: nn.Module, data: Any, cfg: TrainConfig, *, loss_fn: Callable[[n
                     result.val.append((done, _validate(accelerator, module, val_set, collate, cfg, rt)))
                     if cfg.patience is not None:
                         if result.best[0] == done:
-                            best_weights = {k: v.detach().cpu().clone() for k, v in _weights(model).items()}
+                            best_weights = {k: v.clone() for k, v in _weights(model, module).items()}
                         elif sum(s > result.best[0] for s, _ in result.val) >= cfg.patience:
                             result.stopped = "patience"
                 if done == cfg.steps and not result.stopped:

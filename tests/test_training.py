@@ -348,6 +348,22 @@ def test_two_processes_are_one(tmp_path, extra):
 
 
 @pytest.mark.slow
+def test_sharded_weights_are_one_process(tmp_path):
+    """FSDP2 over two CPU processes: each holds half of every tensor; losses, best weights and a resumed run are those of one process."""
+    config = SHORT | {"micro_batch": 3, "eval_every": 6, "patience": 5, "save_every": 6, "keep": 5}
+    one = run({"config": config, "weights": str(tmp_path / "one.pt")})
+    job = {"config": config, "out": str(tmp_path / "shards"), "shard": True, "weights": str(tmp_path / "two.pt")}
+    whole = run(job, processes=2)
+    torch.testing.assert_close(torch.tensor(whole["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-5)
+    a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5)
+    shutil.rmtree(checkpoints(tmp_path / "shards")[-1])
+    part = run(job, processes=2)
+    assert part["resumed"] == [6] and part["losses"] == whole["losses"] and part["digest"] == whole["digest"]
+
+
+@pytest.mark.slow
 def test_two_processes_take_up_their_run_again(tmp_path):
     config = SHORT | {"save_every": 4, "keep": 9, "world_size": 2}
     whole = run({"config": config, "out": str(tmp_path / "a"), "dropout": 0.1}, processes=2)

@@ -50,8 +50,33 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(state[k].detach().contiguous().numpy().tobytes() for k in sorted(state))).hexdigest()
 
 
+def shard_by_hand() -> None:
+    """accelerate shards on GPUs only. This does on CPUs what its FSDP2 does: blocks, then the rest, then the optimizer's references."""
+    from accelerate import Accelerator
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from llmcourse import training
+
+    class Sharding(Accelerator):
+        def prepare(self, module, optimizer):
+            old = {id(p): name for name, p in module.named_parameters()}
+            mesh = init_device_mesh("cpu", (self.num_processes,))
+            for block in module.model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+            new = dict(module.named_parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [new[old[id(p)]] for p in group["params"]]
+            return module, super().prepare(optimizer)
+
+    training._accelerator = lambda cfg, rt: Sharding(cpu=True)
+
+
 def main(job: dict) -> dict:
     torch.set_num_threads(1)
+    if job.get("shard"):
+        shard_by_hand()
     net = model(job.get("dropout", 0.0))
     loss_fn = uneven_loss if job.get("uneven") else next_token_loss
     if job.get("pause"):
@@ -63,6 +88,14 @@ def main(job: dict) -> dict:
 
     data = Rows()
     result = train(net, (data, data if job["config"].get("eval_every") else None), TrainConfig(**job["config"]), loss_fn=loss_fn, out=job.get("out"))
+    if job.get("shard"):
+        from llmcourse.training import _weights
+
+        whole = _weights(net)  # the run has put its shards away; all processes join their pieces
+        net = model()
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                p.copy_(whole[name])
     found = {"digest": digest(net), "losses": result.losses, "val": result.val, "resumed": result.resumed, "world_size": result.world_size}
     if job.get("weights"):
         import os
