@@ -145,7 +145,7 @@ def muon_update(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, lr: flo
     step = orthogonalize(direction, coefficients=ns_coefficients, eps=eps, steps=ns_steps, dtype=ns_dtype)
     return param * (1 - lr * weight_decay) - lr * _shape_scale(param.shape, adjust_lr_fn) * step, momentum_buffer
 
-# %% ../nbs/06_optimizers.ipynb #826bb4bf
+# %% ../nbs/06_optimizers.ipynb #11bb9f15
 def _check_options(options: dict[str, Any], bounds: dict[str, tuple[float, float]]) -> None:
     """Every numeric option within its bounds: (low, high) means low ≤ value < high; lr is above 0."""
     def number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
@@ -162,7 +162,7 @@ def _check_options(options: dict[str, Any], bounds: dict[str, tuple[float, float
             number(name, options[name], low, high)
 
 
-_PIECE = 2**17  # numbers: as float32 half a megabyte, so that a piece of parameter, gradient and two averages fits a second-level cache
+_PIECE = 2**18  # numbers: as float32 one megabyte, so that what one operation touches stays in the cache until the next needs it
 
 
 def _pieces(rows: list[tuple[Tensor, ...]], cut: bool) -> Iterator[list[list[Tensor]]]:
@@ -178,7 +178,8 @@ def _pieces(rows: list[tuple[Tensor, ...]], cut: bool) -> Iterator[list[list[Ten
         parts: Iterable[tuple[Tensor, ...]] = (row,)
         # a tensor that is not stored in one stretch, or of which only a part is on this machine, stays whole
         if cut and row[0].numel() > _PIECE and type(row[1]) is Tensor and all(t.is_contiguous() for t in row):
-            parts = zip(*(t.view(-1).split(_PIECE) for t in row))
+            equal = -(-row[0].numel() // -(-row[0].numel() // _PIECE))  # no small rest: it would cost as many calls as a full piece
+            parts = zip(*(t.view(-1).split(equal) for t in row))
         for part in parts:
             if size and size + part[0].numel() > _PIECE:
                 yield list(map(list, zip(*batch)))
@@ -289,6 +290,9 @@ class SGD(_Optimizer):
         if buffers is not None:
             if key == 1:
                 torch._foreach_copy_(buffers, grads)
+            elif group["dampening"] == 0 and buffers[0].device.type == "cpu":
+                for buffer, grad in zip(buffers, grads):  # one pass over the memory instead of two
+                    torch.add(grad, buffer, alpha=group["momentum"], out=buffer)
             else:
                 torch._foreach_mul_(buffers, group["momentum"])
                 torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
