@@ -168,6 +168,18 @@ def test_options_change_cost_and_not_the_result(options):
     assert "forward" not in vars(other.blocks[0])  # nothing of the wrapping is left
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not tr._compiler(), reason="torch.compile finds no compiler")
+def test_a_compiled_run_is_the_same_run():
+    def table():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Embedding(32, 16), torch.nn.Linear(16, 32))
+
+    plain, compiled = (train(table(), (worker.Rows(), worker.Rows()), TrainConfig(**SHORT, eval_every=6, compile=on)) for on in (False, True))
+    torch.testing.assert_close(torch.tensor(compiled.losses), torch.tensor(plain.losses), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(compiled.val), torch.tensor(plain.val), rtol=1e-5, atol=1e-6)
+
+
 def test_a_transformers_model_trains_too():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -542,3 +554,31 @@ def test_a_result_is_plain_data():
     result = train(worker.model(), token_stream(), TrainConfig(**SHORT | {"steps": 3}, eval_every=1))
     assert json.loads(json.dumps(dataclasses.asdict(result)))["losses"] == result.losses
     assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
+
+
+@pytest.mark.slow
+def test_the_curve_is_redrawn_in_a_notebook():
+    import nbformat
+    from nbclient import NotebookClient
+
+    code = f"""
+import sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(WORKER.parent)!r}]
+import training_worker as worker
+from llmcourse import training as tr
+class Often(tr._Live):
+    def __init__(self, on):
+        super().__init__(on, every=0.0)
+tr._Live = Often
+tr.train(worker.model(), (worker.Rows(), None), tr.TrainConfig(**{SHORT!r}), live=True);
+"""
+    seen = []
+
+    class Listener(NotebookClient):
+        def process_message(self, msg, cell, index):
+            seen.append((msg["msg_type"], "image/png" in msg["content"].get("data", {})))
+            return super().process_message(msg, cell, index)
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    Listener(notebook, timeout=200, kernel_name="python3").execute()
+    assert seen.count(("display_data", True)) == 1 and seen.count(("update_display_data", True)) >= 5
