@@ -238,7 +238,7 @@ def span_corruption_loss(model: Any, batch: Tensor, *, sentinels: Sequence[int],
     labels[:, : inputs.shape[1]] = IGNORE
     return _losses_at(model, whole[:, :-1], labels[:, 1:])
 
-# %% ../nbs/08_objectives.ipynb #da576f1b
+# %% ../nbs/08_objectives.ipynb #7bc84ad0
 def _rows(name: str, x: Tensor, y: Tensor | None = None) -> None:
     ok = isinstance(x, Tensor) and x.ndim == 2 and len(x) > 0 and (y is None or x.shape == y.shape)
     require(ok, name, tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__, "a tensor (N, D)" + ("" if y is None else f" like the other one, {tuple(y.shape)}"))
@@ -285,20 +285,23 @@ def embed_text(model: Any, ids: Tensor, attention_mask: Tensor | None = None) ->
     if isinstance(model, GPT):
         require(attention_mask is None, "attention_mask", "given", "None: rows of a GPT are embedded without padding")
         return mean_pool(model.hidden(_ids(ids)))
-    require(isinstance(model, nn.Module) and hasattr(model, "config"), "model", type(model).__name__, "a GPT or a model of transformers (unwrap a parallel one: its negatives would stay in one process)")
+    require(isinstance(model, nn.Module) and hasattr(model, "config"), "model", type(model).__name__, "a GPT or a model of transformers")
     out = model(ids, attention_mask=attention_mask, output_hidden_states=True)
     return mean_pool(out.hidden_states[-1], attention_mask)
 
 
 def simcse_loss(model: Any, batch: Tensor, *, temperature: float = 0.05) -> Tensor:
-    """`info_nce` of each text with itself under another dropout mask: ids (B, T) → (B,) (Gao et al., 2021)."""
+    """`info_nce` of each text with itself under another dropout mask: ids (B, T) → (B,) (Gao et al., 2021).
+
+    The negatives are the other rows of this batch: with micro-batches or several processes there are fewer of them.
+    """
     ids = _ids(batch)
     a, b = embed_text(model, torch.cat((ids, ids))).chunk(2)  # one pass: each row draws its own dropout
     return info_nce(a, b, temperature=temperature)
 
 
 def pair_loss(model: Any, batch: Tensor | tuple[Tensor, Tensor], *, temperature: float = 0.05) -> Tensor:
-    """`info_nce` of pairs of texts: (B,).
+    """`info_nce` of pairs of texts: (B,). Negatives as in `simcse_loss`.
 
     Args:
         batch: a pair of id tensors, (B, S) and (B, T); or one (B, T), whose halves are the pair.

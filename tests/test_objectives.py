@@ -88,6 +88,12 @@ class TestCausal:
         for ours, theirs in zip(gradients(losses, llama), gradients(llama(ids, labels=ids).loss, llama)):
             assert_close(ours, theirs, **TOL)
 
+    def test_is_what_the_trainer_uses(self, llama) -> None:
+        from llmcourse.training import next_token_loss
+
+        for model in (tiny(), llama):
+            assert_close(O.causal_lm_loss(model, texts()), next_token_loss(model, texts()), **TOL)
+
     def test_padding_does_not_count(self, llama) -> None:
         """Right and left: the losses are those of the rows without their padding."""
         ids = texts(3, 20)
