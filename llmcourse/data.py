@@ -567,7 +567,7 @@ def leak_test(test: Iterable[str], train: Iterable[str], *, n: int = 13) -> Over
     examples = {i: next(run for run in some if run in found) for i, some in enumerate(runs) if shares[i] > 0}
     return Overlap(n=n, shares=shares, examples=examples)
 
-# %% ../nbs/02_data.ipynb #281f3086
+# %% ../nbs/02_data.ipynb #77c82a37
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How GPT-2 cuts text into words, before any merge (Radford et al., 2019)."""
 
@@ -764,7 +764,7 @@ class BPE:
         return b"".join([self._bytes[i] for i in ids]).decode("utf8", errors="replace")
 
     def to_tokenizers(self) -> Any:
-        """The same tokenizer as a `tokenizers.Tokenizer`: the same merges, the same ids."""
+        """The same tokenizer as a `tokenizers.Tokenizer`: the same merges, and the same ids for every text of characters that the Unicode versions of both regular-expression libraries know."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
         alphabet = byte_alphabet()
