@@ -95,7 +95,7 @@ def lion_update(param: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: float, beta
     direction = torch.sign(betas[0] * exp_avg + (1 - betas[0]) * grad)
     return param * (1 - lr * weight_decay) - lr * direction, betas[1] * exp_avg + (1 - betas[1]) * grad
 
-# %% ../nbs/06_optimizers.ipynb #3a665eae
+# %% ../nbs/06_optimizers.ipynb #34a9f8a7
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -111,10 +111,10 @@ def orthogonalize(matrix: Tensor, *, coefficients: tuple[float, float, float] = 
     """
     require(matrix.ndim in (2, 3), "shape of matrix", tuple(matrix.shape), "two dimensions (M, N), or three (K, M, N)")
     a, b, c = coefficients
-    X = matrix if dtype is None else matrix.to(dtype)
+    X = matrix.to(dtype or matrix.dtype, copy=True)  # a copy of our own, which may be changed in place
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X  # the products below are smallest when M ≤ N
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps))
     product = torch.addmm if X.ndim == 2 else torch.baddbmm  # β · first + α · second @ third
     for _ in range(steps):
         A = X @ X.mT  # (…, M, M)
