@@ -567,7 +567,7 @@ def leak_test(test: Iterable[str], train: Iterable[str], *, n: int = 13) -> Over
     examples = {i: next(run for run in some if run in found) for i, some in enumerate(runs) if shares[i] > 0}
     return Overlap(n=n, shares=shares, examples=examples)
 
-# %% ../nbs/02_data.ipynb #77c82a37
+# %% ../nbs/02_data.ipynb #b3238270
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How GPT-2 cuts text into words, before any merge (Radford et al., 2019)."""
 
@@ -643,7 +643,8 @@ class BPE:
               min_frequency: int = 2) -> "BPE":
         """Learn merges until the vocabulary has `vocab_size` tokens, or no pair occurs `min_frequency` times.
 
-        Among equally frequent pairs the one with the smaller ids is taken, as in `tokenizers`.
+        Among equally frequent pairs the one with the smaller ids is taken, as in `tokenizers`. Other than there, no merge may
+        spell a special token.
         """
         base = cls((), special_tokens=special_tokens, pattern=pattern)
         require(isinstance(vocab_size, int) and not isinstance(vocab_size, bool) and vocab_size >= len(base), "vocab_size", vocab_size, f"a whole number of at least {len(base)}, the bytes and the special tokens")
