@@ -47,7 +47,10 @@ class PlainLion(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
             for p in group["params"]:
-                mean = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                mean = state["exp_avg"]
                 p.mul_(1 - lr * decay)
                 p.add_((mean * beta1 + p.grad * (1 - beta1)).sign_(), alpha=-lr)
                 mean.mul_(beta2).add_(p.grad, alpha=1 - beta2)
