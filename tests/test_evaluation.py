@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -390,6 +391,22 @@ def test_kneser_ney_discounts_are_estimated_per_order():
         p = model.probabilities(np.array(context))
         assert abs(p.sum() - 1) < 1e-12 and p.min() > 0
     assert model.n_grams[0] == 30 and model.n_grams[1] <= 900
+    # the estimate, written out for the highest order, gives the same model as the discounts given by hand
+    counts = list(Counter(zip(text.tolist(), text[1:].tolist())).values())
+    n = [counts.count(c) for c in range(5)]
+    y = n[1] / (n[1] + 2 * n[2])
+    by_hand = tuple(c - (c + 1) * y * n[c + 1] / n[c] for c in (1, 2, 3))
+    estimated, given = ev.KneserNey(text, 30, order=2), ev.KneserNey(text, 30, order=2, discounts=by_hand)
+    np.testing.assert_allclose(estimated._tables[1]["p"], given._tables[1]["p"], rtol=1e-12)
+    with pytest.raises(BadInput, match="ids is '0 to 30'"):
+        model(torch.tensor([[0, 30]]))
+
+
+def test_kneser_ney_fits_every_vocabulary():
+    for V in (2, 400, 4096, 8192, 50_000):
+        order = ev.KneserNey.longest(V, 5)
+        assert 1 <= order <= 5 and order * (V - 1).bit_length() <= 63
+        ev.KneserNey(torch.arange(2).repeat(10), V, order=order)
 
 
 def test_counting_learns_what_can_be_counted():
@@ -401,7 +418,7 @@ def test_counting_learns_what_can_be_counted():
     assert sure < 1.2 and unsure > 6
 
 
-@pytest.mark.parametrize(("kwargs", "text"), [({"order": 0}, "order is 0"), ({"order": 40}, "order is 40"), ({"discounts": (2, 1, 1)}, "discounts"), ({"vocab_size": 3}, "tokens is '0 to 4'")])
+@pytest.mark.parametrize(("kwargs", "text"), [({"order": 0}, "order is 0"), ({"order": 40}, "order is 40"), ({"discounts": (2, 1, 1)}, "discounts"), ({"discounts": (0, 1, 1)}, "discounts"), ({"vocab_size": 3}, "tokens is '0 to 4'")])
 def test_bad_input_for_counting(kwargs, text):
     with pytest.raises(BadInput, match=text):
         ev.KneserNey(torch.arange(5), **({"vocab_size": 5} | kwargs))

@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -222,8 +223,28 @@ def test_two_members_of_the_same_name_do_not_overwrite_each_other(index, tmp_pat
 def test_the_catalog_is_complete():
     for name, a in CATALOG.items():
         assert a.name == name and a.kind in ("models", "data") and a.licence and a.origin and a.what
-        assert len(a.carrier.sha256) == 64 and "==" in a.carrier.requirement and a.carrier.size > 1000 and a.members
+        assert len(a.carrier.sha256) == 64 and a.carrier.size > 1000
+        assert a.bundled or ("==" in a.carrier.requirement and a.members)
     assert "4 bits" in CATALOG["smollm2-135m"].note
+
+
+def test_the_course_s_own_model_comes_with_the_package(tmp_path, monkeypatch):
+    """Whole by every digest, without a cache and without a download; a damaged copy is told from a whole one."""
+    folder = prepare("course-3m", tmp_path / "nowhere", say=lambda line: pytest.fail("nothing is to be done"))
+    assert folder == verify("course-3m", tmp_path / "nowhere") and not (tmp_path / "nowhere").exists()
+    manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf8"))
+    asset = CATALOG["course-3m"]
+    assert manifest["files"]["model.safetensors"] == {"bytes": asset.carrier.size, "sha256": asset.carrier.sha256}
+    assert set(manifest["files"]) == {f.name for f in folder.iterdir()} - {"MANIFEST.json"}
+
+    copy = tmp_path / "package"
+    shutil.copytree(folder, copy / "_models" / "course-3m")
+    monkeypatch.setattr(store, "__file__", str(copy / "store.py"))
+    weights = bytearray((copy / "_models" / "course-3m" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "_models" / "course-3m" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(BadInput, match=r"sha256 is not the one in the manifest.*install llmcourse again"):
+        prepare("course-3m", tmp_path)
 
 
 def test_data_prints_licence_origin_size_and_checksum_of_everything(home):

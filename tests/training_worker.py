@@ -45,6 +45,12 @@ def uneven_loss(model, batch):
     return losses[keep]
 
 
+def partial_loss(model, batch):
+    """Only embedding and head: the blocks get no gradient."""
+    logits = model.head(model.embed(batch[:, :-1]))
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+
+
 def digest(model: torch.nn.Module) -> str:
     state = model.state_dict()
     return hashlib.sha256(b"".join(state[k].detach().contiguous().numpy().tobytes() for k in sorted(state))).hexdigest()
@@ -78,7 +84,7 @@ def main(job: dict) -> dict:
     if job.get("shard"):
         shard_by_hand()
     net = model(job.get("dropout", 0.0))
-    loss_fn = uneven_loss if job.get("uneven") else next_token_loss
+    loss_fn = uneven_loss if job.get("uneven") else partial_loss if job.get("partial") else next_token_loss
     if job.get("pause"):
         inner = loss_fn
 
