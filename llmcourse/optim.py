@@ -145,7 +145,7 @@ def muon_update(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, lr: flo
     step = orthogonalize(direction, coefficients=ns_coefficients, eps=eps, steps=ns_steps, dtype=ns_dtype)
     return param * (1 - lr * weight_decay) - lr * _shape_scale(param.shape, adjust_lr_fn) * step, momentum_buffer
 
-# %% ../nbs/06_optimizers.ipynb #11bb9f15
+# %% ../nbs/06_optimizers.ipynb #eaed80dd
 def _check_options(options: dict[str, Any], bounds: dict[str, tuple[float, float]]) -> None:
     """Every numeric option within its bounds: (low, high) means low ≤ value < high; lr is above 0."""
     def number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
@@ -432,7 +432,6 @@ class Muon(_Optimizer):
         lr, momentum = group["lr"], group["momentum"]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         directions = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         alike = {}  # matrices of one shape in a stack: on a GPU, and for small ones on a CPU, the number of calls is what takes time
         for p, direction in zip(params, directions):
             alike.setdefault(p.shape, []).append((p, direction))
@@ -441,6 +440,7 @@ class Muon(_Optimizer):
             stack = stack[0] if len(stack) == 1 else torch.stack(stack)
             steps = orthogonalize(stack, coefficients=group["ns_coefficients"], eps=group["eps"], steps=group["ns_steps"], dtype=group["ns_dtype"])
             for p, step in zip(same, [steps] if len(same) == 1 else steps):
+                p.mul_(1 - lr * group["weight_decay"])  # here and not earlier, so that the parameter is still in the cache for the next line
                 p.add_(step, alpha=-lr * _shape_scale(shape, group["adjust_lr_fn"]))
 
 
