@@ -401,7 +401,7 @@ def test_every_optimizer_learns(name, options):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
 
 
