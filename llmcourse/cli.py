@@ -58,7 +58,7 @@ def _run(model: str, recipe: str, out: Path) -> None:
     from llmcourse.jobs import find_recipe, load_recipe, print_table, run_job
 
     settings = load_settings()  # a typing error is reported before torch is imported
-    job = run_job(model, load_recipe(find_recipe(recipe)), out, settings=settings, say=_say)
+    job = run_job(model, load_recipe(find_recipe(recipe, "compress")), out, settings=settings, say=_say)
     print_table(job)
     _say(f"Report: {out / 'report.html'}   model: {out} (loads with llmcourse.load_model)")
 
@@ -71,7 +71,7 @@ def pretrain(
     """Train a language model from nothing: tokenizer, weights, and a card with what was measured."""
     from llmcourse.jobs import find_recipe
 
-    settings, path = load_settings(), find_recipe(recipe)  # a typing error is reported before torch is imported
+    settings, path = load_settings(), find_recipe(recipe, "pretrain")  # a typing error is reported before torch is imported
     from llmcourse.training import load_pretrain_recipe
     from llmcourse.training import pretrain as run
 

@@ -85,14 +85,19 @@ class Recipe:
     arms: tuple[Arm, ...]
 
 
-def find_recipe(name: str | Path) -> Path:
-    """The recipe file: a path, or the name of one that comes with the course."""
+def find_recipe(name: str | Path, kind: str | None = None) -> Path:
+    """The recipe file: a path, or the name of one that comes with the course.
+
+    Args:
+        kind: compress (in `recipes/`) or pretrain (in `recipes/pretrain/`); None looks for both.
+    """
     path = Path(name)
     if path.is_file():
         return path
-    shipped = sorted((course_root() / "recipes").glob("*.toml"))
+    folders = {"compress": course_root() / "recipes", "pretrain": course_root() / "recipes" / "pretrain"}
+    shipped = [p for k, folder in folders.items() if kind in (None, k) for p in sorted(folder.glob("*.toml"))]
     for candidate in shipped:
-        if str(name) in (candidate.stem, candidate.name, f"recipes/{candidate.name}"):
+        if str(name) in (candidate.stem, candidate.name, candidate.relative_to(course_root()).as_posix()):
             return candidate
     raise BadInput(f"recipe is {str(name)!r}; allowed: the path of a .toml file, or one of {', '.join(p.stem for p in shipped)}.")
 

@@ -139,7 +139,7 @@ CATALOG: dict[str, Asset] = {
         Asset(
             name="course-3m", kind="models", what="a 3.0 M parameter Llama-style causal language model, trained from nothing by the chapter on training",
             carrier=Carrier(requirement="comes with llmcourse", size=12_006_576, sha256="ddba2f7b8f2f6b75e707305ad64ee5eae7839e9ff9fbeeef7d0b75f48b30f3ec"), members=(), bundled=True,
-            licence="Apache-2.0", origin="recipes/course.toml: State of the Union and Shakespeare",
+            licence="Apache-2.0", origin="recipes/pretrain/course.toml: State of the Union and Shakespeare",
             note="Never quantized: the float32 weights that the optimizer wrote. Its card is in the folder.",
         ),
         Asset(

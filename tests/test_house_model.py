@@ -14,7 +14,7 @@ from llmcourse.model import GPT
 from llmcourse.store import asset_folder
 from llmcourse.training import load_pretrain_recipe
 
-RECIPE = ROOT / "recipes" / "course.toml"
+RECIPE = ROOT / "recipes" / "pretrain" / "course.toml"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_card_says_what_it_is(home):
 
 def test_pretrain_on_the_command_line_refuses_a_typing_error(tmp_path):
     result = run_cli("pretrain", "corse", "--out", str(tmp_path / "x"))
-    assert result.returncode == 2 and "recipe is 'corse'" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "recipe is 'corse'; allowed: the path of a .toml file, or one of course." in result.stderr and "Traceback" not in result.stderr
     recipe = tmp_path / "bad.toml"
     recipe.write_text(RECIPE.read_text(encoding="utf8").replace("lr = 0.01", "lr = -0.01"), encoding="utf8")
     result = run_cli("pretrain", str(recipe), "--out", str(tmp_path / "x"), LLMCOURSE_SCALE="cpu")

@@ -672,7 +672,7 @@ def test_a_bad_pretraining_recipe_is_refused(tmp_path, old, new, words):
 def test_the_recipe_of_the_course_is_valid_at_every_scale():
     sizes = {}
     for scale in ("test", "cpu", "gpu"):
-        recipe = tr.load_pretrain_recipe(ROOT / "recipes" / "course.toml", scale)
+        recipe = tr.load_pretrain_recipe(ROOT / "recipes" / "pretrain" / "course.toml", scale)
         sizes[recipe.name] = sum(recipe.model.parameters().values())
     assert 2.7e6 < sizes["course-3m"] < 3.3e6 and 27e6 < sizes["course-30m"] < 33e6
 
