@@ -286,6 +286,8 @@ def test_training_after_inference_mode():
     with torch.inference_mode():
         m(torch.zeros(1, 3, dtype=torch.long))
     m(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in m.blocks.parameters())
 
 
 def test_initial_weights_that_write_to_the_stream_are_smaller():
