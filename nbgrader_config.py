@@ -1,5 +1,5 @@
 # nbgrader reads this file when it is run in this folder. See the chapter "Teaching with this course".
-from llmcourse import classroom
+from llmcourse.practice import classroom
 
 c = get_config()  # noqa: F821 - nbgrader defines it
 
@@ -18,5 +18,5 @@ c.GenerateAssignment.preprocessors = [classroom.ForLearners, *GenerateAssignment
 c.Autograde.autograde_preprocessors = [
     classroom.GradeApart if p is Execute else p for p in Autograde.autograde_preprocessors.default_args[0]
 ]
-c.Autograde.pre_convert_hook = "llmcourse.classroom.rename_submissions"
+c.Autograde.pre_convert_hook = "llmcourse.practice.classroom.rename_submissions"
 c.OverwriteCells.add_missing_cells = True

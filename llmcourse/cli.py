@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from llmcourse import __version__, exercise_cli
+from llmcourse import __version__
+from llmcourse.practice import commands as practice
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
 app = typer.Typer(
@@ -137,7 +138,7 @@ def start(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folde
     _say(f"The course is in {directory}. Next: llmcourse data --fetch all, then: jupyter lab {directory}")
 
 
-exercise_cli.register(app)
+practice.register(app)
 
 
 def main() -> None:

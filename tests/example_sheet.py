@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 # %%
-from llmcourse.checking import check, hint, progress, reveal
+from llmcourse.practice import check, hint, progress, reveal
 
 # %%
 #| checker: true
-from llmcourse.checking import case, exercise, rng
+from llmcourse.practice.checking import case, exercise, rng
 
 # %% [markdown]
 # ## Scaled dot-product attention
@@ -289,7 +289,7 @@ def build(root: Path, text: str = CELLS, chapter: str = "03_example", sheet: str
         path.write_text(content, encoding="utf8")
     return {
         "master": master,
-        "module": root / "llmcourse" / "exercises" / f"{sheet}.py",
+        "module": root / "llmcourse" / "practice" / "sheets" / f"{sheet}.py",
         "learner": root / "exercises" / chapter / f"{sheet}.ipynb",
     }
 

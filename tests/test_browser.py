@@ -20,7 +20,7 @@ pytest.importorskip("jupyterlab", reason='JupyterLab is not installed: pip insta
 
 from example_sheet import ROOT, as_typed, build  # noqa: E402
 
-from llmcourse import checking  # noqa: E402
+from llmcourse.practice import checking  # noqa: E402
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")]
@@ -38,7 +38,7 @@ def lab(tmp_path: Path):
         made = build(tmp_path / "course")
         sheet = folder / made["learner"].name
         shutil.copy(made["learner"], sheet)
-        more = f"import llmcourse.exercises\nllmcourse.exercises.__path__.append({str(made['module'].parent)!r})\n"
+        more = f"import llmcourse.practice.sheets\nllmcourse.practice.sheets.__path__.append({str(made['module'].parent)!r})\n"
         startup = tmp_path / "ipython" / "profile_default" / "startup"
         startup.mkdir(parents=True)
         (startup / "00_example.py").write_text(more)
@@ -138,7 +138,7 @@ def test_wrong_then_right(lab: tuple[str, Path], tmp_path: Path) -> None:
             run(answer)
 
         run(page.locator(".jp-CodeCell", has_text="import torch").first)
-        run(page.locator(".jp-CodeCell", has_text="from llmcourse.checking import").first)
+        run(page.locator(".jp-CodeCell", has_text="from llmcourse.practice import").first)
         write(wrong)
         run(verdict)
         card = verdict.locator(".llmcourse-check")

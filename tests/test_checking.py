@@ -25,8 +25,7 @@ import torch
 from example_sheet import CELLS, ROOT, build, tool
 from typer.testing import CliRunner
 
-from llmcourse import _exercise_worker as worker
-from llmcourse import checking, exercise_cli, grading
+from llmcourse.practice import checking, commands, grading, worker
 from llmcourse.settings import BadInput
 
 MASTERS = sorted((ROOT / "solutions").glob("*/*.ipynb"))
@@ -38,15 +37,15 @@ cli = CliRunner()
 @pytest.fixture(scope="module", autouse=True)
 def example(tmp_path_factory: pytest.TempPathFactory):
     """The example sheet, built and known to this process; gives its paths."""
-    import llmcourse.exercises
+    import llmcourse.practice.sheets
 
     torch.set_num_threads(1)
     made = build(tmp_path_factory.mktemp("sheet"))
-    llmcourse.exercises.__path__.append(str(made["module"].parent))
-    sys.modules.pop("llmcourse.exercises.example", None)
+    llmcourse.practice.sheets.__path__.append(str(made["module"].parent))
+    sys.modules.pop("llmcourse.practice.sheets.example", None)
     yield made
-    llmcourse.exercises.__path__.remove(str(made["module"].parent))
-    sys.modules.pop("llmcourse.exercises.example", None)
+    llmcourse.practice.sheets.__path__.remove(str(made["module"].parent))
+    sys.modules.pop("llmcourse.practice.sheets.example", None)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +102,7 @@ class TestMasters:
 
     @master
     def test_nothing_is_left_over(self, path: Path) -> None:
-        made = {p.stem for p in (ROOT / "llmcourse" / "exercises").glob("[!_]*.py")}
+        made = {p.stem for p in (ROOT / "llmcourse" / "practice" / "sheets").glob("[!_]*.py")}
         assert made == {p.stem for p in MASTERS}
         assert {(p.parent.name, p.name) for p in (ROOT / "exercises").glob("*/*.ipynb")} == {(p.parent.name, p.name) for p in MASTERS}
 
@@ -161,7 +160,7 @@ class TestMasters:
                 if isinstance(node, ast.ImportFrom):
                     names = [node.module] if node.module != "llmcourse" else [f"llmcourse.{a.name}" for a in node.names]
                 for module in (n.split(".")[1] for n in names if n.startswith("llmcourse.")):
-                    allowed = module in ("checking", "settings") or number.get(module, 99) <= chapter
+                    allowed = module in ("practice", "settings") or number.get(module, 99) <= chapter
                     assert allowed, f"{cell.id} imports llmcourse.{module}, which is no chapter up to {chapter:02d}"
 
 
@@ -182,7 +181,7 @@ class TestFormat:
             ('"Divide the logits by the temperature, then softmax."', "", "three sentences"),
             ("difficulty=3", "difficulty=7", "allowed: 1 to 5"),
             ("def sample(logits: Tensor", "def draw(logits: Tensor", "does not define it"),
-            ("from llmcourse.checking import check, hint", "#| exprot: true\nfrom llmcourse.checking import check, hint", "a directive is"),
+            ("from llmcourse.practice import check, hint", "#| exprot: true\nfrom llmcourse.practice import check, hint", "a directive is"),
         ],
     )
     def test_broken_rules_are_named(self, tmp_path: Path, old: str, new: str, says: str) -> None:
@@ -198,12 +197,12 @@ class TestFormat:
         assert "language_info" in first["learner"] and '"execution_count": null' in first["learner"]
 
     def test_a_survivor_is_reported(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import llmcourse.exercises
+        import llmcourse.practice.sheets
 
         same = CELLS.replace("return sample(logits, 1.0, generator=generator)", "return sample(logits, temperature, generator=generator)")
         same = same.replace("value=18", "value=15")
         made = build(tmp_path, same.replace("example.", "other."), sheet="other")
-        monkeypatch.setattr(llmcourse.exercises, "__path__", [*llmcourse.exercises.__path__, str(made["module"].parent)])
+        monkeypatch.setattr(llmcourse.practice.sheets, "__path__", [*llmcourse.practice.sheets.__path__, str(made["module"].parent)])
         sheet = checking.load_sheet("other")
         assert checking.kill_matrix(sheet["other.sample"])[1] == ["other.sample: the wrong answer no_temperature passes."]
         assert "bias_per_input should get its own sentence and gets that of no_bias" in checking.kill_matrix(sheet["other.n_parameters"])[1][0]
@@ -220,7 +219,7 @@ def attend_with(body: str):
 
 class TestCheck:
     def test_importing_loads_no_torch(self) -> None:
-        code = "import sys, llmcourse.checking, llmcourse.exercise_cli, llmcourse.grading; print([m for m in ('torch', 'nbgrader', 'nbformat', 'IPython', 'numpy') if m in sys.modules])"
+        code = "import sys, llmcourse.practice.checking, llmcourse.practice.commands, llmcourse.practice.grading; print([m for m in ('torch', 'nbgrader', 'nbformat', 'IPython', 'numpy') if m in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
@@ -377,7 +376,7 @@ class TestCodec:
 
         tree, _ = worker.encode([Thing(), lambda: 1])
         assert all(isinstance(v, worker.Other) for v in worker.decode(tree, []))
-        assert "pickle" not in (ROOT / "llmcourse" / "grading.py").read_text() + (ROOT / "llmcourse" / "checking.py").read_text()
+        assert "pickle" not in (ROOT / "llmcourse" / "practice" / "grading.py").read_text() + (ROOT / "llmcourse" / "practice" / "checking.py").read_text()
 
     @pytest.mark.parametrize(
         "tree",
@@ -424,13 +423,13 @@ class TestGrading:
     @pytest.mark.parametrize(
         "poison",
         [
-            "import llmcourse.checking as c\nc.check = check = lambda *a, **k: True\nc.Result.passed = True\n",
+            "import llmcourse.practice.checking as c\nc.check = check = lambda *a, **k: True\nc.Result.passed = True\n",
             "class Yes:\n    def __eq__(self, o): return True\n    def __getattr__(self, n): return self\n    def __call__(self, *a): return self\ndef attend(*a): return Yes()\n",
             "import torch\ntorch.equal = torch.allclose = lambda *a, **k: True\ntorch.Tensor.__eq__ = lambda *a: True\ndef attend(q, k, v): return v\n",
-            "from llmcourse.exercises.example import attend\n",
+            "from llmcourse.practice.sheets.example import attend\n",
             "import importlib.util as u\ns = u.spec_from_file_location('x', PATH)\nm = u.module_from_spec(s)\ns.loader.exec_module(m)\nattend = m.attend\n",
             "text = open(PATH).read()\nexec(text)\n",
-            "import sys\nattend = sys.modules['llmcourse.checking'].find('example.attend').solution\n",
+            "import sys\nattend = sys.modules['llmcourse.practice.checking'].find('example.attend').solution\n",
             "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'{}' * 99)\n    except OSError: pass\ndef attend(q, k, v): return v\n",
             "import gc\nattend = next(f for f in gc.get_objects() if getattr(f, '__qualname__', '') == 'attend')\n",
             "class str(str): pass\nint = float = bool = None\ndef attend(q, k, v): return 1\n",
@@ -618,7 +617,7 @@ class TestProgress:
 
 class TestCommands:
     def run(self, *arguments: str):
-        return cli.invoke(exercise_cli.app, [*arguments])
+        return cli.invoke(commands.app, [*arguments])
 
     def test_check_passes(self, sheet, tmp_path: Path) -> None:
         nbformat.write(sheet, tmp_path / "mine.ipynb")

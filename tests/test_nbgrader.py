@@ -16,7 +16,7 @@ pytest.importorskip("nbgrader", reason='nbgrader is not installed: pip install "
 import nbformat
 from example_sheet import ROOT, build, tool
 
-from llmcourse import checking, grading
+from llmcourse.practice import checking, grading
 
 pytestmark = pytest.mark.slow
 CHAPTER, SHEET = "03_example", "example"
@@ -24,10 +24,10 @@ CHAPTER, SHEET = "03_example", "example"
 POISON = '''
 import sys
 import torch
-import llmcourse.checking
+import llmcourse.practice.checking
 
-check = llmcourse.checking.check = lambda *a, **k: "passed"
-llmcourse.checking.Result.passed = True
+check = llmcourse.practice.checking.check = lambda *a, **k: "passed"
+llmcourse.practice.checking.Result.passed = True
 torch.equal = torch.allclose = lambda *a, **k: True
 
 
@@ -61,7 +61,7 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("class")
     made = build(folder)
     (folder / "nbgrader_config.py").write_text(
-        f"import llmcourse.exercises\nllmcourse.exercises.__path__.append({str(made['module'].parent)!r})\n"
+        f"import llmcourse.practice.sheets\nllmcourse.practice.sheets.__path__.append({str(made['module'].parent)!r})\n"
         + (ROOT / "nbgrader_config.py").read_text(encoding="utf8"),
         encoding="utf8",
     )
@@ -94,13 +94,13 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def example(tmp_path_factory: pytest.TempPathFactory):
     """The example sheet, known to this process."""
-    import llmcourse.exercises
+    import llmcourse.practice.sheets
 
     path = str(build(tmp_path_factory.mktemp("sheet"))["module"].parent)
-    llmcourse.exercises.__path__.append(path)
-    sys.modules.pop(f"llmcourse.exercises.{SHEET}", None)
+    llmcourse.practice.sheets.__path__.append(path)
+    sys.modules.pop(f"llmcourse.practice.sheets.{SHEET}", None)
     yield
-    llmcourse.exercises.__path__.remove(path)
+    llmcourse.practice.sheets.__path__.remove(path)
 
 
 def marks(folder: Path) -> dict[str, float]:
@@ -136,7 +136,7 @@ def test_classroom_commands_exist() -> None:
     """The five commands that `llmcourse classroom` prints are commands of this nbgrader."""
     from nbgrader.apps.nbgraderapp import NbGraderApp
 
-    from llmcourse.exercise_cli import COMMANDS
+    from llmcourse.practice.commands import COMMANDS
 
     assert len(COMMANDS) == 5
     assert {command.split()[1] for command, _ in COMMANDS} <= {name.replace("-", "_") for name in NbGraderApp.subcommands}

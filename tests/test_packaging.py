@@ -80,9 +80,9 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import importlib, pkgutil, llmcourse
-for module in pkgutil.iter_modules(llmcourse.__path__):
-    if module.name not in ("__main__", "classroom") and not module.ispkg:  # classroom is the adapter to nbgrader
-        importlib.import_module(f"llmcourse.{module.name}")
+for module in pkgutil.walk_packages(llmcourse.__path__, "llmcourse."):
+    if module.name not in ("llmcourse.__main__", "llmcourse.practice.classroom"):  # classroom is the adapter to nbgrader
+        importlib.import_module(module.name)
 print("imported")
 """
     result = subprocess.run([sys.executable, "-c", code], env=clean_env(), text=True, capture_output=True)

@@ -1,7 +1,7 @@
 """Grade a sheet from outside: the learner's code runs in a child process, the cases and the solution stay here.
 
 For each exercise a fresh child runs the sheet's own set-up, then the learner's cells without those that answer another
-exercise, and serves calls of the answer (`llmcourse._exercise_worker`). So a cell that loops for ever, leaves, eats memory
+exercise, and serves calls of the answer (`llmcourse.practice.worker`). So a cell that loops for ever, leaves, eats memory
 or breaks a library costs its own exercise only, and a sheet that replaces `check` changes nothing: its `check` is not used.
 
 On Linux the kernel keeps the child from starting processes, from the network, from reading the checker and from writing
@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from llmcourse import checking
-from llmcourse._exercise_worker import read_message, write_message
+from llmcourse.practice import checking
+from llmcourse.practice.worker import read_message, write_message
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
 __all__ = ["Limits", "SheetResult", "grade", "grade_file", "junit", "which_sheet"]
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent  # llmcourse/
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +71,16 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _command(*arguments: str) -> list[str]:
-    start = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); from llmcourse._exercise_worker import main; main()"
+    start = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); from llmcourse.practice.worker import main; main()"
     return [sys.executable, "-P", "-c", start, *arguments]
 
 
 def _hidden() -> list[str]:
     """Where the reference is: a child must not read these."""
-    import llmcourse.exercises
+    import llmcourse.practice.sheets
 
     root = course_root()
-    return [os.path.realpath(p) for p in (*llmcourse.exercises.__path__, root / "solutions", root / ".git")]
+    return [os.path.realpath(p) for p in (*llmcourse.practice.sheets.__path__, root / "solutions", root / ".git")]
 
 
 def _permitted() -> tuple[list[str], list[str]]:

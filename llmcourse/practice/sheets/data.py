@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 # %% checker
-from llmcourse.checking import case, exercise, rng
+from llmcourse.practice.checking import case, exercise, rng
 
 
 # %% solution merge_pair

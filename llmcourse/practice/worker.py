@@ -1,7 +1,7 @@
 """The learner's side of an exercise: runs the learner's code, calls the answer, sends back what came out.
 
-Two users. In a notebook `llmcourse.checking` calls `run_call` in the learner's own process. From the shell
-`llmcourse.grading` starts this module as a child process without the right to read the checker, to start programs or to
+Two users. In a notebook `llmcourse.practice.checking` calls `run_call` in the learner's own process. From the shell
+`llmcourse.practice.grading` starts this module as a child process without the right to read the checker, to start programs or to
 write outside one folder. The child knows no solution and no expected value. What it sends back is JSON and raw numbers,
 never a pickle, so that nothing which the learner's code makes is ever run by the grader.
 """
@@ -373,7 +373,7 @@ def _refuse(hidden: list[str], also: tuple[str, ...]) -> None:
             raise PermissionError("starting another process is not allowed in an exercise")
         if event in _NO_OTHER or event in also:
             raise PermissionError(f"{event} is not allowed in an exercise")
-        if event == "import" and str(args[0]).startswith("llmcourse.exercises"):
+        if event == "import" and str(args[0]).startswith("llmcourse.practice.sheets"):
             raise ImportError("the checker cannot be imported in an exercise")
         if event in ("open", "os.listdir", "os.scandir", "os.link", "os.rename", "os.symlink") and isinstance(args[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(args[0]))
@@ -453,10 +453,10 @@ def _no_checker() -> None:
     """A sheet imports `check` and friends; in the child they do nothing, because the grader asks from outside."""
     import types
 
-    quiet = types.ModuleType("llmcourse.checking")
+    quiet = types.ModuleType("llmcourse.practice.checking")
     for name in ("check", "hint", "reveal", "progress"):
         setattr(quiet, name, lambda *a, **k: None)
-    sys.modules["llmcourse.checking"] = quiet
+    sys.modules["llmcourse.practice.checking"] = quiet
 
 
 def _lines(name: str, source: str) -> None:

@@ -1,7 +1,7 @@
 """What nbgrader needs to work with the course's sheets; used by `nbgrader_config.py` and by `tools/make_exercises.py`.
 
 nbgrader is an adapter here: releasing strips the master of what only the checker needs, and autograding asks
-`llmcourse.grading` for the verdicts, so that the marks are those of `llmcourse check` and a submission cannot set its own.
+`llmcourse.practice.grading` for the verdicts, so that the marks are those of `llmcourse check` and a submission cannot set its own.
 
 Importing this module needs nbgrader (`pip install "llmcourse[classroom]"`).
 """
@@ -16,7 +16,7 @@ from typing import Any
 from nbformat import NotebookNode
 from nbgrader.preprocessors import NbGraderPreprocessor
 
-from llmcourse import checking, grading
+from llmcourse.practice import checking, grading
 from llmcourse.settings import BadInput
 
 __all__ = ["ForLearners", "GradeApart", "directive", "rename_submissions"]

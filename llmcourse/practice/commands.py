@@ -50,7 +50,7 @@ def _mark(status: str) -> str:
 
 def _sheet_files(what: str) -> tuple[list[Path], str | None]:
     """The notebooks that PATH_OR_ID means, and the one exercise that is wanted."""
-    from llmcourse import checking
+    from llmcourse.practice import checking
 
     path = Path(what)
     if path.is_dir():
@@ -78,7 +78,7 @@ def check(
     seconds: Annotated[float, typer.Option(help="Time limit for one cell.")] = 10.0,
 ) -> None:
     """Grade a sheet in a child process. Exit code 0 only if every exercise passes."""
-    from llmcourse import grading
+    from llmcourse.practice import grading
 
     with _plainly():
         files, only = _sheet_files(what)
@@ -124,7 +124,7 @@ def _escape(text: str) -> str:
 
 def _remember(results: list) -> None:
     """The learner's own sheets count in the learner's progress; a teacher's pile of submissions does not."""
-    from llmcourse import checking
+    from llmcourse.practice import checking
 
     store = checking.Progress()
     mine = (store.path.parent / "exercises").resolve()
@@ -137,7 +137,7 @@ def _remember(results: list) -> None:
 
 def hint(id: Annotated[str, typer.Argument(help="An exercise, for example attention.scaled_dot_product")]) -> None:
     """Show the next hint of an exercise; there are three."""
-    from llmcourse import checking
+    from llmcourse.practice import checking
 
     with _plainly():
         print(checking.hint(id))
@@ -145,7 +145,7 @@ def hint(id: Annotated[str, typer.Argument(help="An exercise, for example attent
 
 def reveal(id: Annotated[str, typer.Argument(help="An exercise, for example attention.scaled_dot_product")]) -> None:
     """Show the solution of an exercise. Progress remembers it."""
-    from llmcourse import checking
+    from llmcourse.practice import checking
 
     with _plainly():
         print(checking.reveal(id))
@@ -157,7 +157,7 @@ def progress(
     as_json: AsJson = False,
 ) -> None:
     """What is passed, and how many tries and hints it took."""
-    from llmcourse import checking
+    from llmcourse.practice import checking
 
     with _plainly():
         if merge is not None:
@@ -179,7 +179,7 @@ def exercises(
     kill_matrix: Annotated[bool, typer.Option("--kill-matrix", help="Run every solution and every wrong answer; exit code 0 only if all wrong answers are found out.")] = False,
 ) -> None:
     """List all exercises, or prove them."""
-    from llmcourse import checking
+    from llmcourse.practice import checking
 
     with _plainly():
         every = [ex for sheet in checking.sheets() for ex in checking.load_sheet(sheet).values()]
@@ -202,7 +202,7 @@ def exercises(
 
 
 def _prove(every: list, as_json: bool) -> None:
-    from llmcourse import checking
+    from llmcourse.practice import checking
 
     all_rows, all_problems = [], []
     for ex in every:
@@ -234,7 +234,7 @@ COMMANDS = (
 
 def classroom(sheet: Annotated[str, typer.Argument(help="A sheet or its folder, for example attention or 03_attention")] = "attention") -> None:
     """The five commands that a teacher needs, in order."""
-    from llmcourse import checking
+    from llmcourse.practice import checking
 
     with _plainly():
         folders = {name: next(iter(checking.load_sheet(name).values())).chapter for name in checking.sheets()}

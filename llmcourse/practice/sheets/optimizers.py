@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 # %% checker
-from llmcourse.checking import case, exercise
+from llmcourse.practice.checking import case, exercise
 
 
 def randn(*shape, seed=0):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 # %% checker
-from llmcourse.checking import case, exercise, rng
+from llmcourse.practice.checking import case, exercise, rng
 
 
 # %% solution rms_norm

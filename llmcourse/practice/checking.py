@@ -1,6 +1,6 @@
 """The exercise machine: `check`, `hint`, `reveal`, `progress`, and what the sheets' checkers are made of.
 
-A checker (`llmcourse/exercises/<sheet>.py`) is exported from the master of its sheet in `solutions/`. It holds, per
+A checker (`llmcourse/practice/sheets/<sheet>.py`) is exported from the master of its sheet in `solutions/`. It holds, per
 exercise, the cases, the solution and the named wrong answers. `check` runs the cases on the learner's answer and on the
 solution. When they differ it asks which wrong answer would have given the same results, and says that one's sentence.
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmcourse._exercise_worker import Other, Rng, TimeLimit, decode, encode, run_call
+from llmcourse.practice.worker import Other, Rng, TimeLimit, decode, encode, run_call
 from llmcourse.settings import require
 
 __all__ = [
@@ -220,11 +220,11 @@ def sheets() -> list[str]:
     """The names of all sheets, in the order of their chapters."""
     import pkgutil
 
-    package = importlib.import_module("llmcourse.exercises")
+    package = importlib.import_module("llmcourse.practice.sheets")
     chapter = {}
     for m in pkgutil.iter_modules(package.__path__):
         if not m.name.startswith("_") and m.name not in chapter:
-            spec = m.module_finder.find_spec(f"llmcourse.exercises.{m.name}")
+            spec = m.module_finder.find_spec(f"llmcourse.practice.sheets.{m.name}")
             found = re.search(r'^CHAPTER = "(.*)"$', Path(spec.origin).read_text(encoding="utf8"), re.M)
             chapter[m.name] = found[1] if found else m.name
     return sorted(chapter, key=lambda n: (chapter[n], n))
@@ -234,13 +234,13 @@ def load_sheet(sheet: str) -> dict[str, Exercise]:
     """All exercises of a sheet, by id, in the order of the sheet."""
     known = sheets()
     require(sheet in known, "sheet", sheet, ", ".join(known) or "no sheet is installed")
-    return _REGISTRY[importlib.import_module(f"llmcourse.exercises.{sheet}").__name__]
+    return _REGISTRY[importlib.import_module(f"llmcourse.practice.sheets.{sheet}").__name__]
 
 
 def setup_source(sheet: str) -> str:
     """The imports and data that a sheet gives to learner and checker alike, as text."""
     load_sheet(sheet)
-    text = Path(sys.modules[f"llmcourse.exercises.{sheet}"].__file__).read_text(encoding="utf8")
+    text = Path(sys.modules[f"llmcourse.practice.sheets.{sheet}"].__file__).read_text(encoding="utf8")
     return "\n\n".join(m[1].strip("\n") for m in re.finditer(r"^# %% setup\n(.*?)(?=^# %%|\Z)", text, re.S | re.M))
 
 
