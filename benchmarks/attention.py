@@ -74,7 +74,12 @@ def memory(name: str, passes: tuple[str, ...], T: int, device: str, processes: i
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     found = []
     for _ in range(processes):
-        job = subprocess.run([sys.executable, __file__, "--child", json.dumps([name, passes, T, device])], env=env, capture_output=True, text=True)
+        job = subprocess.run(
+            [sys.executable, __file__, "--child", json.dumps([name, passes, T, device])],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         if job.returncode:
             raise SystemExit(job.stderr)
         found.append(json.loads(job.stdout.splitlines()[-1]))
@@ -94,14 +99,27 @@ def main() -> None:
     rt = Runtime.auto(args.device)
     lengths = [32, 64] if args.quick else [256, 512, 1024, 2048, 4096]
     passes = PASSES[1:] if args.quick else PASSES
-    sizes = {(name, T): memory(name, passes, T, args.device, 1 if args.quick else 3) for T in lengths for name in FUNCTIONS if not args.quick or (name, T) == ("tiled", lengths[0])}
+    sizes = {
+        (name, T): memory(name, passes, T, args.device, 1 if args.quick else 3)
+        for T in lengths
+        for name in FUNCTIONS
+        if not args.quick or (name, T) == ("tiled", lengths[0])
+    }
     rows = []
     for which in passes:
-        print(f"\n{which}, {HEADS} heads of width {WIDTH}, {str(rt.dtype).removeprefix('torch.')}, {rt.device.type}, {torch.get_num_threads()} thread(s)")
+        print(
+            f"\n{which}, {HEADS} heads of width {WIDTH}, {str(rt.dtype).removeprefix('torch.')}, {rt.device.type}, {torch.get_num_threads()} thread(s)"
+        )
         print(f"{'tokens':>7} {'':<10}{'time':>10}  {'relative to PyTorch (95 % interval)':<38}{'peak memory':>12}")
         for T in lengths:
             repeats = 3 if args.quick else max(7, min(30, 16384 // T))
-            times = compare({name: call(name, which, T, rt) for name in FUNCTIONS}, rt, baseline="PyTorch", warmup=2, repeats=repeats)
+            times = compare(
+                {name: call(name, which, T, rt) for name in FUNCTIONS},
+                rt,
+                baseline="PyTorch",
+                warmup=2,
+                repeats=repeats,
+            )
             for name, t in times.items():
                 size = sizes.get((name, T), {}).get(which, [])
                 middle = statistics.median(size) if size else None
@@ -110,8 +128,17 @@ def main() -> None:
                     "ratio": t.ratio, "low": t.low, "high": t.high, "bytes": middle, "bytes_range": [min(size), max(size)] if size else None,
                 })  # fmt: skip
                 ratio = f"{t.ratio:.2f}  ({t.low:.2f} to {t.high:.2f})"
-                print(f"{T:>7} {name:<10}{t.timing.median * 1e3:>7.2f} ms  {ratio:<38}{format_bytes(middle) if size else '–':>12}", flush=True)
-    machine = {"device": rt.device.type, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__, "dtype": str(rt.dtype)}
+                print(
+                    f"{T:>7} {name:<10}{t.timing.median * 1e3:>7.2f} ms  {ratio:<38}{format_bytes(middle) if size else '–':>12}",
+                    flush=True,
+                )
+    machine = {
+        "device": rt.device.type,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "dtype": str(rt.dtype),
+    }
     if rt.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(rt.device)
     result = {"question": "tiled and windowed attention against PyTorch's kernel and the naive form", "quick": args.quick,

@@ -89,7 +89,13 @@ def main() -> int:
             print(f"{name:<20}{tokens_s:>10.1f}{c.ratio:>12.3f} ({c.low:.3f} to {c.high:.3f})")
         report["batches"][str(batch)] = {"same_tokens": same, "results": rows}
         verdict = results["llmcourse"]
-        word = "faster" if verdict.high < 1 else "slower" if verdict.low > 1 else "no difference that the spread allows to see"
+        word = (
+            "faster"
+            if verdict.high < 1
+            else "slower"
+            if verdict.low > 1
+            else "no difference that the spread allows to see"
+        )
         print(f"llmcourse against transformers at batch {batch}: {word}")
         # after each batch size: a run that is cut off keeps what it has
         options.out.parent.mkdir(parents=True, exist_ok=True)

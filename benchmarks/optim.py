@@ -71,12 +71,21 @@ def parameters(quick: bool, device: torch.device, matrices_only: bool = False) -
 def candidates(rule: str) -> dict:
     if rule == "Lion":
         options = {"lr": 1e-5, "weight_decay": 0.1}
-        return {"plain operations": lambda ps: PlainLion(ps, **options), "plain operations again": lambda ps: PlainLion(ps, **options), "llmcourse": lambda ps: optim.Lion(ps, **options)}
-    options = {"AdamW": {"lr": 1e-5, "weight_decay": 0.1}, "SGD": {"lr": 1e-5, "momentum": 0.9}, "Muon": {"lr": 1e-5}}[rule]
+        return {
+            "plain operations": lambda ps: PlainLion(ps, **options),
+            "plain operations again": lambda ps: PlainLion(ps, **options),
+            "llmcourse": lambda ps: optim.Lion(ps, **options),
+        }
+    options = {"AdamW": {"lr": 1e-5, "weight_decay": 0.1}, "SGD": {"lr": 1e-5, "momentum": 0.9}, "Muon": {"lr": 1e-5}}[
+        rule
+    ]
     theirs, ours = getattr(torch.optim, rule), getattr(optim, rule)
     found = {"torch default": lambda ps: theirs(ps, **options), "torch default again": lambda ps: theirs(ps, **options)}
     if rule != "Muon":  # torch has neither for Muon
-        found |= {"torch foreach": lambda ps: theirs(ps, foreach=True, **options), "torch fused": lambda ps: theirs(ps, fused=True, **options)}
+        found |= {
+            "torch foreach": lambda ps: theirs(ps, foreach=True, **options),
+            "torch fused": lambda ps: theirs(ps, fused=True, **options),
+        }
     return found | {"llmcourse": lambda ps: ours(ps, **options)}
 
 
@@ -93,7 +102,14 @@ def main() -> int:
                "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None}  # fmt: skip
     if rt.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(rt.device)
-    report = {"question": "time of one optimizer step against torch.optim", "quick": args.quick, "machine": machine, "dtype": "float32", "distance to fused": WHY_FUSED, "rules": {}}
+    report = {
+        "question": "time of one optimizer step against torch.optim",
+        "quick": args.quick,
+        "machine": machine,
+        "dtype": "float32",
+        "distance to fused": WHY_FUSED,
+        "rules": {},
+    }
     for rule in rules:
         # one set of parameters for all: where in memory a set lies is worth a few percent
         ps = parameters(args.quick, rt.device, matrices_only=rule == "Muon")
@@ -101,11 +117,23 @@ def main() -> int:
         size = sum(p.numel() for p in ps)
         rounds = 3 if args.quick else args.rounds if rule != "Muon" else max(3, args.rounds * 2 // 3)
         results = compare(steps, rt, baseline=next(iter(steps)), warmup=2, repeats=rounds)
-        print(f"\n{rule}, {size / 1e6:.2f} million parameters in {len(ps)} tensors, {rt.device.type}, {torch.get_num_threads()} thread(s), {rounds} rounds")
+        print(
+            f"\n{rule}, {size / 1e6:.2f} million parameters in {len(ps)} tensors, {rt.device.type}, {torch.get_num_threads()} thread(s), {rounds} rounds"
+        )
         rows = {}
         for name, c in results.items():
-            rows[name] = {"ms": c.timing.median * 1e3, "quartiles_ms": [q * 1e3 for q in c.timing.quartiles], "ratio": c.ratio, "low": c.low, "high": c.high, "n": c.timing.n}
-            print(f"   {name:24} {c.timing.median * 1e3:8.2f} ms   {c.ratio:.2f} × ({c.low:.2f} to {c.high:.2f})", flush=True)
+            rows[name] = {
+                "ms": c.timing.median * 1e3,
+                "quartiles_ms": [q * 1e3 for q in c.timing.quartiles],
+                "ratio": c.ratio,
+                "low": c.low,
+                "high": c.high,
+                "n": c.timing.n,
+            }
+            print(
+                f"   {name:24} {c.timing.median * 1e3:8.2f} ms   {c.ratio:.2f} × ({c.low:.2f} to {c.high:.2f})",
+                flush=True,
+            )
         report["rules"][rule] = {"parameters": size, "tensors": len(ps), "rows": rows}
         fused = rows.get("torch fused")
         if fused:

@@ -43,7 +43,9 @@ class Rows(torch.utils.data.Dataset):
     """Random tokens: the work does not depend on which they are."""
 
     def __init__(self, shape: dict, n: int):
-        self.rows = torch.randint(shape["vocab_size"], (n, shape["context"] + 1), generator=torch.Generator().manual_seed(0))
+        self.rows = torch.randint(
+            shape["vocab_size"], (n, shape["context"] + 1), generator=torch.Generator().manual_seed(0)
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,7 +89,9 @@ class Clock:
 
 
 def run_ours(model, shape: dict, batch: int, steps: int, precision: str, compiled: bool, rt: Runtime) -> None:
-    cfg = TrainConfig(steps=steps, batch_size=batch, seq_len=shape["context"], lr=1e-3, precision=precision, compile=compiled)
+    cfg = TrainConfig(
+        steps=steps, batch_size=batch, seq_len=shape["context"], lr=1e-3, precision=precision, compile=compiled
+    )
     train(model, (Rows(shape, 64 * batch), None), cfg, rt=rt)
 
 
@@ -117,8 +121,22 @@ def run_theirs(model, shape: dict, batch: int, steps: int, precision: str, compi
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0, lr_scheduler_type="cosine",
-            bf16=precision == "bfloat16", torch_compile=compiled, save_strategy="no", eval_strategy="no", logging_strategy="no", report_to=[], use_cpu=rt.device.type == "cpu", disable_tqdm=True, seed=0,
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            lr_scheduler_type="cosine",
+            bf16=precision == "bfloat16",
+            torch_compile=compiled,
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            use_cpu=rt.device.type == "cpu",
+            disable_tqdm=True,
+            seed=0,
         )
         collate = lambda rows: {"input_ids": torch.stack(rows)[:, :-1], "labels": torch.stack(rows)[:, :-1]}
         trainer = Trainer(model=model, args=arguments, train_dataset=Rows(shape, 64 * batch), data_collator=collate)
@@ -136,7 +154,9 @@ CANDIDATES = {
 }
 
 
-def measure(names: list[str], shape: dict, batch: int, rounds: int, steps: int, precision: str, compiled: bool, rt: Runtime) -> dict:
+def measure(
+    names: list[str], shape: dict, batch: int, rounds: int, steps: int, precision: str, compiled: bool, rt: Runtime
+) -> dict:
     """Median seconds per step of each candidate and round, taken in turn."""
     models = {name: rt.move(CANDIDATES[name][1](shape)) for name in names}
     per_round: dict[str, list[float]] = {name: [] for name in names}
@@ -189,9 +209,24 @@ def main() -> int:
         return 0
 
     names = list(CANDIDATES)
-    report = {"shape": shape, "parameters": sum(p.numel() for p in our_model(shape).parameters()), "batch": batch, "tokens_per_step": batch * shape["context"], "rounds": rounds, "steps_per_round": steps - 3,
-              "quick": options.quick, "runtime": rt.describe(), "transformers": __import__("transformers").__version__, "accelerate": __import__("accelerate").__version__, "python": platform.python_version(), "runs": []}
-    print(rt.describe(), f"| {report['parameters']:,} parameters, {batch} × {shape['context']} tokens a step, {rounds} rounds of {steps - 3} timed steps")
+    report = {
+        "shape": shape,
+        "parameters": sum(p.numel() for p in our_model(shape).parameters()),
+        "batch": batch,
+        "tokens_per_step": batch * shape["context"],
+        "rounds": rounds,
+        "steps_per_round": steps - 3,
+        "quick": options.quick,
+        "runtime": rt.describe(),
+        "transformers": __import__("transformers").__version__,
+        "accelerate": __import__("accelerate").__version__,
+        "python": platform.python_version(),
+        "runs": [],
+    }
+    print(
+        rt.describe(),
+        f"| {report['parameters']:,} parameters, {batch} × {shape['context']} tokens a step, {rounds} rounds of {steps - 3} timed steps",
+    )
     kinds = [(precision, False) for precision in AUTOCAST]
     if options.compiled:
         if _compiler():
@@ -203,16 +238,35 @@ def main() -> int:
         rows = {}
         for name in names:
             base = ratio(seconds[name], seconds["bare loop, our GPT"])
-            rows[name] = {"tokens_per_second": report["tokens_per_step"] / float(np.median(seconds[name])), "relative_to_bare": base, "seconds_per_step": seconds[name]}
+            rows[name] = {
+                "tokens_per_second": report["tokens_per_step"] / float(np.median(seconds[name])),
+                "relative_to_bare": base,
+                "seconds_per_step": seconds[name],
+            }
             if not compiled:
                 rows[name]["peak_bytes"] = memory_of(name, precision, options.quick)
-            print(f"{precision:<9}{'compiled' if compiled else 'eager':<9}{name:<30}{rows[name]['tokens_per_second']:>9,.0f} tok/s   {base[0]:.3f} ({base[1]:.3f} to {base[2]:.3f}) of the bare loop"
-                  + (f"   {format_bytes(rows[name]['peak_bytes'])}" if not compiled else ""))
-        for a, b in (("our trainer again (control)", "our trainer, our GPT"), ("our trainer, our GPT", "transformers.Trainer, Llama"), ("our trainer, Llama", "transformers.Trainer, Llama")):
+            print(
+                f"{precision:<9}{'compiled' if compiled else 'eager':<9}{name:<30}{rows[name]['tokens_per_second']:>9,.0f} tok/s   {base[0]:.3f} ({base[1]:.3f} to {base[2]:.3f}) of the bare loop"
+                + (f"   {format_bytes(rows[name]['peak_bytes'])}" if not compiled else "")
+            )
+        for a, b in (
+            ("our trainer again (control)", "our trainer, our GPT"),
+            ("our trainer, our GPT", "transformers.Trainer, Llama"),
+            ("our trainer, Llama", "transformers.Trainer, Llama"),
+        ):
             print(f"{'':<18}{a} against {b}: {'{:.3f} ({:.3f} to {:.3f})'.format(*ratio(seconds[a], seconds[b]))}")
-        report["runs"].append({"precision": precision, "compiled": compiled, "candidates": rows, "null_control": ratio(seconds["our trainer again (control)"], seconds["our trainer, our GPT"]),
-                               "ours_against_trainer": ratio(seconds["our trainer, our GPT"], seconds["transformers.Trainer, Llama"]),
-                               "ours_against_trainer_same_model": ratio(seconds["our trainer, Llama"], seconds["transformers.Trainer, Llama"])})
+        report["runs"].append(
+            {
+                "precision": precision,
+                "compiled": compiled,
+                "candidates": rows,
+                "null_control": ratio(seconds["our trainer again (control)"], seconds["our trainer, our GPT"]),
+                "ours_against_trainer": ratio(seconds["our trainer, our GPT"], seconds["transformers.Trainer, Llama"]),
+                "ours_against_trainer_same_model": ratio(
+                    seconds["our trainer, Llama"], seconds["transformers.Trainer, Llama"]
+                ),
+            }
+        )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
     print(f"written to {options.out}")

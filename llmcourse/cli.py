@@ -19,7 +19,11 @@ from llmcourse.practice import commands as practice
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
 app = typer.Typer(
-    name="llmcourse", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="llmcourse",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Make a language model smaller, and measure what was lost. The course itself is in the notebooks: llmcourse start DIR.",
 )
 
@@ -67,22 +71,35 @@ def _run(model: str, recipe: str, out: Path) -> None:
 @app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that comes with the course.")],
-    out: Annotated[Path, typer.Option(help="Where tokenizer, checkpoints and the model go; a run that was stopped goes on there.")],
+    out: Annotated[
+        Path, typer.Option(help="Where tokenizer, checkpoints and the model go; a run that was stopped goes on there.")
+    ],
 ) -> None:
     """Train a language model from nothing: tokenizer, weights, and a card with what was measured."""
     from llmcourse.jobs import find_recipe
 
-    settings, path = load_settings(), find_recipe(recipe, "pretrain")  # a typing error is reported before torch is imported
+    settings, path = (
+        load_settings(),
+        find_recipe(recipe, "pretrain"),
+    )  # a typing error is reported before torch is imported
     from llmcourse.training import load_pretrain_recipe
     from llmcourse.training import pretrain as run
 
-    folder = run(load_pretrain_recipe(path, settings.scale.name), out, settings=settings, say=_say, command=f"llmcourse pretrain {recipe} --out {out}")
+    folder = run(
+        load_pretrain_recipe(path, settings.scale.name),
+        out,
+        settings=settings,
+        say=_say,
+        command=f"llmcourse pretrain {recipe} --out {out}",
+    )
     _say(f"Card: {folder / 'README.md'}   model: {folder} (loads with llmcourse.load_model)")
 
 
 @app.command()
 def data(
-    fetch: Annotated[list[str] | None, typer.Option(help="Prepare this model or data set (repeatable); 'all' for the whole catalog.")] = None,
+    fetch: Annotated[
+        list[str] | None, typer.Option(help="Prepare this model or data set (repeatable); 'all' for the whole catalog.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every prepared file with its digest.")] = False,
 ) -> None:
     """List the course's models and data with licence, origin, size and checksum; fetch or verify them."""
@@ -95,7 +112,11 @@ def data(
         require(name in CATALOG, "fetch", name, "all, " + ", ".join(CATALOG))
     for i, name in enumerate(names, 1):
         head = f"[{i}/{len(names)}] "
-        if prepare(name, settings.home, say=lambda line, head=head: _say(head + line)) and len(names) > 1 and i == len(names):
+        if (
+            prepare(name, settings.home, say=lambda line, head=head: _say(head + line))
+            and len(names) > 1
+            and i == len(names)
+        ):
             _say(f"{len(names)} of {len(names)} ready in {settings.home}")
     if names:
         return
@@ -113,7 +134,15 @@ def data(
     for head in ("name", "kind", "ready", "download", "licence", "origin", "sha256 of the package"):
         table.add_column(head, overflow="fold")
     for a in CATALOG.values():
-        table.add_row(a.name, a.kind, "yes" if is_prepared(a.name, settings.home) else "no", "in the package" if a.bundled else f"{a.carrier.size / 1e6:.1f} MB", a.licence, a.origin, a.carrier.sha256)
+        table.add_row(
+            a.name,
+            a.kind,
+            "yes" if is_prepared(a.name, settings.home) else "no",
+            "in the package" if a.bundled else f"{a.carrier.size / 1e6:.1f} MB",
+            a.licence,
+            a.origin,
+            a.carrier.sha256,
+        )
     console = Console(width=None if sys.stdout.isatty() else 320, highlight=False)  # a pipe has no width: fold nothing
     console.print(table)
     for a in CATALOG.values():
@@ -123,17 +152,30 @@ def data(
 
 
 @app.command()
-def start(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet, or an empty one.")]) -> None:
+def start(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet, or an empty one.")
+    ],
+) -> None:
     """Unpack the notebooks, recipes and settings of the course into a folder of yours."""
     from llmcourse.store import atomic_folder
 
     root, target = course_root(), directory.expanduser().absolute()
     if target.exists():
-        require(target.is_dir() and not any(target.iterdir()), "DIR", str(directory), "a folder that does not exist yet, or an empty one")
+        require(
+            target.is_dir() and not any(target.iterdir()),
+            "DIR",
+            str(directory),
+            "a folder that does not exist yet, or an empty one",
+        )
     with atomic_folder(target) as partial:
         for part in ("nbs", "exercises", "recipes"):
             if (root / part).is_dir():
-                shutil.copytree(root / part, partial / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_*"))
+                shutil.copytree(
+                    root / part,
+                    partial / part,
+                    ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_*"),
+                )
         shutil.copyfile(root / "settings.ini", partial / "settings.ini")
     _say(f"The course is in {directory}. Next: llmcourse data --fetch all, then: jupyter lab {directory}")
 

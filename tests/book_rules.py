@@ -100,7 +100,13 @@ def directives(cell: dict) -> tuple[dict, list[str]]:
 def prose(cell: dict) -> str:
     """A markdown cell with code, math and comments blanked out: what remains is read as sentences."""
     out = text(cell["source"])
-    for pattern in (r"^( *)(```+|~~~+).*?^\1\2[`~]*$", r"<!--.*?-->", r"\$\$.*?\$\$", r"(?<!\\)\$[^$\n]+\$", r"(`+)(?!`).+?\1"):
+    for pattern in (
+        r"^( *)(```+|~~~+).*?^\1\2[`~]*$",
+        r"<!--.*?-->",
+        r"\$\$.*?\$\$",
+        r"(?<!\\)\$[^$\n]+\$",
+        r"(`+)(?!`).+?\1",
+    ):
         # Keep the line breaks, so that a line has the same number before and after.
         out = re.sub(pattern, lambda m: "\n" * m[0].count("\n") or " ", out, flags=re.S | re.M)
     return out
@@ -109,7 +115,9 @@ def prose(cell: dict) -> str:
 def output_text(output: dict) -> str:
     """Everything in an output that a reader could see as text."""
     parts = [text(output.get("text", "")), "\n".join(output.get("traceback", []))]
-    parts += [text(v) for k, v in output.get("data", {}).items() if k.startswith("text/") and isinstance(v, (str, list))]
+    parts += [
+        text(v) for k, v in output.get("data", {}).items() if k.startswith("text/") and isinstance(v, (str, list))
+    ]
     return "\n".join(parts)
 
 
@@ -125,7 +133,9 @@ def listing(listed: list[str], existing: set[str], home: str = "nbs/index.ipynb"
     problems = [f"{f} is listed in _quarto.yml but is not there" for f in listed if f not in existing]
     problems += [f"{f} is listed twice" for f in sorted(set(listed)) if listed.count(f) > 1]
     problems += [
-        f"{f} is not listed in _quarto.yml" for f in sorted(existing) if f.endswith(".ipynb") and f not in listed and f != home
+        f"{f} is not listed in _quarto.yml"
+        for f in sorted(existing)
+        if f.endswith(".ipynb") and f not in listed and f != home
     ]
     numbers = [f for f in listed if re.match(r"nbs/\d+_", f)]
     if numbers != sorted(numbers):
@@ -145,7 +155,9 @@ def front_matter_complete(name: str, nb: dict, chapters: set[str], keys: set[str
     if "\n" in str(meta.get("subtitle", "")).strip():
         problems.append("subtitle is the chapter's promise: one line")
     if name != "index" and meta.get("output-file") != f"{slug(name)}.html":
-        problems.append(f"output-file is {meta.get('output-file')!r}, the page's stable name is {slug(name) + '.html'!r}")
+        problems.append(
+            f"output-file is {meta.get('output-file')!r}, the page's stable name is {slug(name) + '.html'!r}"
+        )
     course = meta.get("course") or {}
     for key in ("minutes-read", "minutes-run"):
         value = course.get(key)
@@ -222,7 +234,9 @@ def was_run(nb: dict) -> list[str]:
     """Quarto shows the saved outputs and says nothing when there are none."""
     code = [c for _, c in cells(nb, "code") if directives(c)[0].get("eval") is not False]
     doing = [
-        c for c in code if any(not line.lstrip().startswith("#") and line.strip() for line in text(c["source"]).splitlines())
+        c
+        for c in code
+        if any(not line.lstrip().startswith("#") and line.strip() for line in text(c["source"]).splitlines())
     ]
     if doing and not any(c["outputs"] for c in doing):
         return [f"none of the {len(doing)} code cells has an output: run `nbdev-test --save`"]
@@ -232,7 +246,9 @@ def was_run(nb: dict) -> list[str]:
 def nothing_volatile(nb: dict) -> list[str]:
     """No state of a front end, no widgets, nothing that needs a script or the network to show."""
     problems = [
-        f"notebook metadata holds {key!r}" for key in nb.get("metadata", {}) if key not in ("kernelspec", "language_info")
+        f"notebook metadata holds {key!r}"
+        for key in nb.get("metadata", {})
+        if key not in ("kernelspec", "language_info")
     ]
     for i, cell in enumerate(nb["cells"]):
         problems += [
@@ -432,7 +448,9 @@ def pictures_have_alt(page: Page) -> list[str]:
 
 def math_is_mathml(page: Page) -> list[str]:
     problems = [f"{page.tex} formulas were left as TeX"] if page.tex else []
-    return problems + [f"{lib} is loaded" for lib in ("MathJax", "katex") if re.search(rf"<script[^>]*{lib}", page.html, re.I)]
+    return problems + [
+        f"{lib} is loaded" for lib in ("MathJax", "katex") if re.search(rf"<script[^>]*{lib}", page.html, re.I)
+    ]
 
 
 def nothing_external(page: Page) -> list[str]:
@@ -442,14 +460,19 @@ def nothing_external(page: Page) -> list[str]:
 
 
 def css_external(css: str) -> list[str]:
-    return [f"style sheet loads {m[:80]}" for m in re.findall(r"(?:url\(\s*[\"']?|@import\s+[\"'])((?:https?:)?//[^\"')]+)", css)]
+    return [
+        f"style sheet loads {m[:80]}"
+        for m in re.findall(r"(?:url\(\s*[\"']?|@import\s+[\"'])((?:https?:)?//[^\"')]+)", css)
+    ]
 
 
 def no_leaks(page: Page) -> list[str]:
     """Directives, fences and unresolved references that show up as text."""
     body = re.sub(r"<(script|style|pre|code|math)\b.*?</\1>", "", page.html, flags=re.S)
     shown = re.sub(r"<[^>]+>", " ", body)
-    return [f"the page shows {m.strip()!r}" for m in re.findall(r"#\|[^\n]{0,30}|:::[^\n]{0,30}|\?@[\w-]+|\(\w+\?\)", shown)]
+    return [
+        f"the page shows {m.strip()!r}" for m in re.findall(r"#\|[^\n]{0,30}|:::[^\n]{0,30}|\?@[\w-]+|\(\w+\?\)", shown)
+    ]
 
 
 def page_links_resolve(where: Path, pages: dict[Path, Page]) -> list[str]:

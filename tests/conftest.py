@@ -13,21 +13,38 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # small enough that a whole job takes seconds; numbers mean nothing
-SMALL = {"LLMCOURSE_EVAL_TOKENS": "512", "LLMCOURSE_CONTEXT": "64", "LLMCOURSE_STRIDE": "48", "LLMCOURSE_BATCH_SIZE": "4",
-         "LLMCOURSE_CALIB_SEQUENCES": "4", "LLMCOURSE_CALIB_LENGTH": "64"}
+SMALL = {
+    "LLMCOURSE_EVAL_TOKENS": "512",
+    "LLMCOURSE_CONTEXT": "64",
+    "LLMCOURSE_STRIDE": "48",
+    "LLMCOURSE_BATCH_SIZE": "4",
+    "LLMCOURSE_CALIB_SEQUENCES": "4",
+    "LLMCOURSE_CALIB_LENGTH": "64",
+}
 
 
 def clean_env(**more: str) -> dict[str, str]:
     """The environment without the course's variables, on one thread, plus `more`."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("LLMCOURSE_")}
-    return env | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"} | more
+    return (
+        env
+        | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+        | more
+    )
 
 
 def run_cli(*args: str, cwd: Path | str | None = None, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
     """`llmcourse ARGS` in a process that cannot reach the network."""
     env = clean_env(**env)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests" / "no_network"), env.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, "-m", "llmcourse", *map(str, args)], cwd=cwd, env=env, text=True, capture_output=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-m", "llmcourse", *map(str, args)],
+        cwd=cwd,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +85,16 @@ def tiny_model(tmp_path_factory, corpus) -> Path:
     bpe.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -45,7 +45,9 @@ def problems(draw, square: bool = False):
     T = S if square else draw(st.integers(1, S))
     B, D, C, seed = draw(st.integers(1, 2)), draw(st.integers(1, 6)), draw(st.integers(1, 5)), draw(seeds)
     q, k, v = tensors(seed, (B, groups * shared, T, D), (B, groups, S, D), (B, groups, S, C))
-    mask = torch.rand(B, 1, T, S, generator=torch.Generator().manual_seed(seed)) < draw(st.sampled_from([0.2, 0.6, 1.0]))
+    mask = torch.rand(B, 1, T, S, generator=torch.Generator().manual_seed(seed)) < draw(
+        st.sampled_from([0.2, 0.6, 1.0])
+    )
     return q, k, v, mask
 
 
@@ -72,7 +74,9 @@ class TestTiled:
     def test_large_scores_do_not_overflow(self, offset: float) -> None:
         q, k, v = tensors(1, (1, 1, 5, 4), (1, 1, 9, 4), (1, 1, 9, 4))
         q, k = q.detach() * 100 + offset, k.detach() * 100
-        assert_close(A.tiled_attention(q, k, v, block_k=2), F.scaled_dot_product_attention(q, k, v), rtol=1e-3, atol=1e-3)
+        assert_close(
+            A.tiled_attention(q, k, v, block_k=2), F.scaled_dot_product_attention(q, k, v), rtol=1e-3, atol=1e-3
+        )
 
     def test_half_precision_sums_in_float32(self) -> None:
         q, k, v = (x.detach() for x in tensors(2, (1, 2, 64, 16), (1, 2, 64, 16), (1, 2, 64, 16)))
@@ -98,7 +102,10 @@ class TestTiled:
         T = 256
         q, k, v = tensors(3, *[(1, 1, T, 8)] * 3)
         found = {}
-        for name, fn in (("tiled", lambda: A.tiled_attention(q, k, v, causal=True, block_q=32, block_k=32)), ("naive", lambda: A.naive_attention(q, k, v))):
+        for name, fn in (
+            ("tiled", lambda: A.tiled_attention(q, k, v, causal=True, block_q=32, block_k=32)),
+            ("naive", lambda: A.naive_attention(q, k, v)),
+        ):
             with Largest() as largest:
                 torch.autograd.grad(fn().sum(), (q, k, v))
             found[name] = largest.size
@@ -148,7 +155,9 @@ class TestNaive:
             lambda q, k, v: A.windowed_attention(q, k, v, window=3),
             lambda q, k, v: A.linear_attention(q, k, v, chunk=4),
         ):
-            assert_close(attend(q, k, v)[:, :, :short], attend(q[:, :, :short], k[:, :, :short], v[:, :, :short]), **TOL)
+            assert_close(
+                attend(q, k, v)[:, :, :short], attend(q[:, :, :short], k[:, :, :short], v[:, :, :short]), **TOL
+            )
 
     def test_cached_keys_give_the_same_as_all_at_once(self) -> None:
         q, k, v = tensors(4, *[(2, 2, 9, 4)] * 3)
@@ -208,7 +217,9 @@ class TestHeads:
         theirs = torch.nn.MultiheadAttention(width, heads, batch_first=True)
         torch.nn.init.normal_(theirs.in_proj_bias)
         (q, k, v), (qb, kb, vb) = theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3)
-        w = A.Projections(q=q, k=k, v=v, o=theirs.out_proj.weight, q_bias=qb, k_bias=kb, v_bias=vb, o_bias=theirs.out_proj.bias)
+        w = A.Projections(
+            q=q, k=k, v=v, o=theirs.out_proj.weight, q_bias=qb, k_bias=kb, v_bias=vb, o_bias=theirs.out_proj.bias
+        )
         x, memory = tensors(6, (2, 5, width), (2, 7, width))
         seen = A.causal_mask(5, 7)
         for attend, options in ((A.naive_attention, {"mask": seen}), (A.tiled_attention, {"causal": True})):
@@ -222,7 +233,9 @@ class TestHeads:
         x, q, k, v, o = tensors(7, (2, 5, 12), (12, 12), (3, 12), (3, 12), (12, 12))
         w = A.Projections(q=q, k=k, v=v, o=o)
         copied = A.Projections(q=q, k=k.repeat(4, 1), v=v.repeat(4, 1), o=o)
-        assert_close(A.multi_head_attention(x, w, n_heads=4, n_kv_heads=1), A.multi_head_attention(x, copied, n_heads=4), **TOL)
+        assert_close(
+            A.multi_head_attention(x, w, n_heads=4, n_kv_heads=1), A.multi_head_attention(x, copied, n_heads=4), **TOL
+        )
 
 
 # -------------------------------------------------------------------------------------- positions
@@ -230,12 +243,24 @@ class TestHeads:
 
 class TestPositions:
     @few
-    @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 3000), st.integers(1, 6), st.sampled_from(["half", "interleaved"]), seeds)
-    def test_rope_scores_depend_on_the_distance_only(self, m: int, n: int, shift: int, pairs: int, layout: str, seed: int) -> None:
+    @given(
+        st.integers(0, 2000),
+        st.integers(0, 2000),
+        st.integers(0, 3000),
+        st.integers(1, 6),
+        st.sampled_from(["half", "interleaved"]),
+        seeds,
+    )
+    def test_rope_scores_depend_on_the_distance_only(
+        self, m: int, n: int, shift: int, pairs: int, layout: str, seed: int
+    ) -> None:
         q, k = (x.detach() for x in tensors(seed, (1, 2 * pairs), (1, 2 * pairs)))
 
         def score(m: int, n: int) -> torch.Tensor:
-            a, b = (A.apply_rope(x, *A.rope_angles(torch.tensor([at]), 2 * pairs), layout=layout) for x, at in ((q, m), (k, n)))
+            a, b = (
+                A.apply_rope(x, *A.rope_angles(torch.tensor([at]), 2 * pairs), layout=layout)
+                for x, at in ((q, m), (k, n))
+            )
             return (a * b).sum()
 
         assert_close(score(m, n), score(m + shift, n + shift), rtol=1e-4, atol=2e-5)
@@ -317,13 +342,22 @@ REFUSED = {
     "a mask of numbers": lambda: A.naive_attention(*[zeros(1, 1, 2, 4)] * 3, mask=zeros(2, 2)),
     "a mask of another shape": lambda: A.tiled_attention(*[zeros(1, 1, 2, 4)] * 3, mask=A.causal_mask(3)),
     "a tile of nothing": lambda: A.tiled_attention(*[zeros(1, 1, 2, 4)] * 3, block_q=0),
-    "more queries than keys, causal": lambda: A.tiled_attention(zeros(1, 1, 3, 4), zeros(1, 1, 2, 4), zeros(1, 1, 2, 4), causal=True),
+    "more queries than keys, causal": lambda: A.tiled_attention(
+        zeros(1, 1, 3, 4), zeros(1, 1, 2, 4), zeros(1, 1, 2, 4), causal=True
+    ),
     "a window of nothing": lambda: A.windowed_attention(*[zeros(1, 1, 2, 4)] * 3, window=0),
-    "a window over a cache": lambda: A.windowed_attention(zeros(1, 1, 1, 4), zeros(1, 1, 2, 4), zeros(1, 1, 2, 4), window=2),
+    "a window over a cache": lambda: A.windowed_attention(
+        zeros(1, 1, 1, 4), zeros(1, 1, 2, 4), zeros(1, 1, 2, 4), window=2
+    ),
     "linear over a cache": lambda: A.linear_attention(zeros(1, 1, 1, 4), zeros(1, 1, 2, 4), zeros(1, 1, 2, 4)),
     "heads that do not fit the width": lambda: A.split_heads(zeros(1, 2, 10), 3),
     "no heads": lambda: A.split_heads(zeros(1, 2, 10), 0),
-    "key-value heads that do not divide": lambda: A.multi_head_attention(zeros(1, 2, 4), A.Projections(q=zeros(4, 4), k=zeros(3, 4), v=zeros(3, 4), o=zeros(4, 4)), n_heads=4, n_kv_heads=3),
+    "key-value heads that do not divide": lambda: A.multi_head_attention(
+        zeros(1, 2, 4),
+        A.Projections(q=zeros(4, 4), k=zeros(3, 4), v=zeros(3, 4), o=zeros(4, 4)),
+        n_heads=4,
+        n_kv_heads=3,
+    ),
     "an odd rotation": lambda: A.rope_angles(torch.arange(3), 7),
     "an unknown layout": lambda: A.apply_rope(zeros(2, 4), *A.rope_angles(torch.arange(2), 4), layout="neox"),
     "angles for another width": lambda: A.apply_rope(zeros(2, 6), *A.rope_angles(torch.arange(2), 4)),
@@ -367,7 +401,13 @@ def test_quick_benchmark(tmp_path) -> None:
 
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "attention.py"
     out = tmp_path / "attention.json"
-    job = subprocess.run([sys.executable, script, "--quick", "--device", "cpu", "--out", out], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    job = subprocess.run(
+        [sys.executable, script, "--quick", "--device", "cpu", "--out", out],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert job.returncode == 0, job.stderr
     result = json.loads(out.read_text(encoding="utf8"))
     assert {row["name"] for row in result["rows"]} == {"PyTorch", "naive", "tiled", "windowed"}
@@ -383,15 +423,32 @@ def test_quick_benchmark(tmp_path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnAGpu:
     def test_everything_agrees(self) -> None:
-        q, k, v = (x.detach().cuda().requires_grad_() for x in tensors(9, (2, 4, 200, 32), (2, 2, 200, 32), (2, 2, 200, 32)))
-        reference = lambda q, k, v: F.scaled_dot_product_attention(q, A.repeat_heads(k, 2), A.repeat_heads(v, 2), is_causal=True)
+        q, k, v = (
+            x.detach().cuda().requires_grad_() for x in tensors(9, (2, 4, 200, 32), (2, 2, 200, 32), (2, 2, 200, 32))
+        )
+        reference = lambda q, k, v: F.scaled_dot_product_attention(
+            q, A.repeat_heads(k, 2), A.repeat_heads(v, 2), is_causal=True
+        )
         loose = {"rtol": 1e-4, "atol": 1e-4}  # a GPU sums in another order, and its kernels choose their own
         same(lambda *x: A.naive_attention(*x, mask=A.causal_mask(200, device="cuda")), reference, q, k, v, **loose)
         same(lambda *x: A.tiled_attention(*x, causal=True, block_q=64, block_k=32), reference, q, k, v, **loose)
-        same(lambda *x: A.windowed_attention(*x, window=50), lambda *x: A.naive_attention(*x, mask=A.sliding_window_mask(200, 50, device="cuda")), q, k, v, **loose)
-        same(lambda *x: A.linear_attention(*x, chunk=64), lambda *x: A.linear_attention(*x, chunk=200), q, k, v, **loose)
+        same(
+            lambda *x: A.windowed_attention(*x, window=50),
+            lambda *x: A.naive_attention(*x, mask=A.sliding_window_mask(200, 50, device="cuda")),
+            q,
+            k,
+            v,
+            **loose,
+        )
+        same(
+            lambda *x: A.linear_attention(*x, chunk=64), lambda *x: A.linear_attention(*x, chunk=200), q, k, v, **loose
+        )
         out = A.apply_rope(q, *A.rope_angles(torch.arange(200, device="cuda"), 32))
-        assert out.is_cuda and A.alibi_bias(4, 3, device="cuda").is_cuda and A.padding_mask(torch.tensor([2, 3], device="cuda"), 3).is_cuda
+        assert (
+            out.is_cuda
+            and A.alibi_bias(4, 3, device="cuda").is_cuda
+            and A.padding_mask(torch.tensor([2, 3], device="cuda"), 3).is_cuda
+        )
 
     def test_memory_grows_with_the_length_not_with_its_square(self) -> None:
         from llmcourse.runtime import Runtime, peak_memory
@@ -400,7 +457,9 @@ class TestOnAGpu:
 
         def peak(T: int) -> int:
             q, k, v = (rt.move(x.detach()).requires_grad_() for x in tensors(10, *[(1, 4, T, 64)] * 3))
-            return peak_memory(lambda: torch.autograd.grad(A.tiled_attention(q, k, v, causal=True).sum(), (q, k, v)), rt)
+            return peak_memory(
+                lambda: torch.autograd.grad(A.tiled_attention(q, k, v, causal=True).sum(), (q, k, v)), rt
+            )
 
         peak(256)
         assert peak(8192) < 2.5 * peak(4096)

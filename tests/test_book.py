@@ -44,7 +44,9 @@ def fine(problems: list[str]) -> None:
 
 class TestChapters:
     def test_every_chapter_is_listed_and_there(self) -> None:
-        existing = {p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("nbs/*.ipynb"), ROOT / "index.qmd"] if p.exists()}
+        existing = {
+            p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("nbs/*.ipynb"), ROOT / "index.qmd"] if p.exists()
+        }
         fine(rules.listing([*LISTED, HOME], existing))
 
     def test_front_matter(self, chapter: tuple[str, dict]) -> None:
@@ -170,7 +172,10 @@ class TestRulesCanFail:
         chapters, keys = {"runtime", "quantization"}, {"jacob2018"}
         assert rules.front_matter_complete("14_quantization", notebook(raw(FRONT)), chapters, keys) == []
         assert old in FRONT
-        speaks(rules.front_matter_complete("14_quantization", notebook(raw(FRONT.replace(old, new, 1))), chapters, keys), says)
+        speaks(
+            rules.front_matter_complete("14_quantization", notebook(raw(FRONT.replace(old, new, 1))), chapters, keys),
+            says,
+        )
 
     def test_front_matter_in_a_markdown_cell_does_not_count(self) -> None:
         speaks(rules.front_matter_complete("14_quantization", notebook(md(FRONT)), set(), set()), "raw cell")
@@ -205,7 +210,9 @@ class TestRulesCanFail:
     def test_errors(self) -> None:
         assert rules.no_errors(notebook(code("x", prints("1")))) == []
         speaks(
-            rules.no_errors(notebook(code("x", {"output_type": "error", "ename": "NameError", "evalue": "", "traceback": []}))),
+            rules.no_errors(
+                notebook(code("x", {"output_type": "error", "ename": "NameError", "evalue": "", "traceback": []}))
+            ),
             "NameError",
         )
 
@@ -222,17 +229,23 @@ class TestRulesCanFail:
         speaks(rules.nothing_volatile(notebook({**code("x"), "metadata": {"execution": {}}})), "execution")
         speaks(rules.nothing_volatile(notebook(code("x", shows(**{"application/javascript": "f()"})))), "javascript")
         speaks(rules.nothing_volatile(notebook(code("x", shows(text_html="<script>f()</script>")))), "script")
-        speaks(rules.nothing_volatile(notebook(code("x", shows(text_html='<img src="https://a.example/b.png">')))), "network")
+        speaks(
+            rules.nothing_volatile(notebook(code("x", shows(text_html='<img src="https://a.example/b.png">')))),
+            "network",
+        )
 
     @pytest.mark.parametrize(
-        "words", ["saved to /home/ann/model", "/Users/ann/x.py:3: UserWarning", r"C:\\Users\\ann", ".../site-packages/torch"]
+        "words",
+        ["saved to /home/ann/model", "/Users/ann/x.py:3: UserWarning", r"C:\\Users\\ann", ".../site-packages/torch"],
     )
     def test_machine_paths(self, words: str) -> None:
         assert rules.no_machine_paths(notebook(code("x", prints("saved to out/model, 3 tok/s, and/or")))) == []
         assert rules.no_machine_paths(notebook(code("x", prints(words)))) != []
 
     def test_references(self) -> None:
-        nb = notebook(md("See @sec-idea, @fig-levels and [@jacob2018; @nagel2021]. Write to a@b.example, `@property`, pass@1."))
+        nb = notebook(
+            md("See @sec-idea, @fig-levels and [@jacob2018; @nagel2021]. Write to a@b.example, `@property`, pass@1.")
+        )
         assert rules.references_known(nb, {"sec-idea", "fig-levels"}, {"jacob2018", "nagel2021"}) == []
         speaks(rules.references_known(nb, {"sec-idea"}, {"jacob2018", "nagel2021"}), "@fig-levels")
         speaks(rules.references_known(nb, {"sec-idea", "fig-levels"}, {"jacob2018"}), "@nagel2021")
@@ -277,7 +290,9 @@ class TestRulesCanFail:
         speaks(rules.no_typed_results(notebook(md(sentence))), "typed into prose")
         assert rules.no_typed_results(notebook(md(f"{sentence[:-1]} [@jacob2018]."))) == []
         assert rules.no_typed_results(notebook(md(f"::: {{.published}}\n{sentence}\n:::"))) == []
-        assert rules.no_typed_results(notebook(md(f"{sentence} <!-- number-ok: an example, not a measurement -->"))) == []
+        assert (
+            rules.no_typed_results(notebook(md(f"{sentence} <!-- number-ok: an example, not a measurement -->"))) == []
+        )
         assert rules.no_typed_results(notebook(md(f"```\n{sentence}\n```"))) == []
         # A reason is needed, a citation covers its own sentence only, and a published block ends.
         speaks(rules.no_typed_results(notebook(md(f"{sentence} <!-- number-ok: -->"))), "without a reason")
@@ -296,7 +311,9 @@ class TestRulesCanFail:
         def page(body: str) -> rules.Page:
             return rules.Page(f"<html><body>{body}</body></html>")
 
-        good = page('<h2 id="a">A</h2><a href="#a">a</a><img src="p.png" alt="A picture"><math></math><pre>#| code</pre>')
+        good = page(
+            '<h2 id="a">A</h2><a href="#a">a</a><img src="p.png" alt="A picture"><math></math><pre>#| code</pre>'
+        )
         for rule in (rules.pictures_have_alt, rules.math_is_mathml, rules.nothing_external, rules.no_leaks):
             assert rule(good) == []
         speaks(rules.pictures_have_alt(page('<img src="p.png">')), "alternative text")
@@ -358,7 +375,9 @@ class TestRenderedBook:
         want = {"index.html"} | {f"nbs/{rules.slug(Path(f).stem)}.html" for f in LISTED if f.endswith(".ipynb")}
         assert {p.relative_to(rendered[0].resolve()).as_posix() for p in pages} == want
 
-    @pytest.mark.parametrize("rule", [rules.pictures_have_alt, rules.math_is_mathml, rules.nothing_external, rules.no_leaks])
+    @pytest.mark.parametrize(
+        "rule", [rules.pictures_have_alt, rules.math_is_mathml, rules.nothing_external, rules.no_leaks]
+    )
     def test_pages(self, pages: dict[Path, rules.Page], rule) -> None:
         fine([f"{where.name}: {problem}" for where, page in pages.items() for problem in rule(page)])
 

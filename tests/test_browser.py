@@ -23,7 +23,11 @@ from example_sheet import ROOT, as_typed, build  # noqa: E402
 from llmcourse.practice import checking  # noqa: E402
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
+]
+
 
 @pytest.fixture
 def lab(tmp_path: Path):
@@ -97,7 +101,9 @@ def test_wrong_then_right(lab: tuple[str, Path], tmp_path: Path) -> None:
     ex = next(iter(checking.load_sheet(sheet.stem).values()))
     wrong, right, sentence = as_typed(ex)
     with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--no-proxy-server"])
+        browser = p.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--no-proxy-server"]
+        )
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(60_000)
         page.add_locator_handler(page.locator(".jp-Dialog"), lambda dialog: surprised(dialog, page, shots))

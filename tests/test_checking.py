@@ -104,7 +104,9 @@ class TestMasters:
     def test_nothing_is_left_over(self, path: Path) -> None:
         made = {p.stem for p in (ROOT / "llmcourse" / "practice" / "sheets").glob("[!_]*.py")}
         assert made == {p.stem for p in MASTERS}
-        assert {(p.parent.name, p.name) for p in (ROOT / "exercises").glob("*/*.ipynb")} == {(p.parent.name, p.name) for p in MASTERS}
+        assert {(p.parent.name, p.name) for p in (ROOT / "exercises").glob("*/*.ipynb")} == {
+            (p.parent.name, p.name) for p in MASTERS
+        }
 
     @master
     def test_size(self, path: Path) -> None:
@@ -143,7 +145,12 @@ class TestMasters:
     @master
     def test_marking_scheme_in_the_book_is_this_one(self, path: Path) -> None:
         nb = nbformat.read(ROOT / "nbs" / "92_teaching.ipynb", 4)
-        shown = "\n".join(str(o.get("data", {}).get("text/markdown", "")) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+        shown = "\n".join(
+            str(o.get("data", {}).get("text/markdown", ""))
+            for c in nb.cells
+            if c.cell_type == "code"
+            for o in c.outputs
+        )
         for ex in checking.load_sheet(path.stem).values():
             row = f"| `{ex.id}` | {ex.title} | {ex.minutes} | {ex.difficulty} | {ex.points} |"
             assert row in shown, f"run nbs/92_teaching.ipynb again: {row}"
@@ -175,13 +182,21 @@ class TestFormat:
             ('check("example.attend", attend)', 'check("other.attend", attend)', "expected check"),
             ("# ## RMSNorm", "# ## Norms", "the statement begins with"),
             ("    ### END SOLUTION\n\n# %%\ncheck", "    # END\n\n# %%\ncheck", "do not match"),
-            ('ex.wrong("You counted the biases twice, once for each direction.", name="bias_twice", value=25)', "", "at least five"),
+            (
+                'ex.wrong("You counted the biases twice, once for each direction.", name="bias_twice", value=25)',
+                "",
+                "at least five",
+            ),
             ("def greedy(", "def attend(", "has the name of"),
             ("You drew uniformly: the logits do not count at all in your answer.", "No.", "too short"),
             ('"Divide the logits by the temperature, then softmax."', "", "three sentences"),
             ("difficulty=3", "difficulty=7", "allowed: 1 to 5"),
             ("def sample(logits: Tensor", "def draw(logits: Tensor", "does not define it"),
-            ("from llmcourse.practice import check, hint", "#| exprot: true\nfrom llmcourse.practice import check, hint", "a directive is"),
+            (
+                "from llmcourse.practice import check, hint",
+                "#| exprot: true\nfrom llmcourse.practice import check, hint",
+                "a directive is",
+            ),
         ],
     )
     def test_broken_rules_are_named(self, tmp_path: Path, old: str, new: str, says: str) -> None:
@@ -199,13 +214,22 @@ class TestFormat:
     def test_a_survivor_is_reported(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import llmcourse.practice.sheets
 
-        same = CELLS.replace("return sample(logits, 1.0, generator=generator)", "return sample(logits, temperature, generator=generator)")
+        same = CELLS.replace(
+            "return sample(logits, 1.0, generator=generator)", "return sample(logits, temperature, generator=generator)"
+        )
         same = same.replace("value=18", "value=15")
         made = build(tmp_path, same.replace("example.", "other."), sheet="other")
-        monkeypatch.setattr(llmcourse.practice.sheets, "__path__", [*llmcourse.practice.sheets.__path__, str(made["module"].parent)])
+        monkeypatch.setattr(
+            llmcourse.practice.sheets, "__path__", [*llmcourse.practice.sheets.__path__, str(made["module"].parent)]
+        )
         sheet = checking.load_sheet("other")
-        assert checking.kill_matrix(sheet["other.sample"])[1] == ["other.sample: the wrong answer no_temperature passes."]
-        assert "bias_per_input should get its own sentence and gets that of no_bias" in checking.kill_matrix(sheet["other.n_parameters"])[1][0]
+        assert checking.kill_matrix(sheet["other.sample"])[1] == [
+            "other.sample: the wrong answer no_temperature passes."
+        ]
+        assert (
+            "bias_per_input should get its own sentence and gets that of no_bias"
+            in checking.kill_matrix(sheet["other.n_parameters"])[1][0]
+        )
 
 
 # ------------------------------------------------------------------------------------ in a notebook
@@ -232,7 +256,9 @@ class TestCheck:
         result = checking.check("example.attend", attend_with("    return (q @ k.mT).softmax(-1) @ v"))
         assert result.wrong_answer == "no_scale"
         assert result.sentence == "This is what you get when the scores are not divided by √D."
-        assert result.case == "two by two" and result.expected.startswith("[[1.6605") and result.got.startswith("[[1.5379")
+        assert (
+            result.case == "two by two" and result.expected.startswith("[[1.6605") and result.got.startswith("[[1.5379")
+        )
         assert [n for n, _ in result.given] == ["q", "k", "v"]
 
     def test_two_mistakes_hear_the_larger(self) -> None:
@@ -244,7 +270,9 @@ class TestCheck:
         right_but_no_error = attend_with("    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v")
         result = checking.check("example.attend", right_but_no_error)
         assert result.wrong_answer == "" and "Your code raised a RuntimeError; expected a ValueError" in result.sentence
-        result = checking.check("example.attend", attend_with("    return v.sum() * torch.ones(q.shape[:-1] + v.shape[-1:])"))
+        result = checking.check(
+            "example.attend", attend_with("    return v.sum() * torch.ones(q.shape[:-1] + v.shape[-1:])")
+        )
         assert result.wrong_answer == "" and "values differ" in result.sentence
 
     @pytest.mark.parametrize(
@@ -376,7 +404,11 @@ class TestCodec:
 
         tree, _ = worker.encode([Thing(), lambda: 1])
         assert all(isinstance(v, worker.Other) for v in worker.decode(tree, []))
-        assert "pickle" not in (ROOT / "llmcourse" / "practice" / "grading.py").read_text() + (ROOT / "llmcourse" / "practice" / "checking.py").read_text()
+        assert (
+            "pickle"
+            not in (ROOT / "llmcourse" / "practice" / "grading.py").read_text()
+            + (ROOT / "llmcourse" / "practice" / "checking.py").read_text()
+        )
 
     @pytest.mark.parametrize(
         "tree",
@@ -417,7 +449,11 @@ class TestGrading:
         right_but(verdicts(answer(nb, "attend", ATTEND.replace("math.sqrt", "root"))))
 
     def test_helper_in_a_cell_of_its_own(self, sheet) -> None:
-        nb = with_cell(answer(sheet, "attend", ATTEND.replace("math.sqrt", "root")), "%matplotlib inline\ndef root(x):\n    return math.sqrt(x)\n", at=3)
+        nb = with_cell(
+            answer(sheet, "attend", ATTEND.replace("math.sqrt", "root")),
+            "%matplotlib inline\ndef root(x):\n    return math.sqrt(x)\n",
+            at=3,
+        )
         right_but(verdicts(nb))
 
     @pytest.mark.parametrize(
@@ -472,7 +508,16 @@ class TestGrading:
         right_but(result, "attend")
         assert result["attend"].sentence
 
-    @pytest.mark.parametrize("body", ["import os; os._exit(0)", "exit()", "while True: pass", "raise ValueError", "import torch; torch.softmax = None"])
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "import os; os._exit(0)",
+            "exit()",
+            "while True: pass",
+            "raise ValueError",
+            "import torch; torch.softmax = None",
+        ],
+    )
     def test_a_bad_free_cell_costs_nothing(self, sheet, body: str) -> None:
         started = time.monotonic()
         right_but(verdicts(with_cell(sheet, body)))
@@ -488,7 +533,12 @@ class TestGrading:
             nb = answer(sheet, "attend", c + "def attend(q, k, v):\n    return f'fork gave {libc.fork()}'\n")
             assert "fork gave -1" in verdicts(nb)["attend"].got
         if "landlock" in in_force:
-            nb = answer(sheet, "attend", c + f"PATH = {str(example['module']).encode()!r}\ndef attend(q, k, v):\n    return f'open gave {{libc.open(PATH, 0)}}'\n")
+            nb = answer(
+                sheet,
+                "attend",
+                c
+                + f"PATH = {str(example['module']).encode()!r}\ndef attend(q, k, v):\n    return f'open gave {{libc.open(PATH, 0)}}'\n",
+            )
             assert "open gave -1" in verdicts(nb)["attend"].got
         if len(in_force) < 2:
             pytest.skip(f"this kernel offers only: {in_force or 'nothing'}")
@@ -538,20 +588,31 @@ class TestProgress:
         checking.check("example.n_parameters", 15)
         assert "Hint 1 of 3" in repr(checking.hint("example.attend"))
         assert "Hint 2 of 3" in repr(checking.hint("example.attend"))
-        assert "def attend" in checking.reveal("example.attend").code and "### BEGIN" not in checking.reveal("example.attend").code
+        assert (
+            "def attend" in checking.reveal("example.attend").code
+            and "### BEGIN" not in checking.reveal("example.attend").code
+        )
         for _ in range(4):
             last = checking.hint("example.attend")
         assert "Hint 3 of 3" in repr(last)
         rows = {r["id"]: r for r in checking.progress("example").rows}
         assert (rows["example.n_parameters"]["status"], rows["example.n_parameters"]["attempts"]) == ("passed", 3)
-        assert (rows["example.attend"]["status"], rows["example.attend"]["hints"], rows["example.attend"]["reveals"]) == ("not started", 3, 1)
+        assert (
+            rows["example.attend"]["status"],
+            rows["example.attend"]["hints"],
+            rows["example.attend"]["reveals"],
+        ) == ("not started", 3, 1)
         assert "1 of 4 exercises passed, 1 of 10 points" in repr(checking.progress("example"))
         ElementTree.fromstring(checking.progress("example")._repr_html_().replace("<br>", "<br/>"))
 
     def test_hints_do_not_hold_the_solution(self) -> None:
         for sheet in checking.sheets():
             for ex in checking.load_sheet(sheet).values():
-                body = [line.strip() for line in ex.section("solution").splitlines() if len(line.strip()) > 30 and not line.strip().startswith(('"""', "#", "def", "class"))]
+                body = [
+                    line.strip()
+                    for line in ex.section("solution").splitlines()
+                    if len(line.strip()) > 30 and not line.strip().startswith(('"""', "#", "def", "class"))
+                ]
                 for h in ex.hints:
                     assert not any(line in h for line in body), ex.id
 
@@ -586,7 +647,9 @@ class TestProgress:
         assert checking.check("example.n_parameters", 20).passed, "the verdict does not depend on the file"
 
     def test_two_processes(self, tmp_path: Path) -> None:
-        workers = [multiprocessing.get_context("fork").Process(target=_record, args=(str(tmp_path), "", 10)) for _ in range(3)]
+        workers = [
+            multiprocessing.get_context("fork").Process(target=_record, args=(str(tmp_path), "", 10)) for _ in range(3)
+        ]
         for w in workers:
             w.start()
         for w in workers:
@@ -672,8 +735,15 @@ class TestCommands:
         assert "def sample" in self.run("reveal", "example.sample").stdout
         rows = json.loads(self.run("exercises", "--json").stdout)
         mine = [r for r in rows if r["id"].startswith("example.")]
-        assert [r["id"] for r in mine] == ["example.attend", "example.RMSNorm", "example.n_parameters", "example.sample"]
-        assert all(set(r) == {"id", "chapter", "title", "minutes", "difficulty", "points", "wrong_answers"} for r in rows)
+        assert [r["id"] for r in mine] == [
+            "example.attend",
+            "example.RMSNorm",
+            "example.n_parameters",
+            "example.sample",
+        ]
+        assert all(
+            set(r) == {"id", "chapter", "title", "minutes", "difficulty", "points", "wrong_answers"} for r in rows
+        )
         assert "4" in self.run("exercises").stdout
         out = self.run("classroom", "example").stdout
         assert out.count("nbgrader ") == 5 and "03_example" in out

@@ -103,7 +103,9 @@ def test_a_grid_snaps_to_the_nearest_value_and_keeps_zero(bits, groups, seed):
     grid = Grid(scale, zero, bits, 8 // groups, False)
     snapped = grid.snap(W)
     levels = torch.arange(2**bits).float()
-    every = (levels - zero.repeat_interleave(8 // groups, 1)[..., None]) * scale.repeat_interleave(8 // groups, 1)[..., None]
+    every = (levels - zero.repeat_interleave(8 // groups, 1)[..., None]) * scale.repeat_interleave(8 // groups, 1)[
+        ..., None
+    ]
     assert torch.all((snapped - W).abs() <= (every - W[..., None]).abs().min(-1).values + 1e-6)
     assert torch.equal(grid.snap(snapped), snapped) and torch.all(grid.snap(torch.zeros(3, 8)) == 0)
 
@@ -127,14 +129,18 @@ def test_the_walk_shows_each_layer_the_input_that_it_really_gets(tiny, data):
     for name in names[:7]:
         half.get_submodule(name).weight.data.mul_(0.5)
     recorded = Hessian()
-    handle = half.get_submodule(names[7]).register_forward_pre_hook(lambda m, a: recorded.add(a[0].reshape(-1, a[0].shape[-1])))
+    handle = half.get_submodule(names[7]).register_forward_pre_hook(
+        lambda m, a: recorded.add(a[0].reshape(-1, a[0].shape[-1]))
+    )
     with torch.no_grad():
         half(ids)
     handle.remove()
     torch.testing.assert_close(seen[7][1], recorded.value, rtol=1e-4, atol=1e-5)
     assert seen[7][2] == 3 * 32 == recorded.n
     dense = Hessian()
-    handle = tiny.get_submodule(names[7]).register_forward_pre_hook(lambda m, a: dense.add(a[0].reshape(-1, a[0].shape[-1])))
+    handle = tiny.get_submodule(names[7]).register_forward_pre_hook(
+        lambda m, a: dense.add(a[0].reshape(-1, a[0].shape[-1]))
+    )
     with torch.no_grad():
         tiny(ids)
     handle.remove()
@@ -232,7 +238,9 @@ def test_a_mask_survives_any_update_of_the_raw_weight(seed):
 
 def test_fake_quant_passes_the_gradient_straight_through():
     layer = nn.Linear(4, 2, bias=False)
-    parametrize.register_parametrization(layer, "weight", FakeQuant(Grid(torch.full((2, 1), 0.1), torch.full((2, 1), 8.0), 4, 4, True)))
+    parametrize.register_parametrization(
+        layer, "weight", FakeQuant(Grid(torch.full((2, 1), 0.1), torch.full((2, 1), 8.0), 4, 4, True))
+    )
     x = torch.randn(3, 4)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.parametrizations.weight.original.grad, x.sum(0).expand(2, 4))
@@ -254,7 +262,10 @@ def test_the_decode_step_always_starts_from_the_same_length(tiny):
     from llmcourse.compression import latency
 
     lengths = []
-    handle = tiny.model.layers[0].register_forward_pre_hook(lambda m, a, k: lengths.append(k["past_key_values"].get_seq_length() if k.get("past_key_values") else 0), with_kwargs=True)
+    handle = tiny.model.layers[0].register_forward_pre_hook(
+        lambda m, a, k: lengths.append(k["past_key_values"].get_seq_length() if k.get("past_key_values") else 0),
+        with_kwargs=True,
+    )
     latency(tiny, RT, tokens=16, repeats=2)
     handle.remove()
     assert set(lengths[-6:]) == {16}

@@ -29,8 +29,16 @@ def library(texts, vocab_size, min_frequency=2, special=("<|endoftext|>",)):
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=min_frequency))
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(special),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+            min_frequency=min_frequency,
+        ),
+    )
     return made
 
 
@@ -100,7 +108,9 @@ def test_another_pattern_and_special_tokens():
     for text in [*DOCUMENTS, "x<a>b<a>c<|endoftext|>12 34", "<a><a>bb"]:
         assert bpe.encode(text) == bpe.to_tokenizers().encode(text).ids
         assert bpe.decode(bpe.encode(text)) == text
-        assert not {0, 1, 2} & set(bpe.encode(text, special=False)) and bpe.decode(bpe.encode(text, special=False)) == text
+        assert (
+            not {0, 1, 2} & set(bpe.encode(text, special=False)) and bpe.decode(bpe.encode(text, special=False)) == text
+        )
 
 
 def test_text_never_becomes_a_special_token():
@@ -121,20 +131,23 @@ def test_saved_and_loaded(trained, tmp_path):
         assert ids.tolist() == [0, *trained.encode(text)] and int(sizes.sum()) == len(text.encode())
 
 
-@pytest.mark.parametrize("call", [
-    lambda: BPE.train(["a"], 256),
-    lambda: BPE.train(["a"], True),
-    lambda: BPE.train("one string", 300),
-    lambda: BPE.train(["a"], 300, min_frequency=0),
-    lambda: BPE.train(["a"], 300, special_tokens=("é!",)),
-    lambda: BPE.train(["a"], 300, special_tokens=("<a>", "<a>")),
-    lambda: BPE([(b"ab", b"c")]),
-    lambda: BPE([(b"a", b"b"), (b"a", b"b")]),
-    lambda: BPE([]).encode("half \ud83d of it"),
-    lambda: BPE([]).encode(b"bytes"),
-    lambda: BPE([]).decode([257]),
-    lambda: BPE([]).decode([-1]),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: BPE.train(["a"], 256),
+        lambda: BPE.train(["a"], True),
+        lambda: BPE.train("one string", 300),
+        lambda: BPE.train(["a"], 300, min_frequency=0),
+        lambda: BPE.train(["a"], 300, special_tokens=("é!",)),
+        lambda: BPE.train(["a"], 300, special_tokens=("<a>", "<a>")),
+        lambda: BPE([(b"ab", b"c")]),
+        lambda: BPE([(b"a", b"b"), (b"a", b"b")]),
+        lambda: BPE([]).encode("half \ud83d of it"),
+        lambda: BPE([]).encode(b"bytes"),
+        lambda: BPE([]).decode([257]),
+        lambda: BPE([]).decode([-1]),
+    ],
+)
 def test_bad_input_is_one_sentence(call):
     with pytest.raises(BadInput, match=r"allowed: .*\.$"):
         call()
@@ -144,7 +157,12 @@ def test_bad_input_is_one_sentence(call):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.one_of(st.characters(), st.sampled_from("\r\n\t \u00a0\u200b\u0301e\u00ad\u2028\x04\ufeff\u1100\u1161"))), st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]))
+@given(
+    st.text(
+        st.one_of(st.characters(), st.sampled_from("\r\n\t \u00a0\u200b\u0301e\u00ad\u2028\x04\ufeff\u1100\u1161"))
+    ),
+    st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]),
+)
 def test_normalizing_twice_changes_nothing(text, form):
     once = data.normalize(text, form=form)
     assert data.normalize(once, form=form) == once
@@ -160,19 +178,30 @@ def test_normalizing_keeps_what_means_something():
     assert data.normalize("a &amp;lt; b", entities=True) == "a < b" and data.normalize("a &amp; b") == "a &amp; b"
 
 
-GOOD = "The house that stands at the end of the road has been empty for years, and nobody knows to whom it belongs. " * 2 + " ".join(
-    f"Some say that number {i} of the family went to sea with a {w} and never wrote." for i, w in enumerate(["brother", "cousin", "friend", "merchant", "captain"]))
+GOOD = (
+    "The house that stands at the end of the road has been empty for years, and nobody knows to whom it belongs. " * 2
+    + " ".join(
+        f"Some say that number {i} of the family went to sea with a {w} and never wrote."
+        for i, w in enumerate(["brother", "cousin", "friend", "merchant", "captain"])
+    )
+)
 
 BROKEN = {
     "damaged": GOOD + " caf\ufffd",
     "words": "The end of it and that.",
-    "word length": "of and " + "pneumonoultramicroscopic " * 3 + " ".join(f"antidisestablishmentarian{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(60)),
+    "word length": "of and "
+    + "pneumonoultramicroscopic " * 3
+    + " ".join(f"antidisestablishmentarian{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(60)),
     "letters": GOOD + " 1 2 3 4 5" * 20,
     "symbols": GOOD + " #tag…" * 20,
     "bullets": "\n".join(f"- the {w} of item and {i}, which was seen with others" for i, w in enumerate("abcdefghij")),
-    "ellipses": "\n".join(f"the {w} of item and {i}, which was seen with others that we know …" for i, w in enumerate("abcdefgh")),
+    "ellipses": "\n".join(
+        f"the {w} of item and {i}, which was seen with others that we know …" for i, w in enumerate("abcdefgh")
+    ),
     "stop words": " ".join(f"le chat numéro {w} dort près du feu" for w in "abcdefghij"),
-    "same lines": "\n".join(["The first line of a text that has lines"] * 8 + [f"and the line with {w} in it" for w in "abcdefg"]),
+    "same lines": "\n".join(
+        ["The first line of a text that has lines"] * 8 + [f"and the line with {w} in it" for w in "abcdefg"]
+    ),
     "same words": GOOD + " buy it now here" * 20,
 }
 
@@ -202,7 +231,10 @@ words = st.lists(st.sampled_from(list("abcde")), max_size=12).map(" ".join)
 def test_minhash_by_hand():
     assert data.jaccard({1, 2}, {2, 3}) == 1 / 3 and data.jaccard(set(), set()) == 0.0
     assert len(data.shingles("one two three four five six", 5)) == 2
-    assert data.shingles("One, two. THREE", 5) == data.shingles("one two three", 5) and len(data.shingles("one two three", 5)) == 1
+    assert (
+        data.shingles("One, two. THREE", 5) == data.shingles("one two three", 5)
+        and len(data.shingles("one two three", 5)) == 1
+    )
     assert data.shingles("") == data.shingles("…!") == set()
     assert len(data.shingles("量化会降低", 2, unit="characters")) == 4
 
@@ -224,7 +256,9 @@ def test_no_false_pair_and_no_missed_copy(texts, threshold):
     copies = {(i, j) for j in range(len(texts)) for i in range(j) if sets[i] and sets[i] == sets[j]}
     assert copies <= {(i, j) for i, j, _ in result.pairs}
     assert sorted(i for g in result.groups for i in g) == sorted({i for p in result.pairs for i in p[:2]})
-    assert set(result.keep) | {i for g in result.groups for i in g[1:]} == set(range(len(texts))) and result.n == len(texts)
+    assert set(result.keep) | {i for g in result.groups for i in g[1:]} == set(range(len(texts))) and result.n == len(
+        texts
+    )
 
 
 def edited(text, rng, share=0.02):
@@ -241,7 +275,9 @@ def test_recall_against_exact_similarity():
     originals = prose(150, rng)
     copies = [edited(t, rng, rng.choice((0.0, 0.02, 0.05))) for t in originals]
     found = {(i, j) for i, j, _ in data.near_duplicates(originals + copies, threshold=0.7).pairs}
-    exact = {(i, i + 150) for i in range(150) if data.jaccard(data.shingles(originals[i]), data.shingles(copies[i])) >= 0.7}
+    exact = {
+        (i, i + 150) for i in range(150) if data.jaccard(data.shingles(originals[i]), data.shingles(copies[i])) >= 0.7
+    }
     assert len(exact) > 80 and found <= exact and len(found) >= 0.97 * len(exact)
 
 
@@ -250,7 +286,16 @@ def test_the_same_in_every_process():
     import sys
 
     code = "from llmcourse.data import near_duplicates, shingles; print(sorted(shingles('one two three four five six')), near_duplicates(['a b c d e f g h i j k', 'a b c d e f g h i j x'], threshold=.5, shingle=2))"
-    first, second = (subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PATH": ""}, text=True, capture_output=True, check=True).stdout for seed in "12")
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in "12"
+    )
     assert first == second and "pairs=[(0, 1" in first
 
 
@@ -268,7 +313,12 @@ def test_a_planted_leak_is_found_and_shuffled_words_are_not(n):
     rng = random.Random(2)
     train, test = prose(80, rng), prose(20, rng)
     assert data.leak_test(test, train, n=n).share == 0
-    planted = [*train, edited(test[3], rng), test[7].upper() + "!", "new words " + " ".join(test[11].split()[20 : 20 + n])]
+    planted = [
+        *train,
+        edited(test[3], rng),
+        test[7].upper() + "!",
+        "new words " + " ".join(test[11].split()[20 : 20 + n]),
+    ]
     leak = data.leak_test(test, planted, n=n)
     assert leak.flagged == [3, 7, 11] and leak.share == 3 / 20 and leak.shares[7] == 1.0
     assert leak.examples[11] == " ".join(test[11].split()[20 : 20 + n])
@@ -325,9 +375,23 @@ def test_best_fit_equals_a_walk_over_all_rows(sizes):
 def test_packing_by_hand():
     docs = [[1] * (n - 1) for n in (14, 7, 5, 2, 3)]
     best, chunk = data.pack(docs, 8, separator=0, how="best-fit"), data.pack(docs, 8, separator=0)
-    assert (len(best.ids), best.cut, best.padding) == (4, 0, 1 / 32) and (len(chunk.ids), chunk.cut, chunk.padding) == (4, 2, 1 / 32)
-    assert chunk.document.tolist() == [[0] * 8, [0] * 6 + [1] * 2, [1] * 5 + [2] * 3, [2] * 2 + [3] * 2 + [4] * 3 + [-1]]
-    assert chunk.positions.tolist() == [[*range(8)], [0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 1, 0, 1, 2, 0]]
+    assert (len(best.ids), best.cut, best.padding) == (4, 0, 1 / 32) and (len(chunk.ids), chunk.cut, chunk.padding) == (
+        4,
+        2,
+        1 / 32,
+    )
+    assert chunk.document.tolist() == [
+        [0] * 8,
+        [0] * 6 + [1] * 2,
+        [1] * 5 + [2] * 3,
+        [2] * 2 + [3] * 2 + [4] * 3 + [-1],
+    ]
+    assert chunk.positions.tolist() == [
+        [*range(8)],
+        [0, 1, 2, 3, 4, 5, 0, 1],
+        [0, 1, 2, 3, 4, 0, 1, 2],
+        [0, 1, 0, 1, 0, 1, 2, 0],
+    ]
     mask = chunk.mask
     assert mask.shape == (4, 1, 8, 8) and mask.dtype == torch.bool
     for q in range(8):
@@ -341,7 +405,11 @@ def test_packing_by_hand():
 @settings(max_examples=100, deadline=None)
 @given(st.text(), st.integers(0, 5))
 def test_no_rate_no_change_and_a_seed_repeats(text, seed):
-    assert data.perturb_characters(text, rate=0, seed=seed) == text == data.replace_words(text, data.SYNONYMS, rate=0, seed=seed)
+    assert (
+        data.perturb_characters(text, rate=0, seed=seed)
+        == text
+        == data.replace_words(text, data.SYNONYMS, rate=0, seed=seed)
+    )
     assert data.perturb_characters(text, rate=0.3, seed=seed) == data.perturb_characters(text, rate=0.3, seed=seed)
     kept = lambda t: [c for c in t if not c.isalpha()]
     assert kept(data.perturb_characters(text, rate=1, seed=seed)) == kept(text)
@@ -384,26 +452,29 @@ def test_back_translation():
     assert data.back_translation_flops(100, 10) == 4000
 
 
-@pytest.mark.parametrize("call", [
-    lambda: data.normalize("a", form="NFX"),
-    lambda: data.clean("one string"),
-    lambda: data.shingles("a", 0),
-    lambda: data.shingles("a", 2, unit="letters"),
-    lambda: data.lsh_bands(0, 128),
-    lambda: data.lsh_bands(1.5, 128),
-    lambda: data.lsh_bands(0.01, 16),
-    lambda: data.near_duplicates("one string"),
-    lambda: data.leak_test(["a"], "one string"),
-    lambda: data.leak_test(["a"], ["a"], n=0),
-    lambda: data.split_together(["a"], [[0, 1]]),
-    lambda: data.pack([], 8, separator=0),
-    lambda: data.pack([[1]], 1, separator=0),
-    lambda: data.pack([[1]], 8, separator=0, how="worst"),
-    lambda: data.perturb_characters("a", rate=1.5, seed=0),
-    lambda: data.replace_words("a", {}, rate=float("nan"), seed=0),
-    lambda: data.neighbor_lexicon(["a", "b"], torch.zeros(2, 3), k=2),
-    lambda: data.neighbor_lexicon(["a"], torch.zeros(2, 3)),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: data.normalize("a", form="NFX"),
+        lambda: data.clean("one string"),
+        lambda: data.shingles("a", 0),
+        lambda: data.shingles("a", 2, unit="letters"),
+        lambda: data.lsh_bands(0, 128),
+        lambda: data.lsh_bands(1.5, 128),
+        lambda: data.lsh_bands(0.01, 16),
+        lambda: data.near_duplicates("one string"),
+        lambda: data.leak_test(["a"], "one string"),
+        lambda: data.leak_test(["a"], ["a"], n=0),
+        lambda: data.split_together(["a"], [[0, 1]]),
+        lambda: data.pack([], 8, separator=0),
+        lambda: data.pack([[1]], 1, separator=0),
+        lambda: data.pack([[1]], 8, separator=0, how="worst"),
+        lambda: data.perturb_characters("a", rate=1.5, seed=0),
+        lambda: data.replace_words("a", {}, rate=float("nan"), seed=0),
+        lambda: data.neighbor_lexicon(["a", "b"], torch.zeros(2, 3), k=2),
+        lambda: data.neighbor_lexicon(["a"], torch.zeros(2, 3)),
+    ],
+)
 def test_bad_input_of_the_preparation_is_one_sentence(call):
     with pytest.raises(BadInput, match=r"allowed: .*\.$"):
         call()

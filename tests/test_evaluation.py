@@ -61,7 +61,9 @@ shapes = st.integers(2, 9).flatmap(lambda c: st.tuples(st.integers(c, 40), st.ju
 def test_by_hand():
     """Two symbols: p(b|a) = 1/2, p(a|b) = 1/4, so the perplexity of 'a b a' is sqrt(8)."""
     table = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
-    p = ev.perplexity(lambda ids: table[ids], torch.tensor([0, 1, 0]), context=3, stride=2, token_bytes=torch.tensor([9, 1, 1]))
+    p = ev.perplexity(
+        lambda ids: table[ids], torch.tensor([0, 1, 0]), context=3, stride=2, token_bytes=torch.tensor([9, 1, 1])
+    )
     assert p.value == pytest.approx(math.sqrt(8), rel=1e-6)
     assert p.bits_per_byte == pytest.approx(1.5, rel=1e-6)  # (1 + 2) bits for two bytes; the first token's do not count
 
@@ -87,7 +89,14 @@ def test_agrees_with_one_forward_per_token(shape, batch_size):
 def llama():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32)
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -95,7 +104,12 @@ def test_agrees_with_the_loss_of_transformers():
     model, tokens = llama(), text(30)
     theirs = model(tokens[None], labels=tokens[None]).loss.item()
     assert ev.token_nll(model, tokens, context=30, stride=29).mean().item() == pytest.approx(theirs, rel=1e-5)
-    torch.testing.assert_close(ev.token_nll(model, tokens, context=9, stride=4, batch_size=3), brute_force(model, tokens, 9, 4), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ev.token_nll(model, tokens, context=9, stride=4, batch_size=3),
+        brute_force(model, tokens, 9, 4),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_softmax_of_a_bf16_model_is_float32():
@@ -187,7 +201,12 @@ def test_bootstrap_is_the_written_out_one(shape, seed):
     index = (starts[:, :, None] + np.arange(block)).reshape(20, -1)[:, :n] % n
     got = ev.block_bootstrap(values, weights, block=block, n_boot=20, seed=seed).numpy()
     np.testing.assert_allclose(got, values[index].sum(1) / weights[index].sum(1), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(ev.block_bootstrap(values, block=block, n_boot=20, seed=seed).numpy(), values[index].mean(1), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        ev.block_bootstrap(values, block=block, n_boot=20, seed=seed).numpy(),
+        values[index].mean(1),
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 def test_one_block_of_everything_has_no_spread():
@@ -223,7 +242,20 @@ def test_perplexity_and_its_card():
     assert p.bits_per_byte == pytest.approx(p.nll.sum().item() / math.log(2) / sizes[1:].sum().item())
     assert p.bits_per_byte_low < p.bits_per_byte < p.bits_per_byte_high
     card = str(p.protocol)
-    for words in ("toy", "dice", "test", "digits", "context 20", "stride 10", "300 tokens", "299 scored", "float32", "blocks of 37", "95 %", "200 replicates"):
+    for words in (
+        "toy",
+        "dice",
+        "test",
+        "digits",
+        "context 20",
+        "stride 10",
+        "300 tokens",
+        "299 scored",
+        "float32",
+        "blocks of 37",
+        "95 %",
+        "200 replicates",
+    ):
         assert words in card, words
     assert measure(Recurrent(), level=0.5).high - measure(Recurrent(), level=0.5).low < p.high - p.low
     assert measure(Recurrent()).bits_per_byte is None
@@ -267,7 +299,9 @@ def test_paired_interval_contains_one_when_the_true_ratio_is_one():
     """Null control: differences with mean 0 that are correlated over runs of 8 tokens; 95 % of the intervals should contain 1."""
     a, hits = measure(Recurrent(), n=1601, block=64), 0
     for seed in range(100):
-        noise = torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).repeat_interleave(8)
+        noise = torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).repeat_interleave(
+            8
+        )
         ratio = ev.compare_perplexity(a, dataclasses.replace(a, nll=a.nll + noise))
         hits += ratio.low <= 1 <= ratio.high
     assert 85 <= hits <= 99
@@ -310,7 +344,14 @@ def nan_at(position):
         (lambda: ev.token_nll(lambda ids: torch.zeros(len(ids), V), t, **go), "shape of the model's logits"),
         (lambda: ev.token_nll(nan_at(4), t, **go), "token 5 is nan"),
         (lambda: ev.token_nll(nan_at(7), t, **go), "token 8 is nan"),
-        (lambda: ev.token_nll(lambda ids: torch.full((*ids.shape, V), -math.inf).scatter(-1, torch.zeros_like(ids)[..., None], 0.0), t, **go), "is inf"),
+        (
+            lambda: ev.token_nll(
+                lambda ids: torch.full((*ids.shape, V), -math.inf).scatter(-1, torch.zeros_like(ids)[..., None], 0.0),
+                t,
+                **go,
+            ),
+            "is inf",
+        ),
         (lambda: ev.perplexity(m, t, token_bytes=torch.ones(29), **go), "shape of token_bytes is (29,)"),
         (lambda: ev.perplexity(m, t, token_bytes=torch.zeros(30), **go), "token_bytes"),
         (lambda: ev.perplexity(m, t, level=0.0, **go), "level is 0.0"),
@@ -325,8 +366,14 @@ def nan_at(position):
         (lambda: ev.block_bootstrap([1.0, 2.0], [0.0, 0.0], block=1), "denominators"),
         (lambda: ev.autocorrelation([1.0, 2.0], [2]), "lag is 2"),
         (lambda: ev.autocorrelation([1.0, 1.0], [1]), "all equal"),
-        (lambda: ev.compare_perplexity(ev.perplexity(m, t, **go), ev.perplexity(m, t.flip(0), **go)), "tokens_sha256 of b"),
-        (lambda: ev.compare_perplexity(ev.perplexity(m, t, **go), ev.perplexity(m, t, context=10, stride=4)), "stride of b is 4"),
+        (
+            lambda: ev.compare_perplexity(ev.perplexity(m, t, **go), ev.perplexity(m, t.flip(0), **go)),
+            "tokens_sha256 of b",
+        ),
+        (
+            lambda: ev.compare_perplexity(ev.perplexity(m, t, **go), ev.perplexity(m, t, context=10, stride=4)),
+            "stride of b is 4",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(wrong, words):
@@ -369,7 +416,12 @@ def kneser_ney_by_definition(text, V, order, discounts):
     return p
 
 
-@given(st.lists(st.integers(0, 4), min_size=4, max_size=40), st.integers(1, 4), st.tuples(st.floats(0.1, 1), st.floats(0.1, 2), st.floats(0.1, 3)), st.data())
+@given(
+    st.lists(st.integers(0, 4), min_size=4, max_size=40),
+    st.integers(1, 4),
+    st.tuples(st.floats(0.1, 1), st.floats(0.1, 2), st.floats(0.1, 3)),
+    st.data(),
+)
 @settings(max_examples=60, deadline=None)
 def test_kneser_ney_is_the_definition(text, order, discounts, data):
     model = ev.KneserNey(torch.tensor(text), 5, order=order, discounts=discounts)
@@ -418,7 +470,16 @@ def test_counting_learns_what_can_be_counted():
     assert sure < 1.2 and unsure > 6
 
 
-@pytest.mark.parametrize(("kwargs", "text"), [({"order": 0}, "order is 0"), ({"order": 40}, "order is 40"), ({"discounts": (2, 1, 1)}, "discounts"), ({"discounts": (0, 1, 1)}, "discounts"), ({"vocab_size": 3}, "tokens is '0 to 4'")])
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"order": 0}, "order is 0"),
+        ({"order": 40}, "order is 40"),
+        ({"discounts": (2, 1, 1)}, "discounts"),
+        ({"discounts": (0, 1, 1)}, "discounts"),
+        ({"vocab_size": 3}, "tokens is '0 to 4'"),
+    ],
+)
 def test_bad_input_for_counting(kwargs, text):
     with pytest.raises(BadInput, match=text):
         ev.KneserNey(torch.arange(5), **({"vocab_size": 5} | kwargs))

@@ -43,24 +43,52 @@ def test_it_is_float32_and_was_never_on_a_grid(house):
 def test_it_beats_the_five_gram_on_text_that_neither_has_seen(house, home):
     data = token_data(house.tokenizer, "sotu", limits={"train": None, "test": 4096})
     counted = KneserNey(data.train, len(house.tokenizer))
-    protocol = {"context": 256, "stride": 192, "token_bytes": data.bytes["test"], "batch_size": 4, "data": "sotu", "split": "test", "tokenizer": "course-3m"}
-    ratio = compare_perplexity(perplexity(counted, data.test, **protocol), perplexity(house.model, data.test, **protocol))
+    protocol = {
+        "context": 256,
+        "stride": 192,
+        "token_bytes": data.bytes["test"],
+        "batch_size": 4,
+        "data": "sotu",
+        "split": "test",
+        "tokenizer": "course-3m",
+    }
+    ratio = compare_perplexity(
+        perplexity(counted, data.test, **protocol), perplexity(house.model, data.test, **protocol)
+    )
     assert ratio.high < 1
 
 
 def test_the_card_says_what_it_is(home):
     folder = asset_folder("course-3m", home)
     card = (folder / "README.md").read_text(encoding="utf8")
-    for words in ("never quantized", "tokens seen", "seed 0", "llmcourse pretrain course --out build/course", "loss.svg", "public domain", "Limits", "Kneser–Ney 5-gram", "bits per byte", RECIPE.read_text(encoding="utf8").strip()):
+    for words in (
+        "never quantized",
+        "tokens seen",
+        "seed 0",
+        "llmcourse pretrain course --out build/course",
+        "loss.svg",
+        "public domain",
+        "Limits",
+        "Kneser–Ney 5-gram",
+        "bits per byte",
+        RECIPE.read_text(encoding="utf8").strip(),
+    ):
         assert words in card, words
     history = json.loads((folder / "history.json").read_text(encoding="utf8"))
-    assert len(history["losses"]) == load_pretrain_recipe(RECIPE, "cpu").train.steps and history["val"][-1][1] < history["val"][0][1]
+    assert (
+        len(history["losses"]) == load_pretrain_recipe(RECIPE, "cpu").train.steps
+        and history["val"][-1][1] < history["val"][0][1]
+    )
     assert (folder / "loss.svg").read_text(encoding="utf8").lstrip().startswith("<?xml")
 
 
 def test_pretrain_on_the_command_line_refuses_a_typing_error(tmp_path):
     result = run_cli("pretrain", "corse", "--out", str(tmp_path / "x"))
-    assert result.returncode == 2 and "recipe is 'corse'; allowed: the path of a .toml file, or one of course." in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "recipe is 'corse'; allowed: the path of a .toml file, or one of course." in result.stderr
+        and "Traceback" not in result.stderr
+    )
     recipe = tmp_path / "bad.toml"
     recipe.write_text(RECIPE.read_text(encoding="utf8").replace("lr = 0.01", "lr = -0.01"), encoding="utf8")
     result = run_cli("pretrain", str(recipe), "--out", str(tmp_path / "x"), LLMCOURSE_SCALE="cpu")

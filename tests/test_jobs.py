@@ -33,7 +33,9 @@ def finished(tiny_model, corpus, tmp_path_factory):
     from llmcourse.settings import load_settings
 
     out = tmp_path_factory.mktemp("job") / "out"
-    settings = load_settings(ROOT / "settings.ini", env=SMALL | {"LLMCOURSE_DATA": str(corpus), "LLMCOURSE_HOME": str(out.parent / "home")})
+    settings = load_settings(
+        ROOT / "settings.ini", env=SMALL | {"LLMCOURSE_DATA": str(corpus), "LLMCOURSE_HOME": str(out.parent / "home")}
+    )
     lines: list[str] = []
     job = run_job(str(tiny_model), load_recipe(find_recipe("w4")), out, settings=settings, say=lines.append)
     return out, job, lines, settings
@@ -41,7 +43,16 @@ def finished(tiny_model, corpus, tmp_path_factory):
 
 def test_the_output_is_complete_and_nothing_else_is_left(finished):
     out, _, lines, _ = finished
-    assert {"config.json", "packed.safetensors", "tokenizer.json", "passport.json", "pareto.png", "pareto.svg", "report.html", "job.json"} <= {p.name for p in out.iterdir()}
+    assert {
+        "config.json",
+        "packed.safetensors",
+        "tokenizer.json",
+        "passport.json",
+        "pareto.png",
+        "pareto.svg",
+        "report.html",
+        "job.json",
+    } <= {p.name for p in out.iterdir()}
     assert [p.name for p in out.parent.iterdir() if p.name != "home"] == ["out"]
     assert sum(line.startswith("[") for line in lines) == 10 and lines[-1].startswith("[10/10] report")
 
@@ -76,7 +87,11 @@ def test_the_passport_file_has_every_model(finished):
     assert list(cards) == [r["name"] for r in job["rows"]]
     dense, small = cards["dense"], cards["GPTQ 4-bit"]
     assert small["parameters"] == dense["parameters"] and small["flops_per_token"] == dense["flops_per_token"]
-    assert small["bytes_memory"] < dense["bytes_memory"] and small["prefill"]["n"] == 3 and small["perplexity"]["protocol"]["context"] == 64
+    assert (
+        small["bytes_memory"] < dense["bytes_memory"]
+        and small["prefill"]["n"] == 3
+        and small["perplexity"]["protocol"]["context"] == 64
+    )
 
 
 class _Page(HTMLParser):
@@ -100,11 +115,13 @@ def test_the_report_is_one_self_contained_page_with_the_numbers_of_the_job(finis
     page = _Page()
     page.feed(html)
     assert page.outside == [] and "script" not in page.tags and "svg" in page.tags and page.tags.count("h1") == 1
-    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org|purl\.org|creativecommons\.org|matplotlib\.org)", html)
+    assert not re.search(
+        r"url\((?!#)|@import|https?://(?!www\.w3\.org|purl\.org|creativecommons\.org|matplotlib\.org)", html
+    )
     text = " ".join(" ".join(page.text).split())
     for r in job["rows"]:
         assert r["name"] in text and f"{r['perplexity']:.2f}" in text
-    assert "context 64" in text and "<title" in html[html.index("<svg"):]  # the figure says in words what it shows
+    assert "context 64" in text and "<title" in html[html.index("<svg") :]  # the figure says in words what it shows
 
 
 def test_a_second_call_does_nothing(finished, tiny_model):
@@ -112,7 +129,11 @@ def test_a_second_call_does_nothing(finished, tiny_model):
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     lines: list[str] = []
     assert run_job(str(tiny_model), load_recipe(find_recipe("w4")), out, settings=settings, say=lines.append) == job
-    assert len(lines) == 1 and "nothing to do" in lines[0] and before == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert (
+        len(lines) == 1
+        and "nothing to do" in lines[0]
+        and before == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    )
 
 
 def test_another_job_does_not_overwrite_a_finished_one(finished, tiny_model):
@@ -124,7 +145,13 @@ def test_another_job_does_not_overwrite_a_finished_one(finished, tiny_model):
 
 
 def job_env(corpus: Path, tmp_path: Path) -> dict[str, str]:
-    return clean_env(**SMALL, LLMCOURSE_DATA=str(corpus), LLMCOURSE_HOME=str(tmp_path / "home"), PYTHONPATH=str(ROOT / "tests" / "no_network"), PYTHONUNBUFFERED="1")
+    return clean_env(
+        **SMALL,
+        LLMCOURSE_DATA=str(corpus),
+        LLMCOURSE_HOME=str(tmp_path / "home"),
+        PYTHONPATH=str(ROOT / "tests" / "no_network"),
+        PYTHONUNBUFFERED="1",
+    )
 
 
 # The command line, but when the second arm is written, half a file is on the disk and the process waits to be killed.
@@ -154,7 +181,14 @@ def test_a_killed_job_leaves_no_output_and_resumes(finished, tiny_model, corpus,
     _, job, _, _ = finished
     out, env = tmp_path / "out", job_env(corpus, tmp_path)
     arguments = ["compress", str(tiny_model), "--recipe", "w4", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-c", STUCK, *arguments], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, *arguments],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=1,
+    )
     for line in process.stdout:
         if line.startswith("half a file"):  # in the middle of the fourth step
             process.send_signal(getattr(signal, how))
@@ -162,8 +196,14 @@ def test_a_killed_job_leaves_no_output_and_resumes(finished, tiny_model, corpus,
     _, err = process.communicate(timeout=120)
     assert not out.exists() and process.returncode != 0
     if how == "SIGINT":
-        assert process.returncode == 130 and err.strip().endswith("run the same command to go on.") and "Traceback" not in err
-    again = subprocess.run([sys.executable, "-m", "llmcourse", *arguments], env=env, text=True, capture_output=True, timeout=300)
+        assert (
+            process.returncode == 130
+            and err.strip().endswith("run the same command to go on.")
+            and "Traceback" not in err
+        )
+    again = subprocess.run(
+        [sys.executable, "-m", "llmcourse", *arguments], env=env, text=True, capture_output=True, timeout=300
+    )
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before") == 3
     resumed = json.loads((out / "job.json").read_text(encoding="utf8"))
@@ -209,14 +249,18 @@ def test_two_processes_do_not_work_on_the_same_output(tiny_model, tmp_path, smal
 @pytest.fixture
 def cli(monkeypatch, capsys, corpus, tmp_path):
     """The command line in this process: (exit code, standard output, standard error)."""
+
     def run(*args, **env):
-        for key, value in (SMALL | {"LLMCOURSE_DATA": str(corpus), "LLMCOURSE_HOME": str(tmp_path / "home")} | env).items():
+        for key, value in (
+            SMALL | {"LLMCOURSE_DATA": str(corpus), "LLMCOURSE_HOME": str(tmp_path / "home")} | env
+        ).items():
             monkeypatch.setenv(key, value)
         monkeypatch.setattr(sys, "argv", ["llmcourse", *map(str, args)])
         with pytest.raises(SystemExit) as e:
             main()
         captured = capsys.readouterr()
         return e.value.code, captured.out, captured.err
+
     return run
 
 
@@ -250,18 +294,28 @@ def assert_refused(result, tmp_path, *words):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith((".out", "out"))] == []  # nothing written
 
 
-@pytest.mark.parametrize(("how", "words"), [
-    ("no-weights", ("has no weights", "*.safetensors")),
-    ("pickle", ("pytorch_model.bin", "pickle", "run any code", "*.safetensors")),
-    ("cut", ("model-cut", "safetensors")),
-    ("nan", ("model.layers.1.mlp.up_proj", "NaN")),
-    ("no-config", ("config.json",)),
-])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no-weights", ("has no weights", "*.safetensors")),
+        ("pickle", ("pytorch_model.bin", "pickle", "run any code", "*.safetensors")),
+        ("cut", ("model-cut", "safetensors")),
+        ("nan", ("model.layers.1.mlp.up_proj", "NaN")),
+        ("no-config", ("config.json",)),
+    ],
+)
 def test_a_model_folder_that_cannot_be_used(cli, tiny_model, tmp_path, how, words):
-    assert_refused(cli("compress", broken_folder(tiny_model, tmp_path, how), "--recipe", "w4", "--out", tmp_path / "out"), tmp_path, *words)
+    assert_refused(
+        cli("compress", broken_folder(tiny_model, tmp_path, how), "--recipe", "w4", "--out", tmp_path / "out"),
+        tmp_path,
+        *words,
+    )
 
 
-@pytest.mark.parametrize(("name", "words"), [("gpt-9", ("'gpt-9'", "smollm2-135m")), ("someone/some-model", ("offline", "LLMCOURSE_OFFLINE"))])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gpt-9", ("'gpt-9'", "smollm2-135m")), ("someone/some-model", ("offline", "LLMCOURSE_OFFLINE"))],
+)
 def test_an_unknown_model(cli, tmp_path, name, words):
     assert_refused(cli("compress", name, "--recipe", "w4", "--out", tmp_path / "out"), tmp_path, *words)
 
@@ -269,18 +323,21 @@ def test_an_unknown_model(cli, tmp_path, name, words):
 GOOD = 'name = "x"\ndeliver = "a"\n[[arm]]\nname = "a"\npasses = [{ method = "rtn", bits = 4, group_size = 64 }]\n'
 
 
-@pytest.mark.parametrize(("old", "new", "words"), [
-    ("bits = 4", "bits = 0", ("bits", "0", "2 to 8", "arm 'a'")),
-    ("bits = 4", "bits = 1.5", ("bits", "1.5", "2 to 8")),
-    ("group_size = 64", "group_size = 48", ("group_size", "48")),
-    ("group_size = 64", "group_size = 0", ("group_size", "0")),
-    ("bits = 4", "bitz = 4", ("'bitz'", "bits")),
-    ('method = "rtn"', 'method = "magic"', ("'magic'", "gptq")),
-    ('deliver = "a"', 'deliver = "b"', ("'b'", "a")),
-    ('name = "x"', 'nome = "x"', ("'nome'", "name")),
-    ("[[arm]]", "[arm]", ("arm",)),
-    ('name = "x"', 'name = x', ("TOML",)),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("bits = 4", "bits = 0", ("bits", "0", "2 to 8", "arm 'a'")),
+        ("bits = 4", "bits = 1.5", ("bits", "1.5", "2 to 8")),
+        ("group_size = 64", "group_size = 48", ("group_size", "48")),
+        ("group_size = 64", "group_size = 0", ("group_size", "0")),
+        ("bits = 4", "bitz = 4", ("'bitz'", "bits")),
+        ('method = "rtn"', 'method = "magic"', ("'magic'", "gptq")),
+        ('deliver = "a"', 'deliver = "b"', ("'b'", "a")),
+        ('name = "x"', 'nome = "x"', ("'nome'", "name")),
+        ("[[arm]]", "[arm]", ("arm",)),
+        ('name = "x"', "name = x", ("TOML",)),
+    ],
+)
 def test_a_mistake_in_a_recipe(cli, tiny_model, tmp_path, old, new, words):
     assert old in GOOD
     recipe = tmp_path / "recipe.toml"
@@ -294,15 +351,27 @@ def test_the_good_recipe_is_good(tmp_path):
     assert load_recipe(path).arms[0].name == "a"
 
 
-@pytest.mark.parametrize(("text", "words"), [("", ("data", "documents with text")), ("three short words", ("data",)), ("word " * 3000, ("data", "part"))])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", ("data", "documents with text")), ("three short words", ("data",)), ("word " * 3000, ("data", "part"))],
+)
 def test_text_that_is_empty_or_too_short(cli, tiny_model, tmp_path, text, words):
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf8")
-    assert_refused(cli("compress", tiny_model, "--recipe", "w4", "--out", tmp_path / "out", LLMCOURSE_DATA=str(path)), tmp_path, *words)
+    assert_refused(
+        cli("compress", tiny_model, "--recipe", "w4", "--out", tmp_path / "out", LLMCOURSE_DATA=str(path)),
+        tmp_path,
+        *words,
+    )
 
 
 def test_a_test_part_shorter_than_one_window(cli, tiny_model, tmp_path, corpus):
-    assert_refused(cli("compress", tiny_model, "--recipe", "w4", "--out", tmp_path / "out", LLMCOURSE_EVAL_TOKENS="1000000"), tmp_path, "part 'test'", "at least 1000000")
+    assert_refused(
+        cli("compress", tiny_model, "--recipe", "w4", "--out", tmp_path / "out", LLMCOURSE_EVAL_TOKENS="1000000"),
+        tmp_path,
+        "part 'test'",
+        "at least 1000000",
+    )
 
 
 def test_an_output_folder_that_is_not_empty(cli, tiny_model, tmp_path):
@@ -329,15 +398,20 @@ def test_unknown_recipe_and_unknown_command(cli, tiny_model, tmp_path):
 
 
 def test_help_answers_at_once_and_loads_nothing_heavy():
-    code = ("import sys, time; t = time.perf_counter(); sys.argv = ['llmcourse', '--help']\n"
-            "from llmcourse.cli import main\n"
-            "try: main()\nexcept SystemExit: pass\n"
-            "print(sorted(m for m in ('torch', 'transformers', 'numpy', 'datasets', 'matplotlib') if m in sys.modules), file=sys.stderr)")
+    code = (
+        "import sys, time; t = time.perf_counter(); sys.argv = ['llmcourse', '--help']\n"
+        "from llmcourse.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted(m for m in ('torch', 'transformers', 'numpy', 'datasets', 'matplotlib') if m in sys.modules), file=sys.stderr)"
+    )
     result = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=clean_env(), check=True)
     assert "compress" in result.stdout and result.stderr.strip() == "[]"
     # what can be promised on any machine: no more than a few times what Python itself needs to start
     times = {}
-    for name, args in {"python": ["-c", "import typing, dataclasses, inspect"], "help": ["-m", "llmcourse", "--help"]}.items():
+    for name, args in {
+        "python": ["-c", "import typing, dataclasses, inspect"],
+        "help": ["-m", "llmcourse", "--help"],
+    }.items():
         runs = []
         for _ in range(5):
             start = time.perf_counter()
@@ -351,12 +425,16 @@ def test_start_unpacks_the_course_and_does_not_touch_what_is_there(tmp_path):
     target = tmp_path / "course"
     result = run_cli("start", target)
     assert result.returncode == 0, result.stderr
-    assert {"nbs", "recipes", "settings.ini"} <= {p.name for p in target.iterdir()} and (target / "nbs" / "00_runtime.ipynb").is_file()
+    assert {"nbs", "recipes", "settings.ini"} <= {p.name for p in target.iterdir()} and (
+        target / "nbs" / "00_runtime.ipynb"
+    ).is_file()
     again = run_cli("start", target)
     assert again.returncode == 2 and "DIR is" in again.stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
-    assert run_cli("start", tmp_path / "mine").returncode == 2 and [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
+    assert run_cli("start", tmp_path / "mine").returncode == 2 and [p.name for p in (tmp_path / "mine").iterdir()] == [
+        "file"
+    ]
 
 
 def test_every_shipped_recipe_is_valid():

@@ -39,7 +39,8 @@ HOME = load_settings().home
 needs_model = [
     pytest.mark.model,
     pytest.mark.skipif(
-        not is_prepared("smollm2-135m", HOME), reason="smollm2-135m is not prepared: run llmcourse data --fetch smollm2-135m"
+        not is_prepared("smollm2-135m", HOME),
+        reason="smollm2-135m is not prepared: run llmcourse data --fetch smollm2-135m",
     ),
 ]
 few = settings(max_examples=25, deadline=None)
@@ -48,7 +49,15 @@ few = settings(max_examples=25, deadline=None)
 def config(**options) -> GPTConfig:
     return GPTConfig(
         **(
-            {"vocab_size": 50, "d_model": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "context": 40, "init_std": 0.3}
+            {
+                "vocab_size": 50,
+                "d_model": 24,
+                "n_layers": 2,
+                "n_heads": 6,
+                "n_kv_heads": 2,
+                "context": 40,
+                "init_std": 0.3,
+            }
             | options
         )
     )
@@ -78,7 +87,11 @@ def model(request) -> GPT:
 @given(st.integers(1, 5), st.integers(2, 40), st.integers(0, 10**6))
 def test_norms_equal_the_reference(rows, width, seed):
     g = torch.Generator().manual_seed(seed)
-    x, w, b = torch.randn(rows, width, generator=g) * 3 + 1, torch.rand(width, generator=g), torch.randn(width, generator=g)
+    x, w, b = (
+        torch.randn(rows, width, generator=g) * 3 + 1,
+        torch.rand(width, generator=g),
+        torch.randn(width, generator=g),
+    )
     torch.testing.assert_close(layer_norm(x, w, b), F.layer_norm(x, (width,), w, b), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rms_norm(x, w), F.rms_norm(x, (width,), w, 1e-5))
 
@@ -254,7 +267,9 @@ def test_left_padding_changes_nothing(model):
         step = model(more, cache=cache)
         for i, p in enumerate(prompts):
             torch.testing.assert_close(together[i, -1], model(torch.tensor([p]))[0, -1], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(step[i, 0], model(torch.tensor([[*p, int(more[i])]]))[0, -1], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                step[i, 0], model(torch.tensor([[*p, int(more[i])]]))[0, -1], rtol=1e-4, atol=1e-5
+            )
     assert torch.isfinite(together).all()
 
 
@@ -346,7 +361,11 @@ def test_balance_loss_bounds_and_gradient():
     assert math.isclose(float(load_balance_loss(one)), 4.0, rel_tol=1e-5)
     even = route(50 * torch.eye(4).repeat(2, 1), 1)
     assert math.isclose(float(load_balance_loss(even)), 1.0, rel_tol=1e-5)
-    logits = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)).add(torch.tensor([1.0, 0, 0, 0])).requires_grad_()
+    logits = (
+        torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+        .add(torch.tensor([1.0, 0, 0, 0]))
+        .requires_grad_()
+    )
     load_balance_loss(route(logits, 1)).backward()
     assert float(logits.grad[:, 0].sum()) > 0  # a step against the gradient makes the busy expert less probable
 
@@ -470,7 +489,9 @@ def test_layer_pass_walks_our_blocks():
     m = GPT(config()).eval()
     before = {n: p.clone() for n, p in m.named_parameters()}
     stream = torch.randint(50, (200,))
-    data = TokenData(train=stream, val=stream, test=stream, calib=stream, bytes={}, name="random", tokenizer="none", separator=0)
+    data = TokenData(
+        train=stream, val=stream, test=stream, calib=stream, bytes={}, name="random", tokenizer="none", separator=0
+    )
     rt = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 
     class Halve(compression.LayerPass):
@@ -600,9 +621,9 @@ class TestRealCheckpoint:
         theirs, ours, tokenizer = pair
         ids = tokenizer("Water boils at", return_tensors="pt").input_ids
         theirs.generation_config.eos_token_id = None
-        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)[
-            0, ids.shape[1] :
-        ].tolist()
+        want = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )[0, ids.shape[1] :].tolist()
         assert generate(ours, ids, max_new_tokens=12) == [want]
         assert sum(ours.config.parameters().values()) == sum(p.numel() for p in ours.parameters()) == 134_515_008
 
@@ -632,7 +653,11 @@ def test_a_model_of_ours_is_saved_as_a_plain_llama(tied, tmp_path):
     import transformers
 
     torch.manual_seed(0)
-    ours = GPT(GPTConfig(vocab_size=101, d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, context=64, rope_theta=5000.0, tied=tied)).eval()
+    ours = GPT(
+        GPTConfig(
+            vocab_size=101, d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, context=64, rope_theta=5000.0, tied=tied
+        )
+    ).eval()
     ours.save_pretrained(tmp_path / "saved")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     again = GPT.from_pretrained(tmp_path / "saved")
@@ -641,7 +666,9 @@ def test_a_model_of_ours_is_saved_as_a_plain_llama(tied, tmp_path):
         torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-5, atol=1e-6)
         assert torch.equal(again(ids), ours(ids))
     assert again.config == ours.config
-    assert {k: v.shape for k, v in theirs.state_dict().items()}.keys() == transformers.LlamaForCausalLM(theirs.config).state_dict().keys()
+    assert {k: v.shape for k, v in theirs.state_dict().items()}.keys() == transformers.LlamaForCausalLM(
+        theirs.config
+    ).state_dict().keys()
 
 
 def test_a_shape_that_llama_lacks_is_not_saved(tmp_path):

@@ -21,7 +21,7 @@ from llmcourse.practice import checking, grading
 pytestmark = pytest.mark.slow
 CHAPTER, SHEET = "03_example", "example"
 
-POISON = '''
+POISON = """
 import sys
 import torch
 import llmcourse.practice.checking
@@ -40,14 +40,16 @@ class Everything:
 
 
 attend = RMSNorm = sample = n_parameters = Everything()
-'''
+"""
 
 
 def nbgrader(folder: Path, *arguments: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader starts the program alembic
     env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder / ".jupyter"),
                         "JUPYTER_DATA_DIR": str(folder / ".jupyter-data"), "HOME": str(folder)}  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "nbgrader", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -75,13 +77,22 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wrong = copy.deepcopy(right)
     answers(wrong, "attend").source = "def attend(q, k, v):\n    return (q @ k.mT).softmax(-1) @ v\n"
     answers(wrong, "n_parameters").source = "n_parameters = 15"
-    answers(wrong, "sample").source = "def sample(logits, temperature=1.0, *, generator):\n    while True:\n        pass\n"
+    answers(
+        wrong, "sample"
+    ).source = "def sample(logits, temperature=1.0, *, generator):\n    while True:\n        pass\n"
     poisoned = copy.deepcopy(learner)
     answers(poisoned, "attend").source = POISON
     renamed = copy.deepcopy(wrong)
     renamed.metadata = nbformat.from_dict({})
-    renamed.cells = [c for c in renamed.cells if c.get("id") != "RMSNorm-check"][::-1]  # a test cell deleted, the rest upside down
-    for student, nb, name in (("right", right, SHEET), ("wrong", wrong, SHEET), ("poisoned", poisoned, SHEET), ("renamed", renamed, "My homework (2)")):
+    renamed.cells = [c for c in renamed.cells if c.get("id") != "RMSNorm-check"][
+        ::-1
+    ]  # a test cell deleted, the rest upside down
+    for student, nb, name in (
+        ("right", right, SHEET),
+        ("wrong", wrong, SHEET),
+        ("poisoned", poisoned, SHEET),
+        ("renamed", renamed, "My homework (2)"),
+    ):
         place = folder / "submitted" / student / CHAPTER
         place.mkdir(parents=True)
         nbformat.write(nb, place / f"{name}.ipynb")
@@ -139,7 +150,9 @@ def test_classroom_commands_exist() -> None:
     from llmcourse.practice.commands import COMMANDS
 
     assert len(COMMANDS) == 5
-    assert {command.split()[1] for command, _ in COMMANDS} <= {name.replace("-", "_") for name in NbGraderApp.subcommands}
+    assert {command.split()[1] for command, _ in COMMANDS} <= {
+        name.replace("-", "_") for name in NbGraderApp.subcommands
+    }
 
 
 def test_plain_nbgrader_counts_a_failed_check_as_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,18 @@ def test_notebook_runs(notebook: Path, home: Path, tmp_path: Path):
     env = clean_env(LLMCOURSE_SCALE="test", LLMCOURSE_HOME=str(home), MPLBACKEND="agg")
     env["PYTHONPATH"] = str(ROOT / "tests" / "no_network")
     before = notebook.read_bytes()
-    result = subprocess.run([Path(sys.executable).with_name("nbdev-test" + (".exe" if os.name == "nt" else "")), "--n-workers", "0", str(notebook)],
-                            cwd=ROOT, env=env, text=True, capture_output=True, timeout=600)
+    result = subprocess.run(
+        [
+            Path(sys.executable).with_name("nbdev-test" + (".exe" if os.name == "nt" else "")),
+            "--n-workers",
+            "0",
+            str(notebook),
+        ],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert notebook.read_bytes() == before  # a test run changes nothing

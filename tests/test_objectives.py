@@ -50,7 +50,15 @@ def llama():
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, initializer_range=0.2)
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -59,7 +67,15 @@ def bert():
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, initializer_range=0.2)
+    config = transformers.BertConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     return transformers.BertForMaskedLM(config).eval()
 
 
@@ -72,7 +88,9 @@ def collator():
     words = {"[PAD]": 0, "[MASK]": MASK, "[UNK]": 48} | {f"w{i}": i for i in range(1, 48)}
     core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, mask_token="[MASK]", pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, mask_token="[MASK]", pad_token="[PAD]", unk_token="[UNK]"
+    )
     return lambda **options: transformers.DataCollatorForLanguageModeling(tokenizer, **options)
 
 
@@ -99,7 +117,11 @@ class TestCausal:
         ids = texts(3, 20)
         alone = torch.cat([O.causal_lm_loss(llama, row[None, :n]) for row, n in zip(ids, (20, 7, 2))])
         keep = torch.arange(20) < torch.tensor([20, 7, 2])[:, None]
-        right = {"input_ids": ids.masked_fill(~keep, 0), "labels": ids.masked_fill(~keep, -100), "attention_mask": keep.long()}
+        right = {
+            "input_ids": ids.masked_fill(~keep, 0),
+            "labels": ids.masked_fill(~keep, -100),
+            "attention_mask": keep.long(),
+        }
         assert_close(O.causal_lm_loss(llama, right), alone, **TOL)
         assert_close(O.causal_lm_loss(llama, right).mean(), llama(**right).loss, **TOL)
         model = tiny().eval()
@@ -145,7 +167,12 @@ class TestCausal:
         with pytest.raises(BadInput, match="whole numbers"):
             O.causal_lm_loss(tiny(), texts().float())
         with pytest.raises(BadInput, match="padding on the right"):
-            O.masked_lm_loss(tiny(causal=False), {"input_ids": texts(2, 4), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}, mask_id=MASK, vocab_size=V)
+            O.masked_lm_loss(
+                tiny(causal=False),
+                {"input_ids": texts(2, 4), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])},
+                mask_id=MASK,
+                vocab_size=V,
+            )
 
     def test_gradient_of_the_logits(self) -> None:
         """softmax - one-hot: sums to zero over the vocabulary, is zero where nothing counts."""
@@ -202,7 +229,11 @@ class TestMaskTokens:
         row = texts(1, 6)
         labels = row.masked_fill(torch.tensor([[1, 0, 1, 1, 0, 1]]).bool(), -100)
         alone = O.masked_lm_loss(model, {"input_ids": row, "labels": labels}, **self.options)
-        padded = {"input_ids": F.pad(row, (3, 0)), "labels": F.pad(labels, (3, 0), value=-100), "attention_mask": F.pad(torch.ones_like(row), (3, 0))}
+        padded = {
+            "input_ids": F.pad(row, (3, 0)),
+            "labels": F.pad(labels, (3, 0), value=-100),
+            "attention_mask": F.pad(torch.ones_like(row), (3, 0)),
+        }
         assert_close(O.masked_lm_loss(model, padded, **self.options), alone, **TOL)
 
     @few
@@ -239,7 +270,9 @@ class TestMaskTokens:
         inputs, labels = O.mask_tokens(ids, whole_words=words, generator=gen(), **self.options)
         assert within(int((labels != -100)[:, ::3].sum()), 2000 * 10, 0.15)
         chosen = labels != -100
-        assert within(int((inputs[chosen] == MASK).sum()), int(chosen.sum()), 0.8 + 0.1 / V)  # the fate is drawn token by token
+        assert within(
+            int((inputs[chosen] == MASK).sum()), int(chosen.sum()), 0.8 + 0.1 / V
+        )  # the fate is drawn token by token
 
     def test_word_numbers(self) -> None:
         starts = torch.zeros(V, dtype=torch.bool)
@@ -252,7 +285,18 @@ class TestMaskTokens:
         assert torch.equal(O.mask_tokens(ids, rate=1.0, replace=(0, 0), generator=gen(), **self.options).inputs, ids)
         assert (O.mask_tokens(ids, rate=1.0, replace=(1, 0), generator=gen(), **self.options).inputs == MASK).all()
 
-    @pytest.mark.parametrize(("option", "value"), [("rate", 0), ("rate", 1.1), ("rate", math.nan), ("replace", (0.8, 0.3)), ("replace", (-0.1, 0.3)), ("mask_id", V), ("whole_words", torch.zeros(4, 3, dtype=torch.long))])
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("rate", 0),
+            ("rate", 1.1),
+            ("rate", math.nan),
+            ("replace", (0.8, 0.3)),
+            ("replace", (-0.1, 0.3)),
+            ("mask_id", V),
+            ("whole_words", torch.zeros(4, 3, dtype=torch.long)),
+        ],
+    )
     def test_bad_input(self, option: str, value) -> None:
         with pytest.raises(BadInput, match=option):
             O.mask_tokens(texts(), **self.options | {option: value})
@@ -332,11 +376,24 @@ class TestSpans:
 
     def test_bad_input(self) -> None:
         ids, noise = texts(2, 10), O.noise_spans(2, 10, density=0.3, generator=gen())
-        for wrong, word in ((lambda: O.corrupt_spans(ids, noise, sentinels=(100,)), "sentinels"), (lambda: O.corrupt_spans(ids, noise, sentinels=(100, 100, 101)), "sentinels"),
-                            (lambda: O.corrupt_spans(ids, noise, sentinels=(int(ids[0, 0]), 100, 101)), "sentinel in it"), (lambda: O.corrupt_spans(ids, noise.long(), sentinels=(100, 101)), "noise"),
-                            (lambda: O.corrupt_spans(ids, torch.eye(2, 10).bool() | (torch.arange(10) > 7) & torch.tensor([[True], [False]]), sentinels=(100, 101, 102)), "same number"),
-                            (lambda: O.noise_spans(1, 1), "length"), (lambda: O.noise_spans(1, 9, density=1.0), "density"), (lambda: O.noise_spans(1, 9, mean_span=0.5), "mean_span"),
-                            (lambda: O.restore_spans([1, 2], [3], sentinels=(100,)), "targets")):
+        for wrong, word in (
+            (lambda: O.corrupt_spans(ids, noise, sentinels=(100,)), "sentinels"),
+            (lambda: O.corrupt_spans(ids, noise, sentinels=(100, 100, 101)), "sentinels"),
+            (lambda: O.corrupt_spans(ids, noise, sentinels=(int(ids[0, 0]), 100, 101)), "sentinel in it"),
+            (lambda: O.corrupt_spans(ids, noise.long(), sentinels=(100, 101)), "noise"),
+            (
+                lambda: O.corrupt_spans(
+                    ids,
+                    torch.eye(2, 10).bool() | (torch.arange(10) > 7) & torch.tensor([[True], [False]]),
+                    sentinels=(100, 101, 102),
+                ),
+                "same number",
+            ),
+            (lambda: O.noise_spans(1, 1), "length"),
+            (lambda: O.noise_spans(1, 9, density=1.0), "density"),
+            (lambda: O.noise_spans(1, 9, mean_span=0.5), "mean_span"),
+            (lambda: O.restore_spans([1, 2], [3], sentinels=(100,)), "targets"),
+        ):
             with pytest.raises(BadInput, match=word):
                 wrong()
 
@@ -354,7 +411,9 @@ class TestContrastive:
         assert_close(loss, F.cross_entropy(matrix, torch.arange(n), reduction="none"), rtol=1e-4, atol=1e-4)
         assert loss.shape == (n,) and (loss >= -1e-6).all()
         scale = torch.rand(n, 1, generator=gen(seed)) + 0.5
-        assert_close(O.info_nce(a * scale, b * 3, temperature=temperature), loss, rtol=1e-3, atol=1e-3)  # only directions count
+        assert_close(
+            O.info_nce(a * scale, b * 3, temperature=temperature), loss, rtol=1e-3, atol=1e-3
+        )  # only directions count
         order = torch.randperm(n, generator=gen(seed))
         assert_close(O.info_nce(a[order], b[order], temperature=temperature), loss[order], rtol=1e-4, atol=1e-4)
 
@@ -362,7 +421,9 @@ class TestContrastive:
         """Two texts at right angles: ln(1 + exp(-1/temperature)) each."""
         a = torch.eye(2)
         for temperature in (1.0, 0.5, 0.05):
-            assert_close(O.info_nce(a, a, temperature=temperature), torch.full((2,), math.log1p(math.exp(-1 / temperature))))
+            assert_close(
+                O.info_nce(a, a, temperature=temperature), torch.full((2,), math.log1p(math.exp(-1 / temperature)))
+            )
         assert_close(O.nt_xent(a, a, temperature=1.0), torch.full((4,), math.log(1 + 2 * math.exp(-1))))
 
     @few
@@ -428,7 +489,13 @@ class TestContrastive:
     @pytest.mark.parametrize("loss", [O.info_nce, O.nt_xent])
     def test_bad_input(self, loss) -> None:
         a = torch.randn(3, 4)
-        for wrong in (lambda: loss(a, a, temperature=0), lambda: loss(a, a, temperature=math.nan), lambda: loss(a, a[:2]), lambda: loss(a[0], a[0]), lambda: loss(a[:0], a[:0])):
+        for wrong in (
+            lambda: loss(a, a, temperature=0),
+            lambda: loss(a, a, temperature=math.nan),
+            lambda: loss(a, a[:2]),
+            lambda: loss(a[0], a[0]),
+            lambda: loss(a[:0], a[:0]),
+        ):
             with pytest.raises(BadInput):
                 wrong()
         with pytest.raises(BadInput, match="model"):
@@ -439,7 +506,10 @@ class TestContrastive:
 
 
 class TestMixing:
-    losses = {"causal": O.causal_lm_loss, "spans": functools.partial(O.span_corruption_loss, sentinels=range(40, 48), generator=None)}
+    losses = {
+        "causal": O.causal_lm_loss,
+        "spans": functools.partial(O.span_corruption_loss, sentinels=range(40, 48), generator=None),
+    }
 
     def test_weighted_sum_of_means(self) -> None:
         """Whatever the number of targets; the gradient too."""
@@ -473,18 +543,30 @@ class TestMixing:
         assert rates == pytest.approx({"a": 0.9, "b": 0.1})
         assert O.mixing_rates({"a": 900, "b": 100}, temperature=2) == pytest.approx({"a": 0.75, "b": 0.25})
         assert O.mixing_rates({"a": 900, "b": 100}, limit=100) == pytest.approx({"a": 0.5, "b": 0.5})
-        assert O.mixing_rates({"a": 10**300, "b": 1}, temperature=1e3)["b"] == pytest.approx(0.333, abs=0.01)  # no overflow
+        assert O.mixing_rates({"a": 10**300, "b": 1}, temperature=1e3)["b"] == pytest.approx(
+            0.333, abs=0.01
+        )  # no overflow
 
     @few
     @given(st.dictionaries(st.text(max_size=3), st.integers(1, 10**9), min_size=1, max_size=6), st.floats(0.5, 50))
     def test_rates_are_shares(self, sizes: dict[str, int], temperature: float) -> None:
-        rates, flatter = O.mixing_rates(sizes, temperature=temperature), O.mixing_rates(sizes, temperature=2 * temperature)
+        rates, flatter = (
+            O.mixing_rates(sizes, temperature=temperature),
+            O.mixing_rates(sizes, temperature=2 * temperature),
+        )
         assert sum(rates.values()) == pytest.approx(1) and min(rates.values()) >= 0
         assert max(flatter.values()) <= max(rates.values()) + 1e-12
 
     def test_bad_input(self) -> None:
-        for wrong in (lambda: O.mixed_loss({}, {}), lambda: O.mixed_loss(self.losses, {"causal": 1}), lambda: O.mixed_loss(self.losses, {"causal": 1, "spans": -1}),
-                      lambda: O.mixed_loss(self.losses, {"causal": 0, "spans": 0}), lambda: O.mixing_rates({}), lambda: O.mixing_rates({"a": 0}), lambda: O.mixing_rates({"a": 1}, temperature=0)):
+        for wrong in (
+            lambda: O.mixed_loss({}, {}),
+            lambda: O.mixed_loss(self.losses, {"causal": 1}),
+            lambda: O.mixed_loss(self.losses, {"causal": 1, "spans": -1}),
+            lambda: O.mixed_loss(self.losses, {"causal": 0, "spans": 0}),
+            lambda: O.mixing_rates({}),
+            lambda: O.mixing_rates({"a": 0}),
+            lambda: O.mixing_rates({"a": 1}, temperature=0),
+        ):
             with pytest.raises(BadInput):
                 wrong()
 
@@ -496,8 +578,15 @@ class TestMeasures:
     def test_ranks(self) -> None:
         a = torch.eye(4)
         assert O.retrieval_ranks(a, a).tolist() == [1, 1, 1, 1]
-        assert O.retrieval_ranks(a, a.roll(1, 0)).tolist() == [3, 3, 3, 3]  # one is better, three tie at zero: 1 + 1 + 2/2
-        assert O.retrieval_ranks(torch.ones(5, 3), torch.ones(5, 3)).tolist() == [3.0] * 5  # a collapsed model is not perfect
+        assert O.retrieval_ranks(a, a.roll(1, 0)).tolist() == [
+            3,
+            3,
+            3,
+            3,
+        ]  # one is better, three tie at zero: 1 + 1 + 2/2
+        assert (
+            O.retrieval_ranks(torch.ones(5, 3), torch.ones(5, 3)).tolist() == [3.0] * 5
+        )  # a collapsed model is not perfect
 
     def test_ranks_of_noise_are_chance(self) -> None:
         a, b = torch.randn(2, 400, 8, generator=gen())
@@ -518,11 +607,15 @@ class TestMeasures:
         x = (x - x.mean(0)) / x.std(0)
         y = (x[:, 0] + torch.randn(200, generator=g, dtype=torch.float64) > 0).long()
         l2, X = 1e-2, torch.cat((x, torch.ones(200, 1, dtype=torch.float64)), 1)
-        w = torch.zeros(4, dtype=torch.float64)  # difference of the two classes' coefficients; their norms add up to |w|²/2
+        w = torch.zeros(
+            4, dtype=torch.float64
+        )  # difference of the two classes' coefficients; their norms add up to |w|²/2
         penalty = torch.diag(torch.tensor([l2 / 2] * 3 + [0.0], dtype=torch.float64))
         for _ in range(30):
             p = torch.sigmoid(X @ w)
-            w = w - torch.linalg.solve((X * (p * (1 - p))[:, None]).T @ X / 200 + penalty, X.T @ (p - y) / 200 + penalty @ w)
+            w = w - torch.linalg.solve(
+                (X * (p * (1 - p))[:, None]).T @ X / 200 + penalty, X.T @ (p - y) / 200 + penalty @ w
+            )
         probes = torch.randn(500, 3, generator=g, dtype=torch.float64)
         expected = (probes @ w[:3] + w[3] > 0).long()
         agree = (O.linear_probe(x, y, probes, l2=l2) == expected).double().mean()

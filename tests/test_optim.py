@@ -80,7 +80,10 @@ def parameters(shapes, dtype, seed=0) -> list[nn.Parameter]:
 def noisy_gradients(params, generator) -> list[torch.Tensor]:
     """Gradients of very different sizes, that depend on the parameters: an error would feed on itself."""
     scale = [10.0 ** (i % 5 - 2) for i in range(len(params))]
-    return [s * (p.detach().double() + torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype) for s, p in zip(scale, params)]
+    return [
+        s * (p.detach().double() + torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype)
+        for s, p in zip(scale, params)
+    ]
 
 
 def together(first, second, params1, params2, *, steps=100, schedule=lambda t: 1.0, seed=1) -> float:
@@ -95,7 +98,13 @@ def together(first, second, params1, params2, *, steps=100, schedule=lambda t: 1
             for group, peak in zip(o.param_groups, lr):
                 group["lr"] = peak * schedule(t)
             o.step()
-        worst = max([worst] + [float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1)) for a, b in zip(params1, params2)])
+        worst = max(
+            [worst]
+            + [
+                float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1))
+                for a, b in zip(params1, params2)
+            ]
+        )
     return worst
 
 
@@ -119,7 +128,11 @@ def test_lock_step_under_a_schedule(ours, options):
     assert together(ours(a, lr=1e-2, **options), theirs(b, lr=1e-2, **options), a, b, schedule=schedule) <= 1e-10
 
 
-@pytest.mark.parametrize(("ours", "options"), [*PAIRS, (Lion, {"weight_decay": 0.1}), (Muon, {"ns_dtype": torch.float64})], ids=[*ids, "Lion", "Muon"])
+@pytest.mark.parametrize(
+    ("ours", "options"),
+    [*PAIRS, (Lion, {"weight_decay": 0.1}), (Muon, {"ns_dtype": torch.float64})],
+    ids=[*ids, "Lion", "Muon"],
+)
 def test_pieces_change_nothing(ours, options, monkeypatch):
     """Tensors that are cut, joined, not contiguous: the same numbers."""
     shapes = [(40, 30), (7, 3), (5, 5), (64, 10)]
@@ -140,7 +153,12 @@ def test_pieces_change_nothing(ours, options, monkeypatch):
 
 def test_muon_is_torchs_muon_bit_for_bit():
     """The same bfloat16 products in the same order: no difference at all, in any option."""
-    for options in ({}, {"nesterov": False, "weight_decay": 0.0}, {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.8}, {"adjust_lr_fn": "original", "ns_steps": 3}):
+    for options in (
+        {},
+        {"nesterov": False, "weight_decay": 0.0},
+        {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.8},
+        {"adjust_lr_fn": "original", "ns_steps": 3},
+    ):
         a, b = parameters(MATRICES, torch.float32), parameters(MATRICES, torch.float32)
         assert together(Muon(a, lr=0.02, **options), torch.optim.Muon(b, lr=0.02, **options), a, b) == 0.0
 
@@ -153,7 +171,12 @@ def test_stacked_muon_is_torchs_muon_to_bfloat16():
 
 
 def test_a_torch_optimizer_goes_on_from_our_state_and_back():
-    for ours, options in ((SGD, {"momentum": 0.9}), (RMSprop, {"momentum": 0.9, "centered": True}), (AdamW, {}), (Muon, {})):
+    for ours, options in (
+        (SGD, {"momentum": 0.9}),
+        (RMSprop, {"momentum": 0.9, "centered": True}),
+        (AdamW, {}),
+        (Muon, {}),
+    ):
         shapes, theirs = MATRICES if ours is Muon else SHAPES, getattr(torch.optim, ours.__name__)
         a, b = parameters(shapes, torch.float32), parameters(shapes, torch.float32)
         first, second = ours(a, lr=1e-2, **options), theirs(b, lr=1e-2, **options)
@@ -173,7 +196,10 @@ def test_a_torch_optimizer_goes_on_from_our_state_and_back():
 @pytest.mark.parametrize("seed", range(3))
 def test_classes_do_what_the_functions_say(seed):
     p0 = parameters([(6, 4)], torch.float64, seed)[0].detach()
-    gs = [torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(100 * seed + t)) for t in range(20)]
+    gs = [
+        torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(100 * seed + t))
+        for t in range(20)
+    ]
     zero = torch.zeros_like(p0)
     rules = {
         SGD(nn_ := [nn.Parameter(p0.clone())], lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1): (nn_, lambda p, g, s, t: sgd_update(p, g, *s, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1), (None,)),
@@ -204,8 +230,21 @@ def test_worked_example():
     assert torch.allclose(adamw_update(W, G, zero, zero, 1, lr=0.5, weight_decay=0.2)[0], new([0.9, 2.3], [2.2, 3.6]))
     assert torch.allclose(lion_update(W, G, zero, lr=0.5)[0], new([1.0, 2.5], [2.5, 4.0]))
     assert torch.allclose(rmsprop_update(W, G, zero, lr=0.5, alpha=0.75)[0], new([1.0, 3.0], [2.0, 4.0]))
-    exact = muon_update(W, G, zero, lr=0.5, weight_decay=0.0, momentum=0.0, nesterov=False, ns_coefficients=(1.5, -0.5, 0.0), ns_steps=60, ns_dtype=torch.float64)[0]
-    assert torch.allclose(exact.float(), new([1.0, 2.5], [2.5, 4.0]), atol=1e-6)  # the cubic iteration converges to U Vᵀ
+    exact = muon_update(
+        W,
+        G,
+        zero,
+        lr=0.5,
+        weight_decay=0.0,
+        momentum=0.0,
+        nesterov=False,
+        ns_coefficients=(1.5, -0.5, 0.0),
+        ns_steps=60,
+        ns_dtype=torch.float64,
+    )[0]
+    assert torch.allclose(
+        exact.float(), new([1.0, 2.5], [2.5, 4.0]), atol=1e-6
+    )  # the cubic iteration converges to U Vᵀ
 
 
 def lion_paper(w, g, m, eta, beta1, beta2, lam):
@@ -224,10 +263,14 @@ def test_lion_against_the_paper():
     for _ in range(100):
         for i, p in enumerate(params):
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            numbers[i] = [lion_paper(w, float(g), m, 0.01, 0.95, 0.98, 0.3) for (w, m), g in zip(numbers[i], p.grad.flatten())]
+            numbers[i] = [
+                lion_paper(w, float(g), m, 0.01, 0.95, 0.98, 0.3) for (w, m), g in zip(numbers[i], p.grad.flatten())
+            ]
         optimizer.step()
         for p, row in zip(params, numbers):
-            assert torch.allclose(p.detach().flatten(), torch.tensor([w for w, _ in row], dtype=torch.float64), rtol=0, atol=1e-10)
+            assert torch.allclose(
+                p.detach().flatten(), torch.tensor([w for w, _ in row], dtype=torch.float64), rtol=0, atol=1e-10
+            )
 
 
 def newton_schulz_by_svd(G, coefficients, steps):
@@ -292,7 +335,9 @@ def test_muon_class_against_the_svd():
 def test_a_stack_is_its_matrices():
     G = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0))
     for dtype in (None, torch.bfloat16, torch.float64):
-        assert torch.allclose(orthogonalize(G, dtype=dtype), torch.stack([orthogonalize(g, dtype=dtype) for g in G]), atol=1e-6)
+        assert torch.allclose(
+            orthogonalize(G, dtype=dtype), torch.stack([orthogonalize(g, dtype=dtype) for g in G]), atol=1e-6
+        )
 
 
 def test_zero_gradient():
@@ -415,7 +460,11 @@ def test_parameters_without_gradient_and_late_parameters():
     assert torch.equal(b, torch.ones(3)) and b not in optimizer.state
     b.grad = torch.full((3,), 5.0)
     optimizer.step()
-    assert torch.allclose(b, torch.full((3,), 0.9)) and int(optimizer.state[b]["step"]) == 1 and int(optimizer.state[a]["step"]) == 6
+    assert (
+        torch.allclose(b, torch.full((3,), 0.9))
+        and int(optimizer.state[b]["step"]) == 1
+        and int(optimizer.state[a]["step"]) == 6
+    )
 
 
 def test_copy_of_an_optimizer():
@@ -426,7 +475,9 @@ def test_copy_of_an_optimizer():
     train(model, optimizer, 2, 4)
     train(twin_model, twin, 2, 4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin_model.parameters()))
-    assert all(s["step"].device.type == "cpu" and s["step"].dtype == torch.float32 for s in twin.state.values() if "step" in s)
+    assert all(
+        s["step"].device.type == "cpu" and s["step"].dtype == torch.float32 for s in twin.state.values() if "step" in s
+    )
 
 
 def test_closure_and_torchs_schedulers():
@@ -454,7 +505,13 @@ def test_lr_factor_by_hand():
     assert at(total=6, warmup=2, kind="constant") == [0.5, 1, 1, 1, 1, 1]
     assert at(total=5, kind="linear", final=0.0) == [1, 0.75, 0.5, 0.25, 0]
     assert at(total=7, warmup=2, kind="linear", final=0.2) == [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2]
-    assert at(total=5, kind="cosine", final=0.0) == [1, round((1 + math.sqrt(0.5)) / 2, 6), 0.5, round((1 - math.sqrt(0.5)) / 2, 6), 0]
+    assert at(total=5, kind="cosine", final=0.0) == [
+        1,
+        round((1 + math.sqrt(0.5)) / 2, 6),
+        0.5,
+        round((1 - math.sqrt(0.5)) / 2, 6),
+        0,
+    ]
     assert at(total=10, warmup=2, kind="wsd", final=0.0, decay=0.4) == [0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
     assert at(total=1) == [1] and at(total=2, warmup=2) == [0.5, 1] and at(total=3, warmup=2) == [0.5, 1, 1]
     assert lr_factor(10**6, total=5, final=0.3) == pytest.approx(0.3)
@@ -470,7 +527,9 @@ def test_lr_factor_properties(total, data):
     assert all(0 <= x <= 1 for x in f)
     if warmup:
         assert f[0] == 1 / warmup and f[warmup - 1] == 1.0
-    assert all(b >= a for a, b in itertools.pairwise(f[:warmup])) and all(b <= a + 1e-12 for a, b in itertools.pairwise(f[warmup:]))
+    assert all(b >= a for a, b in itertools.pairwise(f[:warmup])) and all(
+        b <= a + 1e-12 for a, b in itertools.pairwise(f[warmup:])
+    )
     if kind == "constant":
         assert set(f[warmup:]) == {1.0}
     elif total > warmup + 1:
@@ -491,7 +550,12 @@ def test_lr_factor_refuses(name, change):
 # -------------------------------------------------------------------------------------- clipping
 
 
-@given(st.lists(st.sampled_from([(), (3,), (4, 5), (2, 2, 2)]), min_size=1, max_size=5), st.floats(-3, 3), st.floats(0.01, 100), st.integers(0, 1000))
+@given(
+    st.lists(st.sampled_from([(), (3,), (4, 5), (2, 2, 2)]), min_size=1, max_size=5),
+    st.floats(-3, 3),
+    st.floats(0.01, 100),
+    st.integers(0, 1000),
+)
 @few
 def test_clip_is_torchs(shapes, power, max_norm, seed):
     a, b = parameters(shapes, torch.float32), parameters(shapes, torch.float32)
@@ -516,7 +580,9 @@ def test_clip_special_cases():
         assert p.grad[0] == 3 and q.grad.tolist() == [1, 2]  # untouched: torch's would have made them all NaN or 0
     half = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     half.grad = torch.full((4,), 2.0, dtype=torch.bfloat16)
-    assert clip_by_norm([half], 1.0).dtype == torch.float32 and half.grad.dtype == torch.bfloat16 and half.grad[0] == 0.5
+    assert (
+        clip_by_norm([half], 1.0).dtype == torch.float32 and half.grad.dtype == torch.bfloat16 and half.grad[0] == 0.5
+    )
     for bad in (0, -1, math.nan, "1", True):
         with pytest.raises(BadInput, match=r"^max_norm is "):
             clip_by_norm([p], bad)
@@ -550,8 +616,15 @@ def test_make_optimizer_muon():
     optimizer = make_optimizer(model, "muon", lr=0.01, weight_decay=0.1, adamw_lr=0.002, momentum=0.9)
     assert isinstance(optimizer, MuonWithAdamW)
     muon, adamw, rest = optimizer.param_groups
-    assert muon["use_muon"] and muon["lr"] == 0.01 and muon["momentum"] == 0.9 and muon["adjust_lr_fn"] == "match_rms_adamw"
-    assert not adamw["use_muon"] and adamw["lr"] == 0.002 and adamw["betas"] == (0.9, 0.95) and rest["weight_decay"] == 0
+    assert (
+        muon["use_muon"]
+        and muon["lr"] == 0.01
+        and muon["momentum"] == 0.9
+        and muon["adjust_lr_fn"] == "match_rms_adamw"
+    )
+    assert (
+        not adamw["use_muon"] and adamw["lr"] == 0.002 and adamw["betas"] == (0.9, 0.95) and rest["weight_decay"] == 0
+    )
     assert {id(p) for p in muon["params"]} == {id(p) for b in model.blocks for p in b.parameters() if p.ndim == 2}
     assert [id(p) for p in adamw["params"]] == [id(model.embed.weight)]
     # the joined object is the two parts, step by step
@@ -602,7 +675,9 @@ SPECIAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "options", "name"), [(r, o, n) for r in (SGD, RMSprop, Adam, AdamW, Lion, Muon) for o, n in BAD] + SPECIAL)
+@pytest.mark.parametrize(
+    ("rule", "options", "name"), [(r, o, n) for r in (SGD, RMSprop, Adam, AdamW, Lion, Muon) for o, n in BAD] + SPECIAL
+)
 def test_bad_settings_are_refused(rule, options, name):
     p = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(BadInput, match=rf"^{name}(\[\d\])? is "):
@@ -644,7 +719,13 @@ def test_quick_benchmark(tmp_path) -> None:
     assert {"AdamW", "SGD", "Lion"} <= set(result["rules"])
     for rule in result["rules"].values():
         assert all(row["low"] <= row["ratio"] <= row["high"] and row["ms"] > 0 for row in rule["rows"].values())
-    assert set(result["rules"]["AdamW"]["rows"]) == {"torch default", "torch default again", "torch foreach", "torch fused", "llmcourse"}
+    assert set(result["rules"]["AdamW"]["rows"]) == {
+        "torch default",
+        "torch default again",
+        "torch foreach",
+        "torch fused",
+        "llmcourse",
+    }
     assert platform.node() not in out.read_text(encoding="utf8")
 
 

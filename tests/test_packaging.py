@@ -22,14 +22,24 @@ def wheel(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("build") / "course"
     skip = shutil.ignore_patterns(".venv", ".git", "build", "dist", "_book", "__pycache__", ".*cache", "tests")
     shutil.copytree(ROOT, copy, ignore=skip)
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=copy, env=clean_env(), check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"],
+        cwd=copy,
+        env=clean_env(),
+        check=True,
+        capture_output=True,
+    )
     (built,) = (copy / "dist").glob("*.whl")
     return built
 
 
 def test_the_wheel_holds_the_package_and_the_course(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmcourse").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    ours = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "llmcourse").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     assert ours <= names
     for notebook in (ROOT / "nbs").glob("*.ipynb"):
         assert f"llmcourse/_course/nbs/{notebook.name}" in names
@@ -39,20 +49,57 @@ def test_the_wheel_holds_the_package_and_the_course(wheel):
 
 def test_the_installed_wheel_unpacks_the_course(wheel, tmp_path):
     site, target = tmp_path / "site", tmp_path / "course"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(site),
+            str(wheel),
+        ],
+        check=True,
+        capture_output=True,
+    )
     env = clean_env(PYTHONPATH=str(site))
-    where = subprocess.run([sys.executable, "-c", "import llmcourse; print(llmcourse.__file__)"], env=env, cwd=tmp_path, text=True, capture_output=True, check=True).stdout
+    where = subprocess.run(
+        [sys.executable, "-c", "import llmcourse; print(llmcourse.__file__)"],
+        env=env,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
     assert str(site) in where  # not the checkout
-    result = subprocess.run([sys.executable, "-m", "llmcourse", "start", str(target)], env=env, cwd=tmp_path, text=True, capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "llmcourse", "start", str(target)], env=env, cwd=tmp_path, text=True, capture_output=True
+    )
     assert result.returncode == 0, result.stderr
-    assert (target / "nbs" / "14_quantization.ipynb").read_bytes() == (ROOT / "nbs" / "14_quantization.ipynb").read_bytes()
-    settings = subprocess.run([sys.executable, "-c", "from llmcourse.settings import load_settings; print(load_settings().source)"], env=env, cwd=target, text=True, capture_output=True, check=True)
+    assert (target / "nbs" / "14_quantization.ipynb").read_bytes() == (
+        ROOT / "nbs" / "14_quantization.ipynb"
+    ).read_bytes()
+    settings = subprocess.run(
+        [sys.executable, "-c", "from llmcourse.settings import load_settings; print(load_settings().source)"],
+        env=env,
+        cwd=target,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     assert settings.stdout.strip() == str((target / "settings.ini").resolve())
 
 
 def test_every_extra_is_there_and_constrained():
     assert {"lab", "classroom", "book", "eval", "dev"} <= set(PROJECT["optional-dependencies"])
-    pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pins = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     wanted = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
     names = {re.match(r"[\w-]+", d).group().lower().replace("_", "-") for d in wanted} - {"llmcourse"}
     assert names - pins == set()
@@ -61,7 +108,11 @@ def test_every_extra_is_there_and_constrained():
 def test_the_pins_allow_what_the_project_asks_for():
     from packaging.requirements import Requirement
 
-    pins = dict(line.strip().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and not line.startswith("#"))
+    pins = dict(
+        line.strip().split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
     pins = {k.lower().replace("_", "-"): v for k, v in pins.items()}
     for text in [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]:
         requirement = Requirement(text)

@@ -87,7 +87,9 @@ def test_names_cover_neither_each_other_nor_points(seed):
 
 
 def test_pareto_says_which_direction_is_better():
-    fig = p.pareto([p.Point("a", 1, 2), p.Point("b", 2, 3)], alt=ALT, xlabel="size", ylabel="accuracy", y_better="higher")
+    fig = p.pareto(
+        [p.Point("a", 1, 2), p.Point("b", 2, 3)], alt=ALT, xlabel="size", ylabel="accuracy", y_better="higher"
+    )
     assert "smaller is better" in fig.axes[0].get_xlabel() and "larger is better" in fig.axes[0].get_ylabel()
 
 
@@ -97,10 +99,14 @@ def test_pareto_says_which_direction_is_better():
 curves = np.random.default_rng(0).random((3, 10))
 MAKE = {
     "loss_curves": lambda: p.loss_curves({"a": curves, "b": curves[:1]}, alt=ALT, logy=True),
-    "pareto": lambda: p.pareto([p.Point("a", 1, 2, 1.5, 2.5, "g"), p.Point("b", 2, 1)], alt=ALT, xlabel="x", ylabel="y", logx=True, logy=True),
+    "pareto": lambda: p.pareto(
+        [p.Point("a", 1, 2, 1.5, 2.5, "g"), p.Point("b", 2, 1)], alt=ALT, xlabel="x", ylabel="y", logx=True, logy=True
+    ),
     "intervals": lambda: p.intervals({"a": (1, 0.5, 2)}, alt=ALT, xlabel="x", reference=1),
     "heatmap": lambda: p.heatmap(curves - 0.5, alt=ALT, center=0),
-    "attention_map": lambda: p.attention_map(np.tril(np.ones((2, 4, 4))) / np.arange(1, 5)[:, None], list("abcd"), alt=ALT),
+    "attention_map": lambda: p.attention_map(
+        np.tril(np.ones((2, 4, 4))) / np.arange(1, 5)[:, None], list("abcd"), alt=ALT
+    ),
 }
 
 
@@ -125,12 +131,15 @@ def test_tensors_are_welcome():
 
 @pytest.mark.parametrize("name", ["pareto", "heatmap", "attention_map"])
 def test_files_carry_the_alternative_text_and_are_repeatable(name, tmp_path):
-    alt = "Värme < 3 & \"so on\". Second sentence."
+    alt = 'Värme < 3 & "so on". Second sentence.'
     fig = MAKE[name]()
     fig.alt = alt
     svg = p.save(fig, tmp_path / "a.svg")
     root = ET.parse(svg).getroot()
-    assert root.find("{http://www.w3.org/2000/svg}desc").text == alt and root.find("{http://www.w3.org/2000/svg}title").text
+    assert (
+        root.find("{http://www.w3.org/2000/svg}desc").text == alt
+        and root.find("{http://www.w3.org/2000/svg}title").text
+    )
     assert root.get("role") == "img" and root.get("aria-label") == alt
     with Image.open(p.save(fig, tmp_path / "a.png")) as image:
         assert image.info["Description"] == alt

@@ -43,7 +43,9 @@ def weights(draw, max_rows=5):
     """Weights (O, I) of very different sizes, with zero rows and constant rows among them, and a group size that fits."""
     rows, groups, width = draw(st.integers(1, max_rows)), draw(st.integers(1, 4)), draw(st.integers(1, 9))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    W = torch.randn(rows, groups * width, generator=g) * 10.0 ** draw(st.integers(-6, 3)) + draw(st.sampled_from([0.0, 0.0, 1.0, -3.0]))
+    W = torch.randn(rows, groups * width, generator=g) * 10.0 ** draw(st.integers(-6, 3)) + draw(
+        st.sampled_from([0.0, 0.0, 1.0, -3.0])
+    )
     kind = draw(st.sampled_from(["plain", "zero row", "constant row", "positive", "negative"]))
     if kind == "zero row":
         W[0] = 0
@@ -62,13 +64,16 @@ def spread(grid: Grid, W):
 def random_problem(seed, rows=8, columns=48, tokens=200, dead=True):
     g = torch.Generator().manual_seed(seed)
     W = torch.randn(rows, columns, generator=g, dtype=torch.float64)
-    X = torch.randn(tokens, columns, generator=g, dtype=torch.float64) @ torch.randn(columns, columns, generator=g, dtype=torch.float64)
+    X = torch.randn(tokens, columns, generator=g, dtype=torch.float64) @ torch.randn(
+        columns, columns, generator=g, dtype=torch.float64
+    )
     if dead:
         X[:, 3] = 0
     return W, 2 / tokens * X.T @ X
 
 
 # ---------------------------------------------------------------- round to nearest
+
 
 @quick
 @given(weights(), st.integers(2, 8), st.booleans())
@@ -83,7 +88,9 @@ def test_rtn_error_is_at_most_half_a_step(case, bits, symmetric):
 def test_grid_is_storable_and_idempotent(case, bits, symmetric):
     W, group_size = case
     grid = grid_from(W, bits=bits, group_size=group_size, symmetric=symmetric)
-    assert torch.equal(grid.scale.half().float(), grid.scale) and (grid.scale > 0).all()  # what is evaluated is what is stored
+    assert (
+        torch.equal(grid.scale.half().float(), grid.scale) and (grid.scale > 0).all()
+    )  # what is evaluated is what is stored
     assert torch.equal(grid.zero.round(), grid.zero) and (grid.zero >= 0).all() and (grid.zero <= 2**bits - 1).all()
     assert (grid.values(grid.codes(torch.zeros_like(W))) == 0).all()  # 0 is exactly on the grid
     once = grid.snap(W)
@@ -102,14 +109,24 @@ def test_all_zero_and_constant_rows(bits):
 @pytest.mark.parametrize("bits", [0, 1, 9, 1.5, True, "4", None, 4.0])
 def test_bits_are_refused(bits):
     W = torch.ones(2, 4)
-    for call in (lambda: rtn(W, bits=bits), lambda: gptq(W, torch.eye(4), bits=bits), lambda: RTN(bits=bits), lambda: GPTQ(bits=bits), lambda: EmbeddingRTN(bits=bits)):
+    for call in (
+        lambda: rtn(W, bits=bits),
+        lambda: gptq(W, torch.eye(4), bits=bits),
+        lambda: RTN(bits=bits),
+        lambda: GPTQ(bits=bits),
+        lambda: EmbeddingRTN(bits=bits),
+    ):
         with pytest.raises(BadInput, match=r"bits is .*2 to 8"):
             call()
 
 
 @pytest.mark.parametrize("group_size", [0, -4, 3, 5, 8, 2.0, True, "row", None])
 def test_group_size_that_does_not_divide_is_refused(group_size):
-    with pytest.raises(BadInput, match=r"group_size is .*4 columns") if group_size is not True else pytest.raises(BadInput):
+    with (
+        pytest.raises(BadInput, match=r"group_size is .*4 columns")
+        if group_size is not True
+        else pytest.raises(BadInput)
+    ):
         rtn(torch.ones(2, 4), bits=4, group_size=group_size)
 
 
@@ -132,12 +149,18 @@ def test_passes_refuse_before_they_change_anything():
 def test_weights_that_are_not_finite_are_named(bad):
     W = torch.ones(3, 4)
     W[1, 2] = bad
-    for call in (lambda: rtn(W, bits=4), lambda: gptq(W, torch.eye(4), bits=4), lambda: gptq_reference(W, torch.eye(4), bits=4)):
+    for call in (
+        lambda: rtn(W, bits=4),
+        lambda: gptq(W, torch.eye(4), bits=4),
+        lambda: gptq_reference(W, torch.eye(4), bits=4),
+    ):
         with pytest.raises(BadInput, match=r"W\[1, 2\] is"):
             call()
 
 
-@pytest.mark.parametrize("W", [torch.ones(4), torch.ones(2, 4, dtype=torch.int64), torch.ones(1, 2, 3), torch.ones(0, 4)])
+@pytest.mark.parametrize(
+    "W", [torch.ones(4), torch.ones(2, 4, dtype=torch.int64), torch.ones(1, 2, 3), torch.ones(0, 4)]
+)
 def test_what_is_no_weight_matrix_is_refused(W):
     with pytest.raises(BadInput, match="W is"):
         rtn(W, bits=4)
@@ -169,8 +192,17 @@ def test_rtn_matches_torch():
 
 # ---------------------------------------------------------------- GPTQ
 
+
 @quick
-@given(st.integers(0, 10**6), st.sampled_from([2, 3, 4, 8]), st.sampled_from(["tensor", "channel", 4, 16, 24]), st.booleans(), st.booleans(), st.integers(1, 60), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from(["tensor", "channel", 4, 16, 24]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 60),
+    st.booleans(),
+)
 def test_gptq_codes_equal_the_reference(seed, bits, group_size, symmetric, act_order, block_size, masked):
     W, H = random_problem(seed)
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)) > 0.4 if masked else None
@@ -198,7 +230,10 @@ def test_identity_hessian_gives_rtn(group_size):
     W, _ = random_problem(1)
     mask = W > -0.5
     for m in (None, mask):
-        a, b = gptq(W, torch.eye(48), bits=3, group_size=group_size, mask=m), rtn(W, bits=3, group_size=group_size, mask=m)
+        a, b = (
+            gptq(W, torch.eye(48), bits=3, group_size=group_size, mask=m),
+            rtn(W, bits=3, group_size=group_size, mask=m),
+        )
         assert torch.equal(a.weight, b.weight) and torch.equal(a.grid.scale, b.grid.scale)
     zero = gptq(W, torch.zeros(48, 48), bits=3, group_size=group_size)  # no input was ever seen
     assert torch.equal(zero.weight, rtn(W, bits=3, group_size=group_size).weight)
@@ -208,7 +243,9 @@ def test_gptq_beats_rtn_on_correlated_inputs():
     exceptions = []
     for seed in range(100):
         W, H = random_problem(seed)
-        ratio = layer_error(gptq(W, H, bits=3, group_size=16).weight - W, H) / layer_error(rtn(W, bits=3, group_size=16).weight - W, H)
+        ratio = layer_error(gptq(W, H, bits=3, group_size=16).weight - W, H) / layer_error(
+            rtn(W, bits=3, group_size=16).weight - W, H
+        )
         if ratio >= 1:
             exceptions.append((seed, ratio))
     print("exceptions:", exceptions or "none")
@@ -251,6 +288,7 @@ def test_inverse_factor():
 
 # ---------------------------------------------------------------- packing
 
+
 @quick
 @given(st.integers(2, 8), st.integers(0, 6), st.integers(1, 40), st.integers(0, 2**31))
 def test_pack_round_trip(bits, rows, n, seed):
@@ -282,7 +320,10 @@ def test_packed_layers_hold_the_same_weights(case, bits, symmetric, bias):
     assert torch.equal(layer(x), nn.functional.linear(x, solved.weight, b))
     O, I = W.shape
     R, G = solved.grid.scale.shape
-    assert layer.nbytes == O * math.ceil(I * bits / 8) + 2 * R * G + (0 if symmetric else R * math.ceil(G * bits / 8)) + 4 * O * bias
+    assert (
+        layer.nbytes
+        == O * math.ceil(I * bits / 8) + 2 * R * G + (0 if symmetric else R * math.ceil(G * bits / 8)) + 4 * O * bias
+    )
     ids = torch.arange(O).flip(0)[None]
     assert torch.equal(PackedEmbedding.from_weight(solved.weight, solved.grid)(ids), solved.weight[ids])
 
@@ -292,10 +333,14 @@ def test_a_change_of_format_keeps_what_is_stored():
     layer = PackedLinear.from_weight(solved.weight, solved.grid).to(torch.bfloat16)
     assert layer.scale.dtype == torch.float16 and torch.equal(layer.dequantized(), solved.weight)
     assert layer(torch.ones(1, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert PackedEmbedding.from_weight(solved.weight, solved.grid).to(torch.bfloat16)(torch.tensor([0])).dtype == torch.bfloat16
+    assert (
+        PackedEmbedding.from_weight(solved.weight, solved.grid).to(torch.bfloat16)(torch.tensor([0])).dtype
+        == torch.bfloat16
+    )
 
 
 # ---------------------------------------------------------------- whole models and folders
+
 
 @pytest.fixture(scope="module")
 def student():
@@ -303,11 +348,22 @@ def student():
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96, tie_word_embeddings=True, max_position_embeddings=64)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for name, module in model.model.named_modules():
         if type(module) is nn.Linear:
-            mask = torch.arange(module.weight.numel()).view_as(module.weight) % 2 == 0 if name.endswith("q_proj") else None
+            mask = (
+                torch.arange(module.weight.numel()).view_as(module.weight) % 2 == 0 if name.endswith("q_proj") else None
+            )
             write_back(module, rtn(module.weight.detach().clone(), bits=3, group_size=16, mask=mask))
     EmbeddingRTN()(model)
     return model
@@ -328,11 +384,17 @@ def test_pack_model_changes_nothing_but_the_bytes(student):
     assert torch.equal(packed(IDS).logits, expected)
     assert isinstance(packed.model.embed_tokens, PackedEmbedding) and isinstance(packed.lm_head, PackedHead)
     assert packed.lm_head.source[0] is packed.model.embed_tokens  # tied stays tied
-    assert student.lm_head.weight is student.model.embed_tokens.parametrizations.weight.original  # the input is as it was
+    assert (
+        student.lm_head.weight is student.model.embed_tokens.parametrizations.weight.original
+    )  # the input is as it was
     assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 14
     assert not any(isinstance(m, (FakeQuant, Mask)) for m in packed.modules())
     sizes = stored_bytes(packed)
-    assert sizes["total"] == sum(t.nbytes for t in packed.state_dict().values()) == sum(v for k, v in sizes.items() if k != "total")
+    assert (
+        sizes["total"]
+        == sum(t.nbytes for t in packed.state_dict().values())
+        == sum(v for k, v in sizes.items() if k != "total")
+    )
     dense = dequantize_model(packed)
     assert torch.equal(dense(IDS).logits, expected) and dense.lm_head.weight is dense.model.embed_tokens.weight
     with pytest.raises(BadInput, match="fake-quantized"):
@@ -344,11 +406,17 @@ def test_bytes_on_disk_are_those_of_the_report(student, tmp_path):
     raw = (tmp_path / "packed.safetensors").read_bytes()
     header = int.from_bytes(raw[:8], "little")
     about = json.loads(raw[8 : 8 + header])
-    tensors = sum(end - start for key, entry in about.items() if key != "__metadata__" for start, end in [entry["data_offsets"]])
+    tensors = sum(
+        end - start for key, entry in about.items() if key != "__metadata__" for start, end in [entry["data_offsets"]]
+    )
     assert len(raw) - 8 - header == tensors == report["total"]
     assert report["embedding"] == 96 * 32 + 96 * 2
     assert report["codes"] == 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 64) * 3 // 8
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "packed.safetensors"]  # no temporary file is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "packed.safetensors",
+    ]  # no temporary file is left
 
 
 def test_folder_loads_back(student, folder):
@@ -368,9 +436,18 @@ def test_folder_loads_back(student, folder):
 def test_an_embedding_that_is_left_alone_stays_tied(tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96, tie_word_embeddings=True)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=96,
+        tie_word_embeddings=True,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    write_back(model.model.layers[0].mlp.up_proj, rtn(model.model.layers[0].mlp.up_proj.weight.detach().clone(), bits=4))
+    write_back(
+        model.model.layers[0].mlp.up_proj, rtn(model.model.layers[0].mlp.up_proj.weight.detach().clone(), bits=4)
+    )
     report = save_packed(model, None, tmp_path, rest_dtype=torch.float32)
     assert report["embedding"] == 4 * 96 * 32
     loaded, _ = load_packed(tmp_path)
@@ -392,20 +469,32 @@ def edit(folder, change):
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize(("damage", "sentence"), [
-    (lambda f: (f / "packed.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
-    (lambda f: (f / "packed.safetensors").unlink(), "packed.safetensors, which is missing"),
-    (lambda f: (f / "config.json").unlink(), "config.json, which is missing"),
-    (lambda f: (f / "config.json").write_text("{"), "not JSON"),
-    (lambda f: (f / "config.json").write_text("{}"), "quantization_config is None"),
-    (lambda f: edit(f, lambda q: q.update(quant_method="gptq")), "quant_method is 'gptq'"),
-    (lambda f: edit(f, lambda q: q.update(version=99)), "version is 99"),
-    (lambda f: edit(f, lambda q: q["layers"].pop("model.layers.0.mlp.up_proj")), "has no partner"),
-    (lambda f: edit(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(bits=5)), "shape of model.layers.0.mlp.up_proj.codes"),
-    (lambda f: edit(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(kind="Surprise")), "kind of model.layers.0.mlp.up_proj"),
-    (lambda f: (f / "packed.safetensors").write_bytes((f / "packed.safetensors").read_bytes()[:-100]), "cannot be read"),
-    (lambda f: (f / "packed.safetensors").write_bytes(b""), "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda f: (f / "packed.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
+        (lambda f: (f / "packed.safetensors").unlink(), "packed.safetensors, which is missing"),
+        (lambda f: (f / "config.json").unlink(), "config.json, which is missing"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").write_text("{}"), "quantization_config is None"),
+        (lambda f: edit(f, lambda q: q.update(quant_method="gptq")), "quant_method is 'gptq'"),
+        (lambda f: edit(f, lambda q: q.update(version=99)), "version is 99"),
+        (lambda f: edit(f, lambda q: q["layers"].pop("model.layers.0.mlp.up_proj")), "has no partner"),
+        (
+            lambda f: edit(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(bits=5)),
+            "shape of model.layers.0.mlp.up_proj.codes",
+        ),
+        (
+            lambda f: edit(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(kind="Surprise")),
+            "kind of model.layers.0.mlp.up_proj",
+        ),
+        (
+            lambda f: (f / "packed.safetensors").write_bytes((f / "packed.safetensors").read_bytes()[:-100]),
+            "cannot be read",
+        ),
+        (lambda f: (f / "packed.safetensors").write_bytes(b""), "cannot be read"),
+    ],
+)
 def test_damaged_folders_are_refused_in_one_sentence(folder, damage, sentence):
     damage(folder)
     with pytest.raises(BadInput) as caught:

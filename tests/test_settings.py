@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, clean_env, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcourse.settings import BadInput, load_settings
+from llmcourse.settings import BadInput, load_settings, number, one_of, whole
 
 SHIPPED = ROOT / "settings.ini"
 
@@ -22,23 +24,39 @@ def test_shipped_settings_are_valid_at_every_scale():
 
 
 def test_environment_overrides_the_file_and_the_chosen_scale(tmp_path):
-    settings = load_settings(SHIPPED, env={"LLMCOURSE_CONTEXT": "100", "LLMCOURSE_STRIDE": "50", "LLMCOURSE_HOME": str(tmp_path), "LLMCOURSE_OFFLINE": "no"})
-    assert (settings.scale.context, settings.scale.stride, settings.home, settings.offline) == (100, 50, tmp_path, False)
+    settings = load_settings(
+        SHIPPED,
+        env={
+            "LLMCOURSE_CONTEXT": "100",
+            "LLMCOURSE_STRIDE": "50",
+            "LLMCOURSE_HOME": str(tmp_path),
+            "LLMCOURSE_OFFLINE": "no",
+        },
+    )
+    assert (settings.scale.context, settings.scale.stride, settings.home, settings.offline) == (
+        100,
+        50,
+        tmp_path,
+        False,
+    )
 
 
-@pytest.mark.parametrize(("env", "words"), [
-    ({"LLMCOURSE_SCALLE": "cpu"}, ("LLMCOURSE_SCALLE", "LLMCOURSE_SCALE")),
-    ({"LLMCOURSE_SCALE": "huge"}, ("scale", "'huge'", "test, cpu, gpu")),
-    ({"LLMCOURSE_CONTEXT": "1.5"}, ("context", "'1.5'", "whole number")),
-    ({"LLMCOURSE_STRIDE": "512"}, ("stride", "512", "1 to 511")),
-    ({"LLMCOURSE_EVAL_TOKENS": "0"}, ("eval_tokens", "0", "at least 1")),
-    ({"LLMCOURSE_OFFLINE": "perhaps"}, ("offline", "'perhaps'", "true, false")),
-    ({"LLMCOURSE_DEVICE": "gpu"}, ("device", "'gpu'", "cuda")),
-    ({"LLMCOURSE_DTYPE": "int8"}, ("dtype", "'int8'", "bfloat16")),
-    ({"LLMCOURSE_SEED": "-1"}, ("seed", "-1", "4294967295")),
-    ({"LLMCOURSE_MODEL": ""}, ("model", "''")),
-    ({"LLMCOURSE_SETTINGS": "/nowhere/settings.ini"}, ("LLMCOURSE_SETTINGS", "/nowhere/settings.ini")),
-])
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"LLMCOURSE_SCALLE": "cpu"}, ("LLMCOURSE_SCALLE", "LLMCOURSE_SCALE")),
+        ({"LLMCOURSE_SCALE": "huge"}, ("scale", "'huge'", "test, cpu, gpu")),
+        ({"LLMCOURSE_CONTEXT": "1.5"}, ("context", "'1.5'", "whole number")),
+        ({"LLMCOURSE_STRIDE": "512"}, ("stride", "512", "1 to 511")),
+        ({"LLMCOURSE_EVAL_TOKENS": "0"}, ("eval_tokens", "0", "at least 1")),
+        ({"LLMCOURSE_OFFLINE": "perhaps"}, ("offline", "'perhaps'", "true, false")),
+        ({"LLMCOURSE_DEVICE": "gpu"}, ("device", "'gpu'", "cuda")),
+        ({"LLMCOURSE_DTYPE": "int8"}, ("dtype", "'int8'", "bfloat16")),
+        ({"LLMCOURSE_SEED": "-1"}, ("seed", "-1", "4294967295")),
+        ({"LLMCOURSE_MODEL": ""}, ("model", "''")),
+        ({"LLMCOURSE_SETTINGS": "/nowhere/settings.ini"}, ("LLMCOURSE_SETTINGS", "/nowhere/settings.ini")),
+    ],
+)
 def test_a_bad_value_is_one_sentence_with_name_value_and_what_is_allowed(env, words):
     with pytest.raises(BadInput) as e:
         load_settings(None if "LLMCOURSE_SETTINGS" in env else SHIPPED, env=env)
@@ -48,13 +66,16 @@ def test_a_bad_value_is_one_sentence_with_name_value_and_what_is_allowed(env, wo
         assert word in text
 
 
-@pytest.mark.parametrize(("old", "new", "words"), [
-    ("seed = 0", "sead = 0", ("sead", "seed")),
-    ("[scale.cpu]", "[scales.cpu]", ("scales.cpu",)),
-    ("seed = 0", "", ("seed (missing)",)),
-    ("[llmcourse]", "[llmcourse", ("INI syntax",)),
-    ("[llmcourse]", "[other]", ("[llmcourse] section",)),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seed = 0", "sead = 0", ("sead", "seed")),
+        ("[scale.cpu]", "[scales.cpu]", ("scales.cpu",)),
+        ("seed = 0", "", ("seed (missing)",)),
+        ("[llmcourse]", "[llmcourse", ("INI syntax",)),
+        ("[llmcourse]", "[other]", ("[llmcourse] section",)),
+    ],
+)
 def test_a_mistake_in_the_file_is_named(tmp_path, old, new, words):
     text = SHIPPED.read_text(encoding="utf8")
     assert old in text
@@ -68,8 +89,25 @@ def test_a_mistake_in_the_file_is_named(tmp_path, old, new, words):
 
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
 def test_no_unknown_variable_is_ignored(name):
-    known = {"settings", "model", "data", "scale", "seed", "home", "offline", "device", "dtype", "eval_tokens", "context", "stride", "batch_size",
-             "calib_sequences", "calib_length", "train_steps", "seeds"}
+    known = {
+        "settings",
+        "model",
+        "data",
+        "scale",
+        "seed",
+        "home",
+        "offline",
+        "device",
+        "dtype",
+        "eval_tokens",
+        "context",
+        "stride",
+        "batch_size",
+        "calib_sequences",
+        "calib_length",
+        "train_steps",
+        "seeds",
+    }
     if name in known:
         return
     with pytest.raises(BadInput, match="environment variable"):
@@ -90,7 +128,9 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2():
 
 def test_importing_the_package_loads_neither_torch_nor_transformers():
     code = "import llmcourse, sys; print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules]); print(sorted(llmcourse.__all__)[0])"
-    out = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=clean_env(), check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], text=True, capture_output=True, env=clean_env(), check=True
+    ).stdout
     assert out.splitlines()[0] == "[]"
 
 
@@ -101,3 +141,41 @@ def test_every_public_name_resolves():
         assert getattr(llmcourse, name).__module__.startswith("llmcourse.")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = llmcourse.nothing
+
+
+@pytest.mark.parametrize("good", [1, 8, np.int64(8), np.uint8(1), torch.tensor(3)])
+def test_whole_takes_whole_numbers_of_any_library(good):
+    assert whole("bits", good, 1, 8) == int(good) and type(whole("bits", good, 1, 8)) is int
+
+
+@pytest.mark.parametrize("bad", [0, 9, 3.0, "3", True, np.bool_(True), None, [3], np.array([1, 2]), float("nan"), torch.tensor([1, 2]), torch.tensor(3.0)])  # fmt: skip
+def test_whole_refuses_the_rest(bad):
+    with pytest.raises(BadInput, match=r"^bits is .*; allowed: a whole number from 1 to 8\.$"):
+        whole("bits", bad, 1, 8)
+
+
+@pytest.mark.parametrize("good", [0, 1, 0.5, np.float32(0.25)])
+def test_number_takes_the_borders(good):
+    assert number("p", good, 0, 1) == float(good)
+
+
+@pytest.mark.parametrize("bad", [-1e-9, 1.0000001, float("nan"), float("inf"), True, "0.5", None, 1j, [0.5]])
+def test_number_refuses_the_rest(bad):
+    with pytest.raises(BadInput, match=r"^p is .*; allowed: a finite number from 0 to 1\.$"):
+        number("p", bad, 0, 1)
+
+
+def test_number_can_leave_its_borders_out():
+    assert number("rate", 1e-9, above=0, below=1) == 1e-9
+    for bad in (0, 1):
+        with pytest.raises(BadInput, match="allowed: a finite number above 0 and below 1"):
+            number("rate", bad, above=0, below=1)
+
+
+def test_one_of():
+    assert one_of("kind", "a", ["a", "b"]) == "a" and one_of("heads", 0, [0, 1]) == 0
+    for bad in ("c", None, True, 1):
+        with pytest.raises(BadInput, match=r"kind is .*; allowed: a, b"):
+            one_of("kind", bad, ["a", "b"])
+    with pytest.raises(BadInput):
+        one_of("heads", True, [0, 1])

@@ -51,9 +51,13 @@ def test_the_package_is_what_the_notebooks_export(tmp_path):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "settings.ini"):
         shutil.copyfile(ROOT / name, copy / name)
-    subprocess.run([sys.executable, "tools/export.py"], cwd=copy, env=clean_env(), check=True, capture_output=True, text=True)
+    subprocess.run(
+        [sys.executable, "tools/export.py"], cwd=copy, env=clean_env(), check=True, capture_output=True, text=True
+    )
     ours = {p.relative_to(ROOT / "llmcourse"): p.read_text(encoding="utf8") for p in (ROOT / "llmcourse").rglob("*.py")}
-    fresh = {p.relative_to(copy / "llmcourse"): p.read_text(encoding="utf8") for p in (copy / "llmcourse").rglob("*.py")}
+    fresh = {
+        p.relative_to(copy / "llmcourse"): p.read_text(encoding="utf8") for p in (copy / "llmcourse").rglob("*.py")
+    }
     assert sorted(ours) == sorted(fresh)
     assert [str(p) for p in ours if ours[p] != fresh[p]] == []
 
@@ -66,7 +70,16 @@ def test_a_module_imports_only_modules_of_earlier_chapters():
         assert wrong_imports(tree, number, modules) == [], module
 
 
-@pytest.mark.parametrize("line", ["from llmcourse.quantization import GPTQ", "from .quantization import GPTQ", "import llmcourse.quantization", "from llmcourse import quantization", "from . import quantization"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from llmcourse.quantization import GPTQ",
+        "from .quantization import GPTQ",
+        "import llmcourse.quantization",
+        "from llmcourse import quantization",
+        "from . import quantization",
+    ],
+)
 def test_the_import_check_can_fail(line):
     assert wrong_imports(ast.parse(line), 11, exported_modules()) == ["quantization"]
     assert wrong_imports(ast.parse(line), 15, exported_modules()) == []
@@ -85,14 +98,20 @@ def test_a_notebook_is_clean(notebook: Path):
 
 
 def test_handwritten_and_generated_modules_are_the_ones_that_should_be():
-    generated = {p.stem for p in (ROOT / "llmcourse").glob("*.py") if p.read_text(encoding="utf8").startswith(GENERATED)}
+    generated = {
+        p.stem for p in (ROOT / "llmcourse").glob("*.py") if p.read_text(encoding="utf8").startswith(GENERATED)
+    }
     assert generated == set(exported_modules())
 
 
 def test_nothing_that_is_tracked_is_ignored_or_stray():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    tracked = subprocess.run(["git", "ls-files", "-ci", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-ci", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout
     assert tracked == ""
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split():
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout.split():
         assert not name.endswith((".pyc", ".pt", ".bin", ".orig", ".rej")), name

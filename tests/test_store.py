@@ -33,20 +33,34 @@ def make_wheel(folder: Path, name="boxed", text=TEXT) -> Carrier:
         z.writestr(f"{name}/data/deep/b.txt", b"not asked for")
         z.writestr(f"{name}/__init__.py", "raise SystemExit('the code of a box was run')")
         z.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        z.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(
+            f"{name}-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         z.writestr(f"{name}-1.0.dist-info/RECORD", "")
-    return Carrier(requirement=f"{name}==1.0", sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size=path.stat().st_size)
+    return Carrier(
+        requirement=f"{name}==1.0", sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size=path.stat().st_size
+    )
 
 
 def make_sdist(folder: Path, canary: Path) -> Carrier:
     path = folder / "sourced-1.0.tar.gz"
-    files = {"PKG-INFO": "Metadata-Version: 1.0\nName: sourced\nVersion: 1.0\n", "setup.py": f"open({str(canary)!r}, 'w').write('ran')\n", "sourced/a.txt": TEXT.decode()}
+    files = {
+        "PKG-INFO": "Metadata-Version: 1.0\nName: sourced\nVersion: 1.0\n",
+        "setup.py": f"open({str(canary)!r}, 'w').write('ran')\n",
+        "sourced/a.txt": TEXT.decode(),
+    }
     with tarfile.open(path, "w:gz") as tar:
         for name, text in files.items():
             info = tarfile.TarInfo(f"sourced-1.0/{name}")
             info.size = len(text.encode())
             tar.addfile(info, io.BytesIO(text.encode()))
-    return Carrier(requirement="sourced==1.0", wheel=False, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size=path.stat().st_size)
+    return Carrier(
+        requirement="sourced==1.0",
+        wheel=False,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        size=path.stat().st_size,
+    )
 
 
 @pytest.fixture
@@ -60,7 +74,18 @@ def index(tmp_path, monkeypatch) -> Path:
 
 
 def add_asset(monkeypatch, carrier: Carrier, **options) -> str:
-    asset = Asset(**{"name": "box", "kind": "data", "what": "a test", "carrier": carrier, "members": ("*/data/*.txt", "sourced/*.txt"), "licence": "MIT", "origin": "here"} | options)
+    asset = Asset(
+        **{
+            "name": "box",
+            "kind": "data",
+            "what": "a test",
+            "carrier": carrier,
+            "members": ("*/data/*.txt", "sourced/*.txt"),
+            "licence": "MIT",
+            "origin": "here",
+        }
+        | options
+    )
     monkeypatch.setitem(CATALOG, asset.name, asset)
     return asset.name
 
@@ -68,7 +93,10 @@ def add_asset(monkeypatch, carrier: Carrier, **options) -> str:
 def test_prepare_takes_the_named_files_and_nothing_else(index, tmp_path, monkeypatch, no_network):
     name, home, lines = add_asset(monkeypatch, make_wheel(index)), tmp_path / "home", []
     folder = prepare(name, home, say=lines.append)
-    assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", "a.txt"] and (folder / "a.txt").read_bytes() == TEXT
+    assert (
+        sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", "a.txt"]
+        and (folder / "a.txt").read_bytes() == TEXT
+    )
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     assert manifest["files"]["a.txt"] == {"bytes": len(TEXT), "sha256": hashlib.sha256(TEXT).hexdigest()}
     assert is_prepared(name, home) and len(lines) == 2
@@ -99,7 +127,10 @@ def test_an_archive_that_is_not_there_is_one_sentence(index, tmp_path, monkeypat
         prepare(name, tmp_path / "home", say=lambda line: None)
 
 
-@pytest.mark.parametrize("accident", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("conversion failed")])
+@pytest.mark.parametrize(
+    "accident",
+    [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("conversion failed")],
+)
 def test_an_accident_during_preparation_leaves_nothing(index, tmp_path, monkeypatch, accident):
     def convert(source, target):
         (target / "half.bin").write_bytes(b"half")
@@ -109,7 +140,10 @@ def test_an_accident_during_preparation_leaves_nothing(index, tmp_path, monkeypa
     expected = BadInput if isinstance(accident, OSError) else type(accident)
     with pytest.raises(expected) as e:
         prepare(name, home, say=lambda line: None)
-    assert not is_prepared(name, home) and [p.name for p in (home / "data").iterdir() if not p.name.endswith(".lock")] == []
+    assert (
+        not is_prepared(name, home)
+        and [p.name for p in (home / "data").iterdir() if not p.name.endswith(".lock")] == []
+    )
     if isinstance(accident, OSError):
         assert "disk is full" in str(e.value)
     monkeypatch.setitem(CATALOG, name, Asset(**{**CATALOG[name].__dict__, "convert": None}))
@@ -144,14 +178,26 @@ def _prepare_slowly(home: str, index: str, carrier: Carrier, log: str) -> None:
         (target / "a.txt").write_bytes((source / "a.txt").read_bytes())
 
     os.environ.update({"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": index})
-    CATALOG["box"] = Asset(name="box", kind="data", what="a test", carrier=carrier, members=("*/data/*.txt",), licence="MIT", origin="here", convert=convert)
+    CATALOG["box"] = Asset(
+        name="box",
+        kind="data",
+        what="a test",
+        carrier=carrier,
+        members=("*/data/*.txt",),
+        licence="MIT",
+        origin="here",
+        convert=convert,
+    )
     prepare("box", Path(home), say=lambda line: None)
 
 
 def test_two_processes_prepare_once(index, tmp_path):
     carrier, log = make_wheel(index), tmp_path / "log"
     spawn = multiprocessing.get_context("spawn")
-    both = [spawn.Process(target=_prepare_slowly, args=(str(tmp_path / "home"), str(index), carrier, str(log))) for _ in range(2)]
+    both = [
+        spawn.Process(target=_prepare_slowly, args=(str(tmp_path / "home"), str(index), carrier, str(log)))
+        for _ in range(2)
+    ]
     for p in both:
         p.start()
     for p in both:
@@ -212,7 +258,10 @@ def test_two_members_of_the_same_name_do_not_overwrite_each_other(index, tmp_pat
         z.writestr("twice/x/config.json", "1")
         z.writestr("twice/y/config.json", "2")
         z.writestr("twice-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: twice\nVersion: 1.0\n")
-        z.writestr("twice-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(
+            "twice-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         z.writestr("twice-1.0.dist-info/RECORD", "")
     carrier = Carrier(requirement="twice==1.0", sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size=1)
     name = add_asset(monkeypatch, carrier, members=("*/config.json",))
@@ -264,7 +313,13 @@ def test_pip_is_asked_for_exactly_one_pinned_file(index, tmp_path, monkeypatch):
     name = add_asset(monkeypatch, make_wheel(index))
     commands = []
     real = subprocess.run
-    monkeypatch.setattr(store.subprocess, "run", lambda command, **kw: (commands.append(command), real(command, **kw))[1])
+    monkeypatch.setattr(
+        store.subprocess, "run", lambda command, **kw: (commands.append(command), real(command, **kw))[1]
+    )
     prepare(name, tmp_path / "home", say=lambda line: None)
     (command,) = commands
-    assert "--no-deps" in command and "--require-hashes" in command and command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert (
+        "--no-deps" in command
+        and "--require-hashes" in command
+        and command[:4] == [sys.executable, "-m", "pip", "download"]
+    )

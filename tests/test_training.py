@@ -44,8 +44,18 @@ def token_stream(train=None, val=None):
 
 
 def run(job, *, processes=None, check=True, **env):
-    launch = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    found = subprocess.run([*launch, str(WORKER), json.dumps(job)], env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **env), capture_output=True, text=True, timeout=240)
+    launch = (
+        [sys.executable]
+        if processes is None
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    )
+    found = subprocess.run(
+        [*launch, str(WORKER), json.dumps(job)],
+        env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **env),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     if check:
         assert found.returncode == 0, found.stderr[-3000:]
         return json.loads(found.stdout.strip().splitlines()[-1])
@@ -105,7 +115,10 @@ def test_one_step_is_the_loop_that_one_would_write():
     cfg = TrainConfig(**SHORT, optimizer="adamw")
     ours, bare, data = worker.model(), worker.model(), worker.Rows()
     result = train(ours, (data, None), cfg)
-    optimizer, order = make_optimizer(bare, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay), tr.Order(len(data), 8, 0)
+    optimizer, order = (
+        make_optimizer(bare, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay),
+        tr.Order(len(data), 8, 0),
+    )
     losses = []
     for step in range(cfg.steps):
         for group in optimizer.param_groups:
@@ -153,8 +166,17 @@ def test_gradients_are_clipped_to_the_limit():
             seen.append(float(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]])))
 
     model = worker.model()
-    result = train(model, (worker.Rows(), None), TrainConfig(**SHORT | {"clip": 0.25}, micro_batch=3), loss_fn=worker.uneven_loss, optimizer=Spy(model.parameters(), lr=1.0))
-    assert seen == pytest.approx([min(norm, 0.25) for norm in result.grad_norms], rel=1e-4) and max(result.grad_norms) > 0.25
+    result = train(
+        model,
+        (worker.Rows(), None),
+        TrainConfig(**SHORT | {"clip": 0.25}, micro_batch=3),
+        loss_fn=worker.uneven_loss,
+        optimizer=Spy(model.parameters(), lr=1.0),
+    )
+    assert (
+        seen == pytest.approx([min(norm, 0.25) for norm in result.grad_norms], rel=1e-4)
+        and max(result.grad_norms) > 0.25
+    )
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"precision": "bfloat16"}])
@@ -166,7 +188,9 @@ def test_options_change_cost_and_not_the_result(options):
     tolerance = 1e-6 if "gradient_checkpointing" in options else 2e-2
     torch.testing.assert_close(torch.tensor(b.losses), torch.tensor(a.losses), rtol=tolerance, atol=tolerance)
     assert "forward" not in vars(other.blocks[0])  # nothing of the wrapping is left
-    assert len(formats) == SHORT["steps"] * (2 if "gradient_checkpointing" in options else 1)  # computed once more on the way back
+    assert len(formats) == SHORT["steps"] * (
+        2 if "gradient_checkpointing" in options else 1
+    )  # computed once more on the way back
     assert set(formats) == {torch.bfloat16 if "precision" in options else torch.float32}
 
 
@@ -177,7 +201,10 @@ def test_a_compiled_run_is_the_same_run():
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Embedding(32, 16), torch.nn.Linear(16, 32))
 
-    plain, compiled = (train(table(), (worker.Rows(), worker.Rows()), TrainConfig(**SHORT, eval_every=6, compile=on)) for on in (False, True))
+    plain, compiled = (
+        train(table(), (worker.Rows(), worker.Rows()), TrainConfig(**SHORT, eval_every=6, compile=on))
+        for on in (False, True)
+    )
     torch.testing.assert_close(torch.tensor(compiled.losses), torch.tensor(plain.losses), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.tensor(compiled.val), torch.tensor(plain.val), rtol=1e-5, atol=1e-6)
 
@@ -186,7 +213,16 @@ def test_a_transformers_model_trains_too():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
     for checkpointing in (False, True):
         result = train(model, token_stream(), TrainConfig(**SHORT, gradient_checkpointing=checkpointing))
         assert result.losses[-1] < result.losses[0]
@@ -263,10 +299,19 @@ def test_killed_at_random_moments_the_run_ends_the_same(tmp_path):
     expected = run(job)
     rng, out, kills, resumed = random.Random(0), tmp_path / "out", 0, set()
     while True:
-        process = subprocess.Popen([sys.executable, str(WORKER), json.dumps(job | {"out": str(out), "pause": 0.03})], env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, str(WORKER), json.dumps(job | {"out": str(out), "pause": 0.03})],
+            env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         if kills < 4:
             had, deadline = len(list(out.glob("step-*"))) and checkpoints(out)[-1].name, time.time() + 120
-            while time.time() < deadline and process.poll() is None and (not checkpoints(out) or checkpoints(out)[-1].name == had):
+            while (
+                time.time() < deadline
+                and process.poll() is None
+                and (not checkpoints(out) or checkpoints(out)[-1].name == had)
+            ):
                 time.sleep(0.01)  # until it has written something new
             time.sleep(rng.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
@@ -278,7 +323,11 @@ def test_killed_at_random_moments_the_run_ends_the_same(tmp_path):
     found = json.loads(text.strip().splitlines()[-1])
     resumed = found["resumed"]
     assert len(resumed) >= 1 and resumed[-1] > 3
-    assert found["losses"] == expected["losses"] and found["val"] == expected["val"] and found["digest"] == expected["digest"]
+    assert (
+        found["losses"] == expected["losses"]
+        and found["val"] == expected["val"]
+        and found["digest"] == expected["digest"]
+    )
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
@@ -306,12 +355,19 @@ def test_a_checkpoint_of_another_configuration_is_refused_field_by_field(tmp_pat
         assert words in str(e.value)
     assert "batch_size" not in str(e.value)
     with pytest.raises(BadInput, match=r"n_layers 2 .now 1"):
-        train(GPT(GPTConfig(vocab_size=32, d_model=32, n_layers=1, n_heads=2, context=32)), token_stream(), TrainConfig(**SHORT), out=tmp_path)
+        train(
+            GPT(GPTConfig(vocab_size=32, d_model=32, n_layers=1, n_heads=2, context=32)),
+            token_stream(),
+            TrainConfig(**SHORT),
+            out=tmp_path,
+        )
     with pytest.raises(BadInput, match="sha256 of the training data"):
-        train(worker.model(), token_stream(stream() .flip(0)), TrainConfig(**SHORT), out=tmp_path)
+        train(worker.model(), token_stream(stream().flip(0)), TrainConfig(**SHORT), out=tmp_path)
     with pytest.raises(BadInput, match="uneven_loss"):
         train(worker.model(), token_stream(), TrainConfig(**SHORT), loss_fn=worker.uneven_loss, out=tmp_path)
-    train(worker.model(), token_stream(), TrainConfig(**SHORT, save_every=3, keep=1), out=tmp_path)  # these two may differ
+    train(
+        worker.model(), token_stream(), TrainConfig(**SHORT, save_every=3, keep=1), out=tmp_path
+    )  # these two may differ
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
@@ -334,8 +390,18 @@ try:
 except OSError as e:
     print("stopped:", e)
 """
-    found = subprocess.run([sys.executable, "-c", script], env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=200)
-    assert found.stdout.startswith("stopped:") and "step 8 could not be written" in found.stdout and "step-00000004" in found.stdout, found.stdout + found.stderr[-2000:]
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (
+        found.stdout.startswith("stopped:")
+        and "step 8 could not be written" in found.stdout
+        and "step-00000004" in found.stdout
+    ), found.stdout + found.stderr[-2000:]
     assert [p.name for p in checkpoints(tmp_path / "out")] == ["step-00000004"]
     assert not [p for p in (tmp_path / "out").iterdir() if "partial" in p.name]
     expected = run({"config": SHORT})
@@ -347,7 +413,9 @@ except OSError as e:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [{}, {"uneven": True, "config": SHORT | {"micro_batch": 3, "batch_size": 7, "eval_every": 6}}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"uneven": True, "config": SHORT | {"micro_batch": 3, "batch_size": 7, "eval_every": 6}}]
+)
 def test_two_processes_are_one(tmp_path, extra):
     """Data parallel over gloo: the same global batch, unequal shares and target counts."""
     job = {"config": SHORT} | extra
@@ -411,37 +479,74 @@ def test_the_number_of_processes_is_checked():
 
 @pytest.mark.slow
 def test_accelerate_launch_on_a_cpu_is_found_out():
-    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "2", str(WORKER), json.dumps({"config": SHORT | {"world_size": 2}})]
-    found = subprocess.run(launch, env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=240)
+    launch = [
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        str(WORKER),
+        json.dumps({"config": SHORT | {"world_size": 2}}),
+    ]
+    found = subprocess.run(
+        launch, env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=240
+    )
     both = found.stdout + found.stderr
-    assert (found.returncode and "world_size is 2, but 1 process takes part" in both and "torchrun" in both) or '"world_size": 2' in both, both[-2000:]
+    assert (
+        found.returncode and "world_size is 2, but 1 process takes part" in both and "torchrun" in both
+    ) or '"world_size": 2' in both, both[-2000:]
 
 
 # ------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"lr": 0}, "lr is 0"), ({"lr": -1e-3}, "lr is -0.001"), ({"lr": math.nan}, "lr is nan"), ({"lr": math.inf}, "lr is inf"), ({"lr": "fast"}, "lr is 'fast'"),
-    ({"steps": 0}, "steps is 0"), ({"batch_size": 2.5}, "batch_size is 2.5"), ({"micro_batch": 0}, "micro_batch is 0"), ({"clip": 0}, "clip is 0"),
-    ({"precision": "int8"}, "float32, bfloat16, float16"), ({"schedule": "zigzag"}, "constant, linear, cosine, wsd"), ({"patience": 2}, "eval_every"), ({"weight_decay": -1}, "weight_decay is -1"),
-    ({"warmup": 100}, "warmup is 100"), ({"optimizer": "adamx"}, "optimizer is 'adamx'"), ({"schedule": "zigzag"}, "schedule is 'zigzag'"), ({"final_lr": 2}, "final_lr is 2"), ({"compile": "no"}, "compile is 'no'"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lr": 0}, "lr is 0"),
+        ({"lr": -1e-3}, "lr is -0.001"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"lr": "fast"}, "lr is 'fast'"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"clip": 0}, "clip is 0"),
+        ({"precision": "int8"}, "float32, bfloat16, float16"),
+        ({"schedule": "zigzag"}, "constant, linear, cosine, wsd"),
+        ({"patience": 2}, "eval_every"),
+        ({"weight_decay": -1}, "weight_decay is -1"),
+        ({"warmup": 100}, "warmup is 100"),
+        ({"optimizer": "adamx"}, "optimizer is 'adamx'"),
+        ({"schedule": "zigzag"}, "schedule is 'zigzag'"),
+        ({"final_lr": 2}, "final_lr is 2"),
+        ({"compile": "no"}, "compile is 'no'"),
+    ],
+)
 def test_a_bad_configuration_is_refused_at_once(change, words):
     with pytest.raises(BadInput, match=words.replace("(", r"\(")):
         TrainConfig(**SHORT | change)
 
 
-@pytest.mark.parametrize(("data", "words"), [
-    (lambda: token_stream(torch.arange(16)), "a stream of 16 tokens"),
-    (lambda: ([], None), "0 examples"),
-    (lambda: 3, "int"),
-    (lambda: (worker.Rows(), None), "eval_every is 3"),
-    (lambda: (worker.Rows(), []), "eval_every is 3"),
-    (lambda: token_stream(val=torch.arange(5)), "data.val is 'a stream of 5 tokens'"),
-])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: token_stream(torch.arange(16)), "a stream of 16 tokens"),
+        (lambda: ([], None), "0 examples"),
+        (lambda: 3, "int"),
+        (lambda: (worker.Rows(), None), "eval_every is 3"),
+        (lambda: (worker.Rows(), []), "eval_every is 3"),
+        (lambda: token_stream(val=torch.arange(5)), "data.val is 'a stream of 5 tokens'"),
+    ],
+)
 def test_bad_data_is_refused_before_the_first_step(data, words):
     with pytest.raises(BadInput, match=words):
-        train(worker.model(), data(), TrainConfig(**SHORT, eval_every=3), loss_fn=lambda model, batch: pytest.fail("a step was made"))
+        train(
+            worker.model(),
+            data(),
+            TrainConfig(**SHORT, eval_every=3),
+            loss_fn=lambda model, batch: pytest.fail("a step was made"),
+        )
 
 
 def test_windows_end():
@@ -465,16 +570,27 @@ def test_an_unknown_option_of_the_optimizer_is_refused():
 
 
 def test_a_loss_of_a_wrong_shape_is_refused():
-    for wrong in (lambda model, batch: model(batch[:, :-1]), lambda model, batch: next_token_loss(model, batch).mean(), lambda model, batch: 1.0):
+    for wrong in (
+        lambda model, batch: model(batch[:, :-1]),
+        lambda model, batch: next_token_loss(model, batch).mean(),
+        lambda model, batch: 1.0,
+    ):
         with pytest.raises(BadInput, match="the result of loss_fn"):
             train(worker.model(), token_stream(), TrainConfig(**SHORT), loss_fn=wrong)
     with pytest.raises(BadInput, match="no target in a whole step"):
-        train(worker.model(), token_stream(), TrainConfig(**SHORT), loss_fn=lambda model, batch: next_token_loss(model, batch)[:0])
+        train(
+            worker.model(),
+            token_stream(),
+            TrainConfig(**SHORT),
+            loss_fn=lambda model, batch: next_token_loss(model, batch)[:0],
+        )
 
 
 def test_a_piece_without_targets_counts_as_nothing():
     def few(model, batch):
-        return next_token_loss(model, batch)[(batch[:, 1:] > 24).flatten() & (batch[:, :1] > 16).expand(-1, batch.shape[1] - 1).flatten()]
+        return next_token_loss(model, batch)[
+            (batch[:, 1:] > 24).flatten() & (batch[:, :1] > 16).expand(-1, batch.shape[1] - 1).flatten()
+        ]
 
     whole = train(worker.model(), (worker.Rows(), None), TrainConfig(**SHORT), loss_fn=few)
     cut = train(worker.model(), (worker.Rows(), None), TrainConfig(**SHORT, micro_batch=1), loss_fn=few)
@@ -493,7 +609,10 @@ def test_after_a_loss_that_was_not_finite_the_model_trains_on():
     model = worker.model()
     with pytest.raises(NotFinite):
         train(model, token_stream(), TrainConfig(**SHORT), loss_fn=lambda m, b: next_token_loss(m, b) * math.nan)
-    assert train(model, token_stream(), TrainConfig(**SHORT)).losses == train(worker.model(), token_stream(), TrainConfig(**SHORT)).losses
+    assert (
+        train(model, token_stream(), TrainConfig(**SHORT)).losses
+        == train(worker.model(), token_stream(), TrainConfig(**SHORT)).losses
+    )
 
 
 def test_an_optimizer_over_a_part_of_the_model_clips_that_part_only():
@@ -519,7 +638,9 @@ def test_a_loss_that_is_a_module_is_not_trained():
 
     teacher = Teacher()
     result = train(worker.model(), token_stream(), TrainConfig(**SHORT), loss_fn=teacher)
-    assert result.grad_norms == pytest.approx(train(worker.model(), token_stream(), TrainConfig(**SHORT)).grad_norms, rel=1e-5)
+    assert result.grad_norms == pytest.approx(
+        train(worker.model(), token_stream(), TrainConfig(**SHORT)).grad_norms, rel=1e-5
+    )
     assert not any(k.startswith("_loss") for k in dict(tr._Losses(worker.model(), teacher).named_parameters()))
 
 
@@ -529,9 +650,15 @@ def test_the_caller_s_random_numbers_modes_and_rates_are_left_alone():
     model = worker.model(0.1)
     model.blocks[0].eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)
-    torch.manual_seed(5); random.seed(5); np.random.seed(5); np.random.randn()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    np.random.randn()
     expected = torch.rand(3), random.random(), np.random.randn()
-    torch.manual_seed(5); random.seed(5); np.random.seed(5); np.random.randn()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    np.random.randn()
     train(model, token_stream(), TrainConfig(**SHORT, eval_every=5), optimizer=optimizer)
     found = torch.rand(3), random.random(), np.random.randn()
     assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
@@ -546,7 +673,12 @@ def test_an_environment_variable_of_accelerate_does_not_change_the_gradient(monk
 
 def test_a_validation_loss_that_is_not_finite_stops():
     with pytest.raises(NotFinite, match="validation loss is nan at step 2"):
-        train(worker.model(), token_stream(), TrainConfig(**SHORT, eval_every=3, patience=2), loss_fn=lambda m, b: next_token_loss(m, b) * (1.0 if m.training else math.nan))
+        train(
+            worker.model(),
+            token_stream(),
+            TrainConfig(**SHORT, eval_every=3, patience=2),
+            loss_fn=lambda m, b: next_token_loss(m, b) * (1.0 if m.training else math.nan),
+        )
 
 
 def test_float16_gives_up_after_twenty_steps_that_were_skipped(monkeypatch):
@@ -592,7 +724,13 @@ def test_a_gradient_that_is_not_finite_stops_too():
             self.w = torch.nn.Parameter(torch.zeros(3))
 
     with pytest.raises(NotFinite, match=r"norm of the gradient is (nan|inf) at step 0"):
-        train(Root(), ([torch.ones(1)] * 8, None), TrainConfig(**SHORT), loss_fn=lambda m, b: m.w.abs().sum().sqrt().reshape(1), optimizer=None)
+        train(
+            Root(),
+            ([torch.ones(1)] * 8, None),
+            TrainConfig(**SHORT),
+            loss_fn=lambda m, b: m.w.abs().sum().sqrt().reshape(1),
+            optimizer=None,
+        )
 
 
 # ------------------------------------------------------------------------------------------ GPU
@@ -639,12 +777,23 @@ def test_a_model_from_nothing_with_its_card(tmp_path, corpus, small_settings):
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, ours(ids), rtol=1e-5, atol=1e-6)
     card = (folder / "README.md").read_text(encoding="utf8")
-    for words in ("tokens seen", "seed 0", "`the command`", "Kneser–Ney 5-gram", "loss.svg", "Limits", "sha256", "bits per byte"):
+    for words in (
+        "tokens seen",
+        "seed 0",
+        "`the command`",
+        "Kneser–Ney 5-gram",
+        "loss.svg",
+        "Limits",
+        "sha256",
+        "bits per byte",
+    ):
         assert words in card, words
     manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf8"))
     for name, entry in manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "loss.svg", "history.json"} <= set(manifest["files"])
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "loss.svg", "history.json"} <= set(
+        manifest["files"]
+    )
     history = json.loads((folder / "history.json").read_text(encoding="utf8"))
     assert len(history["losses"]) == 8 and [s for s, _ in history["val"]] == [4, 8]
     again = tr.pretrain(recipe, tmp_path / "out", settings=small_settings, say=lines.append)
@@ -658,10 +807,21 @@ def test_a_model_from_nothing_with_its_card(tmp_path, corpus, small_settings):
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize(("old", "new", "words"), [
-    ("vocab_size = 300", "vocab = 300", "recipe key in r.toml is 'vocab'"), ("d_model = 16", "d_modl = 16", "d_modl"), ("lr = 0.01", "lr = -1.0", "lr is -1.0"),
-    ("seq_len = 32", "seq_len = 64", "seq_len is 64"), ("[test]", "[cpu]", "scale is 'test'"), ("licence", "= licence", "TOML"), ("steps = 8, ", "", "steps (missing)"), ("train = {", "extra = {", "recipe key in r.toml is 'extra'"), ("d_model = 16, ", "", "d_model (missing)"), ("['sotu']", "[1]", "recipe key 'data'"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("vocab_size = 300", "vocab = 300", "recipe key in r.toml is 'vocab'"),
+        ("d_model = 16", "d_modl = 16", "d_modl"),
+        ("lr = 0.01", "lr = -1.0", "lr is -1.0"),
+        ("seq_len = 32", "seq_len = 64", "seq_len is 64"),
+        ("[test]", "[cpu]", "scale is 'test'"),
+        ("licence", "= licence", "TOML"),
+        ("steps = 8, ", "", "steps (missing)"),
+        ("train = {", "extra = {", "recipe key in r.toml is 'extra'"),
+        ("d_model = 16, ", "", "d_model (missing)"),
+        ("['sotu']", "[1]", "recipe key 'data'"),
+    ],
+)
 def test_a_bad_pretraining_recipe_is_refused(tmp_path, old, new, words):
     (tmp_path / "r.toml").write_text(RECIPE.format(corpus="sotu").replace(old, new, 1), encoding="utf8")
     with pytest.raises(BadInput) as e:

@@ -1,6 +1,6 @@
 """A training run in a process of its own, for tests that kill it or start two of it: prints one line of JSON.
 
-    python training_worker.py '{"out": …, "config": {…}, "pause": 0.05, "uneven": true}'
+python training_worker.py '{"out": …, "config": {…}, "pause": 0.05, "uneven": true}'
 """
 
 from __future__ import annotations
@@ -93,7 +93,13 @@ def main(job: dict) -> dict:
             return inner(model, batch)
 
     data = Rows()
-    result = train(net, (data, data if job["config"].get("eval_every") else None), TrainConfig(**job["config"]), loss_fn=loss_fn, out=job.get("out"))
+    result = train(
+        net,
+        (data, data if job["config"].get("eval_every") else None),
+        TrainConfig(**job["config"]),
+        loss_fn=loss_fn,
+        out=job.get("out"),
+    )
     if job.get("shard"):
         from llmcourse.training import _weights
 
@@ -102,7 +108,13 @@ def main(job: dict) -> dict:
         with torch.no_grad():
             for name, p in net.named_parameters():
                 p.copy_(whole[name])
-    found = {"digest": digest(net), "losses": result.losses, "val": result.val, "resumed": result.resumed, "world_size": result.world_size}
+    found = {
+        "digest": digest(net),
+        "losses": result.losses,
+        "val": result.val,
+        "resumed": result.resumed,
+        "world_size": result.world_size,
+    }
     if job.get("weights"):
         import os
 

@@ -32,7 +32,10 @@ from llmcourse.practice.classroom import directive  # noqa: E402
 from llmcourse.settings import BadInput  # noqa: E402
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 CHECK = re.compile(r'check\("([a-z_0-9]+)\.([A-Za-z_]\w*)", ([A-Za-z_]\w*)\)')
 
 
@@ -66,12 +69,18 @@ def roles(nb: nbformat.NotebookNode, sheet: str) -> list[tuple[str, str]]:
         elif directive(cell, "export"):
             found.append(["setup", ""])
         elif BEGIN in cell.source:
-            need(cell.source.count(BEGIN) == cell.source.count(END), where, "BEGIN SOLUTION and END SOLUTION do not match.")
+            need(
+                cell.source.count(BEGIN) == cell.source.count(END),
+                where,
+                "BEGIN SOLUTION and END SOLUTION do not match.",
+            )
             found.append(["answer", ""])
         elif cell.source.lstrip().startswith("check("):
             match = CHECK.fullmatch(cell.source.strip())
             need(match, where, f'a check cell holds only check("{sheet}.NAME", NAME).')
-            need(match[1] == sheet and match[2] == match[3], where, f'expected check("{sheet}.{match[3]}", {match[3]}).')
+            need(
+                match[1] == sheet and match[2] == match[3], where, f'expected check("{sheet}.{match[3]}", {match[3]}).'
+            )
             last = match[2]
             found.append(["check", last])
             need(i >= 2 and found[i - 1] == ["answer", ""], where, "the cell before a check is its answer cell.")
@@ -167,7 +176,9 @@ def examine(nb: nbformat.NotebookNode, exercises: dict[str, checking.Exercise], 
             defined = set_names(ast.parse(without_markers(cell.source)))
             need(name in defined, name, "its answer cell does not define it.")
             for n in defined:
-                need(n not in taken, name, f"{n} is also defined by {taken.get(n)}; every answer needs names of its own.")
+                need(
+                    n not in taken, name, f"{n} is also defined by {taken.get(n)}; every answer needs names of its own."
+                )
                 taken[n] = name
     for ex in exercises.values():
         need(len(ex.wrong_answers) >= 5, ex.id, f"has {len(ex.wrong_answers)} wrong answers; at least five are wanted.")
@@ -175,7 +186,11 @@ def examine(nb: nbformat.NotebookNode, exercises: dict[str, checking.Exercise], 
         need(len(set(sentences)) == len(sentences), ex.id, "two wrong answers have the same sentence.")
         for name, (sentence, answer) in ex.wrong_answers.items():
             need(len(sentence) >= 40, ex.id, f"the sentence of {name} is too short to help: {sentence!r}.")
-            need(not callable(answer) or name not in taken, ex.id, f"the wrong answer {name} has the name of {taken.get(name)}.")
+            need(
+                not callable(answer) or name not in taken,
+                ex.id,
+                f"the wrong answer {name} has the name of {taken.get(name)}.",
+            )
         for h in ex.hints:
             need(len(h) >= 20, ex.id, f"a hint is too short to help: {h!r}.")
         cases = ex.all_cases()
@@ -202,7 +217,14 @@ def tidy(nb: nbformat.NotebookNode, exercises: dict[str, checking.Exercise], she
         cell.id = id
         cell.metadata = nbformat.from_dict({})
         if role in ("statement", "answer", "check", "setup"):
-            about = {"schema_version": 3, "grade": role == "check", "grade_id": id, "locked": role != "answer", "solution": role == "answer", "task": False}
+            about = {
+                "schema_version": 3,
+                "grade": role == "check",
+                "grade_id": id,
+                "locked": role != "answer",
+                "solution": role == "answer",
+                "task": False,
+            }
             if role == "check":
                 about["points"] = exercises[f"{sheet}.{name}"].points
             cell.metadata.nbgrader = nbformat.from_dict(about)
@@ -273,7 +295,9 @@ def make(master: Path, root: Path) -> dict[Path, str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("masters", nargs="*", type=Path)
-    parser.add_argument("--root", type=Path, default=ROOT, help="where exercises/ and llmcourse/practice/sheets/ are written")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="where exercises/ and llmcourse/practice/sheets/ are written"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is out of date")
     parser.add_argument("--prove", action="store_true", help="run every solution and every wrong answer")
     args = parser.parse_args(argv)
@@ -304,13 +328,17 @@ def main(argv: list[str] | None = None) -> int:
                 apart = {r.id: r for r in grading.grade(solved(nbformat.reads(files[master], 4))).results}
                 for ex in exercises.values():
                     if not apart[ex.id].passed:
-                        print(f"PROBLEM {ex.id}: the solution, alone in a child process, does not pass:\n{apart[ex.id]!r}")
+                        print(
+                            f"PROBLEM {ex.id}: the solution, alone in a child process, does not pass:\n{apart[ex.id]!r}"
+                        )
                         bad = 1
                     rows, problems = checking.kill_matrix(ex)
                     print(f"\n{ex.id} ({len(ex.all_cases())} cases)")
                     for row in rows:
                         own = "own sentence" if row["sentence_of"] == row["wrong_answer"] else "NOT its own sentence"
-                        print(f"  {row['wrong_answer']:<28} {own:<14} killed by {len(row['killed_by'])}: {', '.join(row['killed_by']) or 'NOTHING'}")
+                        print(
+                            f"  {row['wrong_answer']:<28} {own:<14} killed by {len(row['killed_by'])}: {', '.join(row['killed_by']) or 'NOTHING'}"
+                        )
                     for p in problems:
                         print(f"  PROBLEM {p}")
                         bad = 1

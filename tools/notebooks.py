@@ -1,7 +1,7 @@
 """Run notebooks, save their outputs, clean them, and write the measured minutes into their front matter.
 
-    python tools/notebooks.py            every notebook, in reading order
-    python tools/notebooks.py 14 index   those whose name contains one of the words
+python tools/notebooks.py            every notebook, in reading order
+python tools/notebooks.py 14 index   those whose name contains one of the words
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> None:
         minutes = run(notebook)
         nb = nbformat.read(notebook, 4)
         # rounded up to half a minute: a promise, measured on this machine
-        nb.cells[0].source = re.sub(r"(?m)^(\s*minutes-run:).*$", rf"\1 {max(1, -(-minutes * 2 // 1)) / 2:g}", nb.cells[0].source)
+        nb.cells[0].source = re.sub(
+            r"(?m)^(\s*minutes-run:).*$", rf"\1 {max(1, -(-minutes * 2 // 1)) / 2:g}", nb.cells[0].source
+        )
         nbformat.write(nb, notebook)
         print(f"{notebook.name}: {minutes:.1f} min", flush=True)
 

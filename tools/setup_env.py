@@ -30,10 +30,18 @@ def say(text: str) -> None:
 
 def pip(*args: str, quiet: bool = True, check: bool = True) -> subprocess.CompletedProcess:
     command = [str(PYTHON), "-m", "pip", *args]
-    result = subprocess.run(command, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.PIPE if quiet else None)
+    result = subprocess.run(
+        command,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.PIPE if quiet else None,
+    )
     if check and result.returncode:
         sys.stderr.write((result.stderr or "")[-3000:])
-        raise SystemExit(f"environment: `pip {' '.join(args[:3])} …` failed; nothing is lost, run make again after mending the cause above.")
+        raise SystemExit(
+            f"environment: `pip {' '.join(args[:3])} …` failed; nothing is lost, run make again after mending the cause above."
+        )
     return result
 
 
@@ -54,19 +62,43 @@ def install_torch() -> None:
     start = time.time()
     if platform.system() == "Linux" and not has_nvidia():
         # which file would pip take by itself? Asked without downloading it.
-        report = pip("install", "--dry-run", "--no-deps", "--quiet", "--report", "-", requirement, *constraints, check=False)
+        report = pip(
+            "install", "--dry-run", "--no-deps", "--quiet", "--report", "-", requirement, *constraints, check=False
+        )
         try:
             offered = json.loads(report.stdout)["install"][0]["metadata"]["version"]
         except (ValueError, LookupError):
             offered = ""
         if not offered.endswith("+cpu"):
             say("no NVIDIA GPU: asking PyTorch's CPU index")
-            got = pip("install", "--no-deps", "--retries", "1", "--timeout", "20", "--index-url", CPU_INDEX, requirement, *constraints, check=False)
+            got = pip(
+                "install",
+                "--no-deps",
+                "--retries",
+                "1",
+                "--timeout",
+                "20",
+                "--index-url",
+                CPU_INDEX,
+                requirement,
+                *constraints,
+                check=False,
+            )
             if got.returncode:
-                say("PyTorch's CPU index cannot be reached; taking what your index offers, which may be the CUDA build of several gigabytes")
+                say(
+                    "PyTorch's CPU index cannot be reached; taking what your index offers, which may be the CUDA build of several gigabytes"
+                )
     pip("install", requirement, *constraints)
-    build = subprocess.run([str(PYTHON), "-c", "import torch; print(torch.__version__, 'for CUDA ' + torch.version.cuda if torch.version.cuda else 'for the CPU')"],
-                           text=True, capture_output=True, check=True).stdout.strip()
+    build = subprocess.run(
+        [
+            str(PYTHON),
+            "-c",
+            "import torch; print(torch.__version__, 'for CUDA ' + torch.version.cuda if torch.version.cuda else 'for the CPU')",
+        ],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.strip()
     say(f"PyTorch {build}, {time.time() - start:.0f} s")
 
 
@@ -75,7 +107,9 @@ def main() -> None:
     parser.add_argument("--extra", required=True, help="lab, dev, …: an extra of pyproject.toml")
     extra = parser.parse_args().extra
     if sys.version_info < (3, 11):  # noqa: UP036  (this script runs under whatever Python make finds)
-        raise SystemExit(f"environment: Python is {platform.python_version()}; allowed: 3.11 or newer (make PYTHON=python3.12 …).")
+        raise SystemExit(
+            f"environment: Python is {platform.python_version()}; allowed: 3.11 or newer (make PYTHON=python3.12 …)."
+        )
     start = time.time()
     if not PYTHON.exists() or subprocess.run([str(PYTHON), "-c", "import pip"], capture_output=True).returncode:
         say(f"making {VENV.name} with Python {platform.python_version()}")

@@ -30,7 +30,19 @@ from llmcourse.practice.worker import Other, Rng, TimeLimit, decode, encode, run
 from llmcourse.settings import require
 
 __all__ = [
-    "Case", "Exercise", "Progress", "Result", "case", "check", "exercise", "find", "hint", "load_sheet", "progress", "reveal", "rng",
+    "Case",
+    "Exercise",
+    "Progress",
+    "Result",
+    "case",
+    "check",
+    "exercise",
+    "find",
+    "hint",
+    "load_sheet",
+    "progress",
+    "reveal",
+    "rng",
     "sheets",
 ]
 
@@ -156,7 +168,12 @@ class Exercise:
             return None
 
         def keep(answer: Callable) -> Callable:
-            require(answer.__name__ not in self.wrong_answers, f"wrong answer of {self.id}", answer.__name__, "a name of its own")
+            require(
+                answer.__name__ not in self.wrong_answers,
+                f"wrong answer of {self.id}",
+                answer.__name__,
+                "a name of its own",
+            )
             self.wrong_answers[answer.__name__] = (sentence, answer)
             return answer
 
@@ -203,15 +220,24 @@ class Exercise:
 _REGISTRY: dict[str, dict[str, Exercise]] = {}
 
 
-def exercise(id: str, *, title: str, minutes: int, difficulty: int, points: int, hints: tuple[str, ...], time_limit: float = 5.0) -> Exercise:
+def exercise(
+    id: str, *, title: str, minutes: int, difficulty: int, points: int, hints: tuple[str, ...], time_limit: float = 5.0
+) -> Exercise:
     """Declare an exercise in a checker. `time_limit` is in seconds, for each call of the answer."""
     require(bool(re.fullmatch(r"[a-z_0-9]+\.[A-Za-z_]\w*", id)), "id", id, "SHEET.NAME")
     require(isinstance(difficulty, int) and 1 <= difficulty <= 5, f"difficulty of {id}", difficulty, "1 to 5")
     require(isinstance(minutes, int) and minutes >= 1, f"minutes of {id}", minutes, "a whole number of at least 1")
     require(isinstance(points, int) and points >= 1, f"points of {id}", points, "a whole number of at least 1")
-    require(isinstance(hints, tuple) and len(hints) == 3, f"hints of {id}", hints, "three sentences, from gentle to almost there")
+    require(
+        isinstance(hints, tuple) and len(hints) == 3,
+        f"hints of {id}",
+        hints,
+        "three sentences, from gentle to almost there",
+    )
     space = sys._getframe(1).f_globals
-    made = Exercise(id, title, minutes, difficulty, points, hints, time_limit, space["__name__"], space.get("CHAPTER", ""))
+    made = Exercise(
+        id, title, minutes, difficulty, points, hints, time_limit, space["__name__"], space.get("CHAPTER", "")
+    )
     _REGISTRY.setdefault(made.module, {})[id] = made
     return made
 
@@ -284,9 +310,13 @@ def _type_name(value: Any) -> str:
         return value.type_name
     if _is_array(value):
         return "a tensor" if type(value).__module__.startswith("torch") else "a NumPy array"
-    return {"NoneType": "None", "int": "a whole number", "float": "a floating-point number", "str": "text", "bool": "True or False"}.get(
-        type(value).__name__, f"a {type(value).__name__}"
-    )
+    return {
+        "NoneType": "None",
+        "int": "a whole number",
+        "float": "a floating-point number",
+        "str": "text",
+        "bool": "True or False",
+    }.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def _dtype(value: Any) -> str:
@@ -315,10 +345,18 @@ def _difference(want: Any, got: Any, c: Case, where: str = "") -> str:
         if not bad.any():
             return ""
         first = np.unravel_index(int(bad.argmax()), tuple(want.shape)) if want.shape else ()
-        place = f" First at [{', '.join(map(str, first))}]: {_short(b[bad][0])}; expected {_short(a[bad][0])}." if want.shape else ""
+        place = (
+            f" First at [{', '.join(map(str, first))}]: {_short(b[bad][0])}; expected {_short(a[bad][0])}."
+            if want.shape
+            else ""
+        )
         if np.isnan(b[bad]).any() and not np.isnan(a[bad]).any():
             return f"The result{at} holds nan in {int(np.isnan(b).sum())} of {b.size} places.{place}"
-        count = f"{int(bad.sum())} of {bad.size} values{at} differ." if want.shape else f"The value{at} is {_short(b[0])}; expected {_short(a[0])}."
+        count = (
+            f"{int(bad.sum())} of {bad.size} values{at} differ."
+            if want.shape
+            else f"The value{at} is {_short(b[0])}; expected {_short(a[0])}."
+        )
         return count + place
     if isinstance(want, (list, tuple)):
         if not isinstance(got, (list, tuple)) or (c.same_dtype and isinstance(want, list) != isinstance(got, list)):
@@ -356,7 +394,9 @@ def _compare(want: dict, got: dict, c: Case) -> str:
             return f"Your code raised {_a(got['type'])}; expected {_a(allowed)}."
         return "" if got["kind"] == "error" else got["message"]
     if got["kind"] == "error":
-        line = f" in line {got['lineno']}" + (f": {got['line']}" if got.get("line") else "") if got.get("lineno") else ""
+        line = (
+            f" in line {got['lineno']}" + (f": {got['line']}" if got.get("line") else "") if got.get("lineno") else ""
+        )
         return f"Your code stopped with {got['type']}{': ' if got['message'] else ''}{got['message']}{line}"
     if got["kind"] != "value":
         return got["message"]
@@ -396,7 +436,12 @@ def _read(reply: dict, blobs: list[bytes], c: Case) -> dict:
     """A reply of `run_call` as an outcome: decoded, and with the names of the inputs that were changed."""
     if reply.get("kind") != "value":
         return reply
-    out = {"kind": "value", "value": decode(reply["value"], blobs), "printed": str(reply.get("printed", ""))[:2000], "changed": []}
+    out = {
+        "kind": "value",
+        "value": decode(reply["value"], blobs),
+        "printed": str(reply.get("printed", ""))[:2000],
+        "changed": [],
+    }
     if "gradients" in reply:
         out["gradients"] = decode(reply["gradients"], blobs)
         if not isinstance(out["gradients"], list) or len(out["gradients"]) != len(c.grads):
@@ -466,7 +511,9 @@ def time_limit(seconds: float) -> Iterator[None]:
             try:
                 done.set()
                 watcher.join()
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), None)  # one that was sent and not yet delivered
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(me), None
+                )  # one that was sent and not yet delivered
                 break
             except TimeLimit:
                 continue
@@ -538,8 +585,25 @@ class Result:
     def to_dict(self) -> dict:
         return {
             k: getattr(self, k)
-            for k in ("id", "title", "status", "points", "max_points", "cases_passed", "cases", "sentence", "detail", "wrong_answer")
-        } | {"case": self.case, "expected": self.expected, "got": self.got, "line": self.line, "seconds": round(self.seconds, 3)}
+            for k in (
+                "id",
+                "title",
+                "status",
+                "points",
+                "max_points",
+                "cases_passed",
+                "cases",
+                "sentence",
+                "detail",
+                "wrong_answer",
+            )
+        } | {
+            "case": self.case,
+            "expected": self.expected,
+            "got": self.got,
+            "line": self.line,
+            "seconds": round(self.seconds, 3),
+        }
 
     def __repr__(self) -> str:
         mark = {"passed": "[passed]", "failed": "[not yet]"}.get(self.status, "[not started]")
@@ -575,7 +639,7 @@ class Result:
         )
         parts = [
             f'<p style="margin:0;font-weight:600"><span aria-hidden="true" style="color:{color}">{symbol}</span> '
-            f"{e(self.verdict)} <span style=\"font-weight:400\">– {e(self.title)}, {self.points} of {self.max_points} points</span></p>"
+            f'{e(self.verdict)} <span style="font-weight:400">– {e(self.title)}, {self.points} of {self.max_points} points</span></p>'
         ]
         if self.sentence:
             parts.append(f'<p style="margin:.6em 0 0">{e(self.sentence)}</p>')
@@ -587,7 +651,9 @@ class Result:
                 f"<tbody>{rows}</tbody></table>"
             )
         if self.printed and not self.passed:
-            parts.append(f'<p style="margin:.6em 0 0">Your code printed: <code>{e(self.printed.strip()[:500])}</code></p>')
+            parts.append(
+                f'<p style="margin:.6em 0 0">Your code printed: <code>{e(self.printed.strip()[:500])}</code></p>'
+            )
         if not self.passed:
             parts.append(f'<p style="margin:.6em 0 0">A hint: <code>hint("{e(self.id)}")</code></p>')
         return (
@@ -612,7 +678,9 @@ def _show(value: Any) -> str:
         flat = _flat(value)
         if flat.size > 24 or value.ndim > 3:
             return f"{_type_name(value)[2:]} of shape {tuple(value.shape)}, {_dtype(value)}"
-        text = np.array2string(flat.reshape(tuple(value.shape)), precision=4, suppress_small=True, separator=", ", max_line_width=90)
+        text = np.array2string(
+            flat.reshape(tuple(value.shape)), precision=4, suppress_small=True, separator=", ", max_line_width=90
+        )
         return text if value.ndim or flat.size == 0 else f"{text} (a single number)"
     if isinstance(value, (list, tuple)) and any(_is_array(v) for v in value):
         return "\n".join(f"[{i}] {_show(v)}" for i, v in enumerate(value))
@@ -637,7 +705,11 @@ def _show_outcome(outcome: dict, c: Case) -> str:
 def _argument_names(ex: Exercise, c: Case) -> tuple[str, ...]:
     """The names of the positional arguments, from the solution's (or the driver's) signature."""
     try:
-        parameters = [p for p in inspect.signature(c.driver or ex.solution).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        parameters = [
+            p
+            for p in inspect.signature(c.driver or ex.solution).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
     except (TypeError, ValueError):
         return ()
     return tuple(p.name for p in parameters[1 if c.driver else 0 :])[: len(c.args)]
@@ -649,7 +721,11 @@ def judge(ex: Exercise, outcomes: list[dict], seconds: float = 0.0) -> Result:
     base = dict(id=ex.id, title=ex.title, max_points=ex.points, points=0, cases=len(cases), seconds=seconds)
     blank = not ex.make_cases and outcomes and outcomes[0].get("value") is None and outcomes[0]["kind"] == "value"
     if blank or (outcomes and all(o["kind"] == "error" and o["type"] == "NotImplementedError" for o in outcomes)):
-        return Result(**base, status="not started", sentence="Write your answer in the cell above, run it, then run this check again.")
+        return Result(
+            **base,
+            status="not started",
+            sentence="Write your answer in the cell above, run it, then run this check again.",
+        )
     problems = [_compare(w, g, c) for w, g, c in zip(expected, outcomes, cases)]
     problems += ["This case was not run, because an earlier one was stopped."] * (len(cases) - len(outcomes))
     failing = [i for i, p in enumerate(problems) if p]
@@ -720,7 +796,9 @@ def kill_matrix(ex: Exercise) -> tuple[list[dict], list[str]]:
             problems.append(f"{ex.id}: the wrong answer {name} passes.")
         elif result.wrong_answer != name:
             told = f"that of {result.wrong_answer}" if result.wrong_answer else "none"
-            problems.append(f"{ex.id}: {name} should get its own sentence and gets {told}; a case is missing that tells them apart.")
+            problems.append(
+                f"{ex.id}: {name} should get its own sentence and gets {told}; a case is missing that tells them apart."
+            )
     return rows, problems
 
 
@@ -794,7 +872,11 @@ def reveal(id: str) -> Note:
     """The solution of an exercise. Progress remembers that it was seen; the points are not lost."""
     ex = find(id)
     Progress().add(ex.id, "reveals", limit=1)
-    return Note(f"Solution – {ex.title}", "One way to do it. Close it, and write it again in your own words.", ex.section("solution"))
+    return Note(
+        f"Solution – {ex.title}",
+        "One way to do it. Close it, and write it again in your own words.",
+        ex.section("solution"),
+    )
 
 
 def _learner_folder() -> Path:
@@ -911,11 +993,17 @@ class Overview:
 
     def __repr__(self) -> str:
         wide = max((len(r["id"]) for r in self.rows), default=2)
-        lines = [f"{r['id']:<{wide}}  {r['status']:<11}  {r['attempts']:>3} tries  {r['hints']} hints{'  solution seen' if r['reveals'] else ''}" for r in self.rows]
+        lines = [
+            f"{r['id']:<{wide}}  {r['status']:<11}  {r['attempts']:>3} tries  {r['hints']} hints{'  solution seen' if r['reveals'] else ''}"
+            for r in self.rows
+        ]
         return "\n".join([self.verdict, "", *lines])
 
     def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col" style="text-align:left">{h}</th>' for h in ("Exercise", "Status", "Tries", "Hints", "Solution seen"))
+        head = "".join(
+            f'<th scope="col" style="text-align:left">{h}</th>'
+            for h in ("Exercise", "Status", "Tries", "Hints", "Solution seen")
+        )
         body = "".join(
             f'<tr><th scope="row" style="text-align:left;font-weight:400">{html.escape(r["id"])}<br><small>{html.escape(r["title"])}</small></th>'
             f'<td style="text-align:left">{"✓ " if r["status"] == "passed" else ""}{r["status"]}</td><td>{r["attempts"]}</td><td>{r["hints"]}</td>'

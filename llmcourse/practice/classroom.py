@@ -21,6 +21,7 @@ from llmcourse.settings import BadInput
 
 __all__ = ["ForLearners", "GradeApart", "directive", "rename_submissions"]
 
+
 def directive(cell: dict, name: str) -> bool:
     """Whether the first line of a code cell is `#| NAME: true`."""
     source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
@@ -43,7 +44,7 @@ class ForLearners(NbGraderPreprocessor):
                     title, _, rest = cell.source.partition("\n")
                     points = "1 point" if ex.points == 1 else f"{ex.points} points"
                     minutes = "1 minute" if ex.minutes == 1 else f"{ex.minutes} minutes"
-                    facts = f"*Exercise {number} · about {minutes} · difficulty {ex.difficulty} of 5 · {points} · stuck? run* `hint(\"{ex.id}\")`"
+                    facts = f'*Exercise {number} · about {minutes} · difficulty {ex.difficulty} of 5 · {points} · stuck? run* `hint("{ex.id}")`'
                     cell.source = f"{title}\n\n{facts}\n\n{rest.strip()}"
         return nb, resources
 
@@ -70,11 +71,18 @@ def _outputs(result: checking.Result | None) -> list[NotebookNode]:
     from nbformat.v4 import new_output
 
     if result is None:
-        return [new_output("error", ename="NotGraded", evalue="no such exercise", traceback=["There is no such exercise."])]
+        return [
+            new_output("error", ename="NotGraded", evalue="no such exercise", traceback=["There is no such exercise."])
+        ]
     card = new_output("display_data", data={"text/html": result._repr_html_(), "text/plain": repr(result)})
     if result.passed:
         return [card]
-    return [card, new_output("error", ename="NotPassed", evalue=result.verdict, traceback=[f"{result.verdict}. {result.sentence}"])]
+    return [
+        card,
+        new_output(
+            "error", ename="NotPassed", evalue=result.verdict, traceback=[f"{result.verdict}. {result.sentence}"]
+        ),
+    ]
 
 
 def rename_submissions(assignment: str, student: str, notebooks: list[str]) -> None:

@@ -40,12 +40,16 @@ def _table(title: str, *columns: str):
     table = Table(title=title, title_justify="left", caption_justify="left")
     for name in columns:
         right = name in ("points", "cases", "minutes", "difficulty", "tries", "hints", "wrong answers")
-        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name in ("exercise", "wrong answer"))
+        table.add_column(
+            name, justify="right" if right else "left", overflow="fold", no_wrap=name in ("exercise", "wrong answer")
+        )
     return table
 
 
 def _mark(status: str) -> str:
-    return {"passed": "[green]✓ passed[/]", "failed": "[red]✗ not yet[/]", "not yet": "[red]✗ not yet[/]"}.get(status, "○ not started")
+    return {"passed": "[green]✓ passed[/]", "failed": "[red]✗ not yet[/]", "not yet": "[red]✗ not yet[/]"}.get(
+        status, "○ not started"
+    )
 
 
 def _sheet_files(what: str) -> tuple[list[Path], str | None]:
@@ -60,7 +64,9 @@ def _sheet_files(what: str) -> tuple[list[Path], str | None]:
     sheet, _, name = what.partition(".")
     known = checking.sheets()
     if sheet not in known:
-        raise BadInput(f"sheet is {what!r}; allowed: the path of a notebook, a folder, or one of {', '.join(known)} (or SHEET.EXERCISE).")
+        raise BadInput(
+            f"sheet is {what!r}; allowed: the path of a notebook, a folder, or one of {', '.join(known)} (or SHEET.EXERCISE)."
+        )
     exercises = checking.load_sheet(sheet)
     if name and what not in exercises:
         raise BadInput(f"exercise is {what!r}; allowed: {', '.join(exercises)}.")
@@ -68,11 +74,19 @@ def _sheet_files(what: str) -> tuple[list[Path], str | None]:
         found = sorted(folder.glob(f"exercises/*/{sheet}.ipynb")) or sorted(folder.glob(f"{sheet}.ipynb"))
         if found:
             return found[:1], what if name else None
-    raise BadInput(f"sheet is {what!r}; allowed: a sheet that is in exercises/ here or above; {sheet}.ipynb was not found.")
+    raise BadInput(
+        f"sheet is {what!r}; allowed: a sheet that is in exercises/ here or above; {sheet}.ipynb was not found."
+    )
 
 
 def check(
-    what: Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="A sheet's notebook, a folder of sheets, a sheet's name, or one exercise: attention.scaled_dot_product")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_ID",
+            help="A sheet's notebook, a folder of sheets, a sheet's name, or one exercise: attention.scaled_dot_product",
+        ),
+    ],
     as_json: AsJson = False,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML to this file.")] = None,
     seconds: Annotated[float, typer.Option(help="Time limit for one cell.")] = 10.0,
@@ -100,13 +114,24 @@ def check(
             try:
                 junit.write_text(grading.junit(results), encoding="utf8")
             except OSError as e:
-                raise BadInput(f"--junit is {str(junit)!r}; allowed: a file that can be written ({e.strerror}).") from None
+                raise BadInput(
+                    f"--junit is {str(junit)!r}; allowed: a file that can be written ({e.strerror})."
+                ) from None
     if as_json:
-        print(json.dumps({"passed": all(r.passed for r in results), "sheets": [r.to_dict() for r in results]}, indent=1))
+        print(
+            json.dumps({"passed": all(r.passed for r in results), "sheets": [r.to_dict() for r in results]}, indent=1)
+        )
     else:
         out = _console()
         for sheet in results:
-            table = _table(f"{sheet.file}: {sheet.points} of {sheet.max_points} points", "exercise", "result", "cases", "points", "what to read")
+            table = _table(
+                f"{sheet.file}: {sheet.points} of {sheet.max_points} points",
+                "exercise",
+                "result",
+                "cases",
+                "points",
+                "what to read",
+            )
             for r in sheet.results:
                 table.add_row(r.id.split(".")[1], _mark(r.status), f"{r.cases_passed}/{r.cases}", f"{r.points}/{r.max_points}",
                               "" if r.status == "not started" and len(sheet.results) > 1 else _escape(r.sentence))  # fmt: skip
@@ -176,7 +201,13 @@ def progress(
 
 def exercises(
     as_json: AsJson = False,
-    kill_matrix: Annotated[bool, typer.Option("--kill-matrix", help="Run every solution and every wrong answer; exit code 0 only if all wrong answers are found out.")] = False,
+    kill_matrix: Annotated[
+        bool,
+        typer.Option(
+            "--kill-matrix",
+            help="Run every solution and every wrong answer; exit code 0 only if all wrong answers are found out.",
+        ),
+    ] = False,
 ) -> None:
     """List all exercises, or prove them."""
     from llmcourse.practice import checking
@@ -195,9 +226,19 @@ def exercises(
         print(json.dumps(rows, indent=1))
         return
     total = sum(ex.points for ex in every)
-    table = _table(f"{len(rows)} exercises, {total} points", "exercise", "title", "minutes", "difficulty", "points", "wrong answers")
+    table = _table(
+        f"{len(rows)} exercises, {total} points",
+        "exercise",
+        "title",
+        "minutes",
+        "difficulty",
+        "points",
+        "wrong answers",
+    )
     for r in rows:
-        table.add_row(r["id"], r["title"], str(r["minutes"]), str(r["difficulty"]), str(r["points"]), str(len(r["wrong_answers"])))
+        table.add_row(
+            r["id"], r["title"], str(r["minutes"]), str(r["difficulty"]), str(r["points"]), str(len(r["wrong_answers"]))
+        )
     _console().print(table)
 
 
@@ -214,9 +255,20 @@ def _prove(every: list, as_json: bool) -> None:
     else:
         found = sum(bool(r["killed_by"]) for r in all_rows)
         own = sum(r["sentence_of"] == r["wrong_answer"] for r in all_rows)
-        table = _table(f"{found} of {len(all_rows)} wrong answers found out, {own} told their own sentence", "exercise", "wrong answer", "own sentence", "found out by the cases")
+        table = _table(
+            f"{found} of {len(all_rows)} wrong answers found out, {own} told their own sentence",
+            "exercise",
+            "wrong answer",
+            "own sentence",
+            "found out by the cases",
+        )
         for r in all_rows:
-            table.add_row(r["exercise"], r["wrong_answer"], "yes" if r["sentence_of"] == r["wrong_answer"] else "NO", _escape("; ".join(r["killed_by"])) or "NONE")
+            table.add_row(
+                r["exercise"],
+                r["wrong_answer"],
+                "yes" if r["sentence_of"] == r["wrong_answer"] else "NO",
+                _escape("; ".join(r["killed_by"])) or "NONE",
+            )
         _console().print(table)
         for p in all_problems:
             print(f"problem: {p}", file=sys.stderr)
@@ -224,15 +276,25 @@ def _prove(every: list, as_json: bool) -> None:
 
 
 COMMANDS = (
-    ("nbgrader generate_assignment --force {0}", "make the learners' sheet in exercises/ and enter it in the gradebook"),
-    ("nbgrader zip_collect {0}", "unpack what was downloaded to submitted/STUDENT/{0}/ (or copy the files there yourself)"),
+    (
+        "nbgrader generate_assignment --force {0}",
+        "make the learners' sheet in exercises/ and enter it in the gradebook",
+    ),
+    (
+        "nbgrader zip_collect {0}",
+        "unpack what was downloaded to submitted/STUDENT/{0}/ (or copy the files there yourself)",
+    ),
     ("nbgrader autograde {0}", "grade every submission; renamed and damaged ones too"),
     ("nbgrader generate_feedback {0}", "write a page for each learner to feedback/STUDENT/{0}/"),
     ("nbgrader export", "write all marks to grades.csv"),
 )
 
 
-def classroom(sheet: Annotated[str, typer.Argument(help="A sheet or its folder, for example attention or 03_attention")] = "attention") -> None:
+def classroom(
+    sheet: Annotated[
+        str, typer.Argument(help="A sheet or its folder, for example attention or 03_attention")
+    ] = "attention",
+) -> None:
     """The five commands that a teacher needs, in order."""
     from llmcourse.practice import checking
 

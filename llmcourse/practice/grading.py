@@ -71,7 +71,9 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _command(*arguments: str) -> list[str]:
-    start = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); from llmcourse.practice.worker import main; main()"
+    start = (
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); from llmcourse.practice.worker import main; main()"
+    )
     return [sys.executable, "-P", "-c", start, *arguments]
 
 
@@ -86,7 +88,15 @@ def _hidden() -> list[str]:
 def _permitted() -> tuple[list[str], list[str]]:
     """What a child may read, and of which folders it may only read the names."""
     system = ["/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev", "/opt", "/System", "/Library"]
-    paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, str(PACKAGE), str(course_root() / "settings.ini"), *system, *sys.path}
+    paths = {
+        sys.prefix,
+        sys.base_prefix,
+        sys.exec_prefix,
+        str(PACKAGE),
+        str(course_root() / "settings.ini"),
+        *system,
+        *sys.path,
+    }
     with contextlib.suppress(BadInput, OSError, ImportError):
         paths.add(str(load_settings().home))
     hidden = _hidden()
@@ -275,7 +285,12 @@ def which_sheet(nb: dict) -> str:
         return score
 
     best = max(known, key=points, default="")
-    require(bool(best) and points(best) > 0, "notebook", "not an exercise sheet", "a sheet of the course: " + ", ".join(known))
+    require(
+        bool(best) and points(best) > 0,
+        "notebook",
+        "not an exercise sheet",
+        "a sheet of the course: " + ", ".join(known),
+    )
     return best
 
 
@@ -300,8 +315,14 @@ def _cells(nb: dict, exercises: Iterable[checking.Exercise]) -> list[_Cell]:
             continue
         defined = _defines(source)
         owners = [n for n in names if n in defined]
-        owner = str(about.get("grade_id", "")).removesuffix("-answer") if isinstance(about, dict) and about.get("solution") else ""
-        out.append(_Cell(i, source, owners[0] if len(owners) == 1 else "" if owners else owner if owner in names else ""))
+        owner = (
+            str(about.get("grade_id", "")).removesuffix("-answer")
+            if isinstance(about, dict) and about.get("solution")
+            else ""
+        )
+        out.append(
+            _Cell(i, source, owners[0] if len(owners) == 1 else "" if owners else owner if owner in names else "")
+        )
     return out
 
 
@@ -319,10 +340,19 @@ def _grade_one(ex: checking.Exercise, cells: list[_Cell], guilty: set[int], limi
     return replace(result, seconds=time.perf_counter() - started)
 
 
-def _attempt(ex: checking.Exercise, cells: list[_Cell], guilty: set[int], limits: Limits) -> tuple[checking.Result, bool]:
+def _attempt(
+    ex: checking.Exercise, cells: list[_Cell], guilty: set[int], limits: Limits
+) -> tuple[checking.Result, bool]:
     """One try with these cells; the second value says that a name was missing."""
     failed = lambda sentence, **more: checking.Result(
-        id=ex.id, title=ex.title, status="failed", points=0, max_points=ex.points, cases=len(ex.all_cases()), sentence=sentence, **more
+        id=ex.id,
+        title=ex.title,
+        status="failed",
+        points=0,
+        max_points=ex.points,
+        cases=len(ex.all_cases()),
+        sentence=sentence,
+        **more,
     )
     total = limits.cell_seconds * (len(cells) + 1) + ex.time_limit * len(ex.all_cases())
     while True:
@@ -338,14 +368,18 @@ def _attempt(ex: checking.Exercise, cells: list[_Cell], guilty: set[int], limits
             return _call(ex, child, errors, failed)
 
 
-def _run_cells(child: Child, setup: str, cells: list[_Cell], limits: Limits) -> tuple[tuple[_Cell, str] | None, dict[_Cell, dict]]:
+def _run_cells(
+    child: Child, setup: str, cells: list[_Cell], limits: Limits
+) -> tuple[tuple[_Cell, str] | None, dict[_Cell, dict]]:
     """Run set-up and cells in the child. Returns the cell that ended or hung it, and the errors of the others."""
     errors: dict[_Cell, dict] = {}
     child.ask({"cell": setup, "name": "<set-up>"}, seconds=limits.start_seconds)
     for again in (False, True):  # a sheet whose cells were moved: what lacked a name gets a second chance
         for cell in [c for c, e in errors.items() if e.get("type") == "NameError"] if again else cells:
             try:
-                reply, _ = child.ask({"cell": cell.source, "name": f"<cell {cell.number}>"}, seconds=limits.cell_seconds)
+                reply, _ = child.ask(
+                    {"cell": cell.source, "name": f"<cell {cell.number}>"}, seconds=limits.cell_seconds
+                )
             except TimeoutError:
                 return (cell, checking.timeout_outcome(limits.cell_seconds)["message"]), errors
             except Gone as e:
@@ -376,12 +410,17 @@ def _call(ex: checking.Exercise, child: Child, errors: dict[_Cell, dict], failed
                 if e["type"] == "NotImplementedError":
                     return checking.Result(id=ex.id, title=ex.title, status="not started", points=0, max_points=ex.points,
                                            cases=len(ex.all_cases()), sentence="There is no answer yet."), False  # fmt: skip
-                return failed(f"The cell that should define {ex.name} stopped with {e['type']}: {e['message']}", line=line), e["type"] == "NameError"
+                return failed(
+                    f"The cell that should define {ex.name} stopped with {e['type']}: {e['message']}", line=line
+                ), e["type"] == "NameError"
             outcome = checking._read(_plain(reply), back, c)
         except TimeoutError:
             outcome = checking.timeout_outcome(ex.time_limit)
         except (Gone, ValueError, KeyError, TypeError) as e:
-            outcome = {"kind": "gone", "message": str(e) if isinstance(e, Gone) else "What came back from your code could not be read."}
+            outcome = {
+                "kind": "gone",
+                "message": str(e) if isinstance(e, Gone) else "What came back from your code could not be read.",
+            }
         outcomes.append(outcome)
         if outcome["kind"] in ("timeout", "gone"):
             break
@@ -397,7 +436,12 @@ def _plain(reply: dict) -> dict:
         raise ValueError("not a reply")
     texts = {k: str(reply.get(k, ""))[:500] for k in ("type", "message", "line", "printed")}
     types = [str(t) for t in reply.get("types", [])][:50] if isinstance(reply.get("types"), list) else []
-    return {"kind": "error", **texts, "types": types, "lineno": reply.get("lineno", 0) if isinstance(reply.get("lineno"), int) else 0}
+    return {
+        "kind": "error",
+        **texts,
+        "types": types,
+        "lineno": reply.get("lineno", 0) if isinstance(reply.get("lineno"), int) else 0,
+    }
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,20 @@ class Other:
 # ---------------------------------------------------------------------------------- data as bytes
 # A value becomes a JSON tree in which tensors and arrays are numbered, and a list of their bytes.
 
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128")
+_DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "complex64",
+    "complex128",
+)
 
 
 def _encode(value: Any, blobs: list[bytes], depth: int = 0, room: list[int] | None = None) -> Any:
@@ -91,7 +104,9 @@ def _encode(value: Any, blobs: list[bytes], depth: int = 0, room: list[int] | No
         if isinstance(value, np.ndarray) and str(value.dtype) in _DTYPES:
             blobs.append(np.ascontiguousarray(value).tobytes())
             return {"array": len(blobs) - 1, "dtype": str(value.dtype), "shape": list(value.shape)}
-    return {"other": name if module == "builtins" else f"{module.removeprefix('__main__').strip('.')}.{name}".strip(".")}
+    return {
+        "other": name if module == "builtins" else f"{module.removeprefix('__main__').strip('.')}.{name}".strip(".")
+    }
 
 
 def _encode_tensor(t: Any, blobs: list[bytes]) -> Any:
@@ -300,7 +315,9 @@ def run_call(answer: Any, request: dict, blobs: list[bytes]) -> tuple[dict, list
             leaf.requires_grad_(True)
         call = load_driver(request["driver"]) if request.get("driver") else None
         if not callable(answer):
-            raise TypeError(f"the answer is {answer!r:.60} (type {type(answer).__name__}); expected a function or a class")
+            raise TypeError(
+                f"the answer is {answer!r:.60} (type {type(answer).__name__}); expected a function or a class"
+            )
         torch.manual_seed(SEED)
         with contextlib.redirect_stdout(printed), torch.enable_grad():
             result = call(answer, *args, **kwargs) if call else answer(*args, **kwargs)
@@ -359,9 +376,23 @@ def _limit(limits: dict) -> None:
         at_most("RLIMIT_AS", mapped + int(limits["memory_bytes"]))
 
 
-_NO_PROCESS = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen", "os.startfile", "pty.spawn")
+_NO_PROCESS = (
+    "os.fork",
+    "os.forkpty",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.system",
+    "subprocess.Popen",
+    "os.startfile",
+    "pty.spawn",
+)
 _NO_OTHER = ("socket.connect", "socket.bind", "os.kill", "os.killpg", "signal.pthread_kill")
-_NO_C = ("ctypes.dlopen", "ctypes.dlsym", "ctypes.cdata")  # the way around an audit hook, where the kernel does not stop it
+_NO_C = (
+    "ctypes.dlopen",
+    "ctypes.dlsym",
+    "ctypes.cdata",
+)  # the way around an audit hook, where the kernel does not stop it
 
 
 def _refuse(hidden: list[str], also: tuple[str, ...]) -> None:
@@ -375,7 +406,9 @@ def _refuse(hidden: list[str], also: tuple[str, ...]) -> None:
             raise PermissionError(f"{event} is not allowed in an exercise")
         if event == "import" and str(args[0]).startswith("llmcourse.practice.sheets"):
             raise ImportError("the checker cannot be imported in an exercise")
-        if event in ("open", "os.listdir", "os.scandir", "os.link", "os.rename", "os.symlink") and isinstance(args[0], (str, bytes)):
+        if event in ("open", "os.listdir", "os.scandir", "os.link", "os.rename", "os.symlink") and isinstance(
+            args[0], (str, bytes)
+        ):
             path = os.path.realpath(os.fsdecode(args[0]))
             if any(path == h or path.startswith(h + os.sep) for h in hidden):
                 raise PermissionError("this folder cannot be read in an exercise")
@@ -441,7 +474,13 @@ def _confine(readable: list[str], listable: list[str], writable: list[str]) -> l
         for number in refused:
             program += [op(EQ, number, 0, 1), op(RETURN, NOT_PERMITTED)]
         program += [op(EQ, clone3, 0, 1), op(RETURN, UNKNOWN)]  # the C library then uses clone
-        program += [op(EQ, clone, 0, 3), op(LOAD, 16), op(SET, 0x10000, 1, 0), op(RETURN, NOT_PERMITTED), op(RETURN, ALLOW)]
+        program += [
+            op(EQ, clone, 0, 3),
+            op(LOAD, 16),
+            op(SET, 0x10000, 1, 0),
+            op(RETURN, NOT_PERMITTED),
+            op(RETURN, ALLOW),
+        ]
         code = ctypes.create_string_buffer(b"".join(program))
         fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
         if libc.prctl(22, 2, fprog, 0, 0) == 0:
@@ -479,7 +518,11 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
     torch.set_num_threads(1)
     _no_checker()
     _limit(settings)
-    in_force = _confine(settings["readable"], settings["listable"], [settings["folder"]]) if settings.get("confine", True) else []
+    in_force = (
+        _confine(settings["readable"], settings["listable"], [settings["folder"]])
+        if settings.get("confine", True)
+        else []
+    )
     _refuse(settings["hidden"], () if len(in_force) == 2 else _NO_C)
     write_message(sink, {"ready": True, "in_force": in_force})
     import types
