@@ -159,7 +159,7 @@ def front_matter_complete(name: str, nb: dict, chapters: set[str], keys: set[str
             f"output-file is {meta.get('output-file')!r}, the page's stable name is {slug(name) + '.html'!r}"
         )
     course = meta.get("course") or {}
-    for key in ("minutes-read", "minutes-run"):
+    for key in ("minutes-read", "minutes-run") if cells(nb, "code") else ("minutes-read",):
         value = course.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             problems.append(f"course.{key} is {value!r}, want a number of minutes above 0")
@@ -178,12 +178,12 @@ def front_matter_complete(name: str, nb: dict, chapters: set[str], keys: set[str
 
 
 def one_title(nb: dict) -> list[str]:
-    """The title is in the front matter; Quarto would show a second one and number it as a chapter."""
+    """The title is in the head cell, which tools/form.py writes; the page drops it and shows that of the front matter."""
     return [
         f"cell {i}: level-1 heading {line!r}, begin sections with ##"
         for i, cell in cells(nb, "markdown")
         for line in prose(cell).splitlines()
-        if re.match(r"# \S", line)
+        if re.match(r"# \S", line) and cell.get("id") != "head"
     ]
 
 
@@ -293,6 +293,7 @@ def labels(nb: dict) -> list[str]:
     found = []
     for _, cell in cells(nb, "markdown"):
         found += re.findall(r"\{#([\w-]+)", text(cell["source"]))
+        found += re.findall(r"<\w+ [^>]*\bid=\"([\w-]+)\"", text(cell["source"]))
     for _, cell in cells(nb, "code"):
         label = directives(cell)[0].get("label")
         found += [label] if label else []
@@ -372,12 +373,14 @@ MEASURED = re.compile(
 def no_typed_results(nb: dict) -> list[str]:
     """A result is printed by a cell, never typed into a sentence, where it would grow stale.
 
-    Allowed: a sentence with a citation; anything inside `::: {.published}` ... `:::`; a line that
-    ends with <!-- number-ok: why this number is not a measurement of ours -->.
+    Allowed: a sentence with a citation; anything inside `<div class="published">` ... `</div>`; a line that
+    ends with <!-- number-ok: why this number is not a measurement of ours -->. Generated cells are not prose.
     """
     problems = []
     for i, cell in cells(nb, "markdown"):
-        stack: list[bool] = []  # open ::: blocks, True where published
+        if cell.get("id") in ("head", "foot") or str(cell.get("id", "")).endswith("-caption"):
+            continue
+        stack: list[bool] = []  # open blocks, True where published
         for line, original in zip(prose(cell).splitlines(), text(cell["source"]).splitlines(), strict=False):
             fence = re.match(r"\s*:{3,}\s*(.*)", line)
             if fence:
@@ -385,6 +388,9 @@ def no_typed_results(nb: dict) -> list[str]:
                     stack.append("published" in fence[1])
                 elif stack:
                     stack.pop()
+                continue
+            if re.match(r"\s*</?div", original):
+                stack = stack[:-1] if "</div" in original else [*stack, "published" in original]
                 continue
             escape = re.search(r"<!--\s*number-ok:?\s*(.*?)\s*-->", original)
             if escape:
@@ -395,7 +401,7 @@ def no_typed_results(nb: dict) -> list[str]:
                 continue
             for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z\[(*_])", line):
                 match = MEASURED.search(sentence)
-                if match and not re.search(r"(?<!\w)@[A-Za-z]", sentence):
+                if match and not re.search(r"(?<!\w)@[A-Za-z]|\]\(93_references\.ipynb#", sentence):
                     problems.append(f"cell {i}: a result typed into prose: {match[0].strip()!r}")
     return problems
 

@@ -91,7 +91,7 @@ def test_a_notebook_is_clean(notebook: Path):
     nb = json.loads(notebook.read_text(encoding="utf8"))
     assert set(nb["metadata"]) <= {"kernelspec", "language_info"}
     for cell in nb["cells"]:
-        assert set(cell["metadata"]) <= {"tags", "nbgrader"}, cell["id"]
+        assert set(cell["metadata"]) <= {"tags", "nbgrader", "jupyter"}, cell["id"]
         assert cell.get("execution_count") is None, cell["id"]
     ids = [cell["id"] for cell in nb["cells"]]
     assert len(ids) == len(set(ids))
