@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .settings import require
+from .settings import environment_whole, require
 
 # %% ../nbs/00_runtime.ipynb #4d18c065
 def machine_epsilon(dtype: torch.dtype) -> float:
@@ -68,7 +68,7 @@ class Runtime:
         require(dtype in ("auto", *formats), "dtype", dtype, "auto, " + ", ".join(formats))
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+        rank, world = environment_whole("RANK", 0), environment_whole("WORLD_SIZE", 1)  # set by torchrun
         return cls(device=torch.device(device), dtype=formats[dtype], rank=rank, world_size=world)
 
     def autocast(self) -> contextlib.AbstractContextManager:

@@ -15,9 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-__all__ = ["BadInput", "Scale", "Settings", "course_root", "load_settings", "number", "one_of", "require", "whole"]
+__all__ = [
+    "BadInput", "Scale", "Settings", "course_root", "environment_whole", "load_settings", "number", "one_of",
+    "read_text", "require", "whole",
+]  # fmt: skip
 
 ENV_PREFIX = "LLMCOURSE_"
+LARGEST = 2**40
+"""bound of every size in the settings: beyond it a value is a slip of the finger"""
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -62,7 +67,7 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> float:
-    """`value` as a float, if it is a finite number from `low` to `high` (included), greater than `above`, less than `below`.
+    """`value` as a float, if it is finite, from `low` to `high` (included), greater than `above` and less than `below`.
 
     Raises:
         BadInput: one sentence with the name, the value and the range. NaN, infinities, True and text are refused.
@@ -116,7 +121,7 @@ class Scale:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name != "name":
-                require(isinstance(value, int) and value >= 1, f.name, value, "a whole number of at least 1")
+                whole(f.name, value, 1, LARGEST)
         require(self.context >= 2, "context", self.context, "a whole number of at least 2")
         require(self.stride < self.context, "stride", self.stride, f"1 to {self.context - 1}, one less than context")
         require(
@@ -143,9 +148,12 @@ class Settings:
     """the file that was read"""
 
     def __post_init__(self):
+        for name in ("model", "data", "home"):
+            value = str(getattr(self, name))
+            require(value.isprintable(), name, value, "text without control characters")
         require(bool(self.model), "model", self.model, "a name from `llmcourse data`, a folder, or a hub id")
         require(bool(self.data), "data", self.data, "a name from `llmcourse data`, a folder, a file, or a hub id")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
+        whole("seed", self.seed, 0, 2**32 - 1)
         require(
             bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)),
             "device",
@@ -175,35 +183,73 @@ def _find_settings(env: Mapping[str, str]) -> Path:
     here = Path.cwd()
     for folder in (here, *here.parents):
         path = folder / "settings.ini"
-        # other tools also have a settings.ini: only one with our section is ours
-        if path.is_file() and re.search(r"^\[llmcourse\]", path.read_text(encoding="utf8", errors="replace"), re.M):
-            return path
+        try:  # other tools also have a settings.ini: only one with our section is ours
+            if path.is_file() and re.search(rb"^(\xef\xbb\xbf)?\[llmcourse\]", path.read_bytes(), re.M):
+                return path
+        except PermissionError:  # a folder above that is not ours to read
+            continue
     return course_root() / "settings.ini"
 
 
-def _whole(name: str, text: str) -> int:
+def _whole(name: str, text: str, low: int, high: int) -> int:
+    """The whole number that a text stands for: digits only, so "1_000", "1e3" and "" are refused."""
+    require(bool(re.fullmatch(r"[+-]?[0-9]{1,30}", text)), name, text, f"a whole number from {low} to {high}")
+    return whole(name, int(text), low, high)
+
+
+def environment_whole(name: str, default: int, env: Mapping[str, str] | None = None) -> int:
+    """A whole number of at least 0 from an environment variable that other programs set; empty means not set.
+
+    Raises:
+        BadInput: anything else, e.g. RANK=first.
+    """
+    text = (os.environ if env is None else env).get(name, "").strip()
+    return _whole(name, text, 0, 2**31 - 1) if text else default
+
+
+def read_text(path: Path, what: str) -> str:
+    """The UTF-8 text of a file that a person wrote, with or without a byte-order mark.
+
+    Raises:
+        BadInput: not readable, or not UTF-8.
+    """
     try:
-        return int(text)
-    except ValueError:
-        raise BadInput(f"{name} is {text!r}; allowed: a whole number.") from None
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise BadInput(
+            f"{what} is {str(path)!r}; allowed: UTF-8 text (byte {e.start} is none: save it as UTF-8)."
+        ) from None
+    except OSError as e:
+        raise BadInput(f"{what} is {str(path)!r}; allowed: a file that can be read ({e.strerror}).") from None
 
 
-def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None = None) -> Settings:
+def _absolute(name: str, path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:  # ~somebody who has no home here
+        raise BadInput(f"{name} is {str(path)!r}; allowed: a folder; there is no such user.") from None
+
+
+def load_settings(
+    path: str | Path | None = None, env: Mapping[str, str] | None = None, *, overrides: Mapping[str, str | None] = {}
+) -> Settings:
     """Read the settings.
 
     Args:
         path: the file to read; by default `LLMCOURSE_SETTINGS`, else the nearest `settings.ini` with an `[llmcourse]`
             section in this folder or above, else the course's own.
         env: the environment; every `LLMCOURSE_<KEY>` in it overrides the file.
+        overrides: values by key, e.g. `{"scale": "gpu"}`, which go over both; None means not given.
     Raises:
         BadInput: an unknown key, section or variable, or a value that is not allowed.
     """
     env = os.environ if env is None else env
     source = Path(path) if path is not None else _find_settings(env)
     require(source.is_file(), "settings file", str(source), "an existing file")
-    parser = configparser.ConfigParser(interpolation=None)
+    # no section of defaults: [DEFAULT] is as unknown as any other
+    parser = configparser.ConfigParser(interpolation=None, default_section="no such section")
     try:
-        parser.read_string(source.read_text(encoding="utf8"))
+        parser.read_string(read_text(source, "settings file"))
     except configparser.Error as e:
         raise BadInput(f"settings file is {str(source)!r}; allowed: INI syntax ({str(e).splitlines()[0]}).") from None
     require("llmcourse" in parser, "settings file", str(source), "a file with an [llmcourse] section")
@@ -217,9 +263,9 @@ def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None 
         for key in parser[section]:
             require(key in known, f"settings key in [{section}]", key, ", ".join(known))
 
-    overrides = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in env.items() if k.startswith(ENV_PREFIX)}
-    overrides.pop("settings", None)
-    for key in overrides:
+    given = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in env.items() if k.startswith(ENV_PREFIX)}
+    given.pop("settings", None)
+    for key in given:
         require(
             key in (*top_keys, *scale_keys),
             "environment variable",
@@ -227,9 +273,11 @@ def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None 
             ", ".join(ENV_PREFIX + k.upper() for k in ("settings", *top_keys, *scale_keys)),
         )
 
+    given |= {key: str(value) for key, value in overrides.items() if value is not None}
+
     def value(section: str, key: str) -> str:
-        if key in overrides:
-            return overrides[key].strip()
+        if key in given:
+            return given[key].strip()
         require(
             key in parser[section],
             f"settings key in [{section}]",
@@ -250,9 +298,9 @@ def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None 
     return Settings(
         model=value("llmcourse", "model"),
         data=value("llmcourse", "data"),
-        scale=Scale(name=chosen, **{k: _whole(k, value(f"scale.{chosen}", k)) for k in scale_keys}),
-        seed=_whole("seed", value("llmcourse", "seed")),
-        home=Path(home).expanduser().absolute(),
+        scale=Scale(name=chosen, **{k: _whole(k, value(f"scale.{chosen}", k), 1, LARGEST) for k in scale_keys}),
+        seed=_whole("seed", value("llmcourse", "seed"), 0, 2**32 - 1),
+        home=_absolute("home", home),
         offline=offline in _TRUE,
         device=value("llmcourse", "device"),
         dtype=value("llmcourse", "dtype"),

@@ -12,7 +12,7 @@ from conftest import ROOT, clean_env, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcourse.settings import BadInput, load_settings, number, one_of, whole
+from llmcourse.settings import BadInput, environment_whole, load_settings, number, one_of, whole
 
 SHIPPED = ROOT / "settings.ini"
 
@@ -48,11 +48,19 @@ def test_environment_overrides_the_file_and_the_chosen_scale(tmp_path):
         ({"LLMCOURSE_SCALE": "huge"}, ("scale", "'huge'", "test, cpu, gpu")),
         ({"LLMCOURSE_CONTEXT": "1.5"}, ("context", "'1.5'", "whole number")),
         ({"LLMCOURSE_STRIDE": "512"}, ("stride", "512", "1 to 511")),
-        ({"LLMCOURSE_EVAL_TOKENS": "0"}, ("eval_tokens", "0", "at least 1")),
+        ({"LLMCOURSE_EVAL_TOKENS": "0"}, ("eval_tokens", "0", "from 1")),
         ({"LLMCOURSE_OFFLINE": "perhaps"}, ("offline", "'perhaps'", "true, false")),
         ({"LLMCOURSE_DEVICE": "gpu"}, ("device", "'gpu'", "cuda")),
         ({"LLMCOURSE_DTYPE": "int8"}, ("dtype", "'int8'", "bfloat16")),
         ({"LLMCOURSE_SEED": "-1"}, ("seed", "-1", "4294967295")),
+        ({"LLMCOURSE_SEED": ""}, ("seed", "''")),
+        ({"LLMCOURSE_SEED": "1_0"}, ("seed", "'1_0'")),
+        ({"LLMCOURSE_SEED": "٣"}, ("seed",)),
+        ({"LLMCOURSE_SEED": "9" * 5000}, ("seed",)),
+        ({"LLMCOURSE_BATCH_SIZE": "1" + "0" * 20}, ("batch_size",)),
+        ({"LLMCOURSE_BATCH_SIZE": "nan"}, ("batch_size", "'nan'")),
+        ({"LLMCOURSE_HOME": "~nobody-has-this-name/x"}, ("home", "no such user")),
+        ({"LLMCOURSE_MODEL": "a\x1b[31mb"}, ("model", "control characters")),
         ({"LLMCOURSE_MODEL": ""}, ("model", "''")),
         ({"LLMCOURSE_SETTINGS": "/nowhere/settings.ini"}, ("LLMCOURSE_SETTINGS", "/nowhere/settings.ini")),
     ],
@@ -85,6 +93,64 @@ def test_a_mistake_in_the_file_is_named(tmp_path, old, new, words):
         load_settings(path, env={})
     for word in words:
         assert word in str(e.value)
+
+
+FILES = {  # how a person's editor may have saved it: the bytes, and the words of the refusal (none: it is read)
+    "utf-8": (lambda text: text.encode(), ()),
+    "byte-order mark": (lambda text: text.encode("utf-8-sig"), ()),
+    "windows line ends": (lambda text: text.replace("\n", "\r\n").encode(), ()),
+    "latin-1": (lambda text: text.replace("home =", "home = /srv/données", 1).encode("latin-1", "ignore"), ("UTF-8", "byte ")),
+    "utf-16": (lambda text: text.encode("utf-16"), ("UTF-8",)),
+    "a NUL": (lambda text: text.replace("home =", "home = a\0b", 1).encode(), ("home", "control characters")),
+    "defaults": (lambda text: ("[DEFAULT]\nseed = 3\n" + text).encode(), ("section", "DEFAULT")),
+    "a key twice": (lambda text: text.replace("seed = 0", "seed = 0\nseed = 1").encode(), ("INI syntax",)),
+    "a key without a value": (lambda text: text.replace("seed = 0", "seed").encode(), ("INI syntax",)),
+    "nothing": (lambda text: b"", ("[llmcourse] section",)),
+    "a picture": (lambda text: b"\x89PNG\r\n\x1a\n\xff", ("UTF-8",)),
+}
+
+
+@pytest.mark.parametrize("how", FILES)
+def test_a_settings_file_as_editors_save_it(tmp_path, how):
+    make, words = FILES[how]
+    path = tmp_path / "settings.ini"
+    path.write_bytes(make(SHIPPED.read_text(encoding="utf8")))
+    if not words:
+        assert load_settings(path, env={}).model == load_settings(SHIPPED, env={}).model
+        return
+    with pytest.raises(BadInput) as e:
+        load_settings(path, env={})
+    assert "\n" not in str(e.value) and "allowed" in str(e.value)
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_a_file_with_a_byte_order_mark_is_found_in_the_folder_above(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_bytes(
+        SHIPPED.read_text(encoding="utf8").replace("seed = 0", "seed = 7").encode("utf-8-sig")
+    )
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert load_settings(env={}).seed == 7
+
+
+def test_what_a_caller_gives_goes_over_the_environment_and_is_checked_like_it():
+    env = {"LLMCOURSE_SCALE": "test", "LLMCOURSE_DEVICE": "cpu"}
+    settings = load_settings(SHIPPED, env=env, overrides={"scale": "gpu", "device": None})
+    assert settings.scale.name == "gpu" and settings.device == "cpu"
+    with pytest.raises(BadInput, match="scale is 'huge'"):
+        load_settings(SHIPPED, env=env, overrides={"scale": "huge"})
+
+
+@pytest.mark.parametrize(("text", "value"), [("", 0), (" ", 0), ("0", 0), ("3", 3)])
+def test_a_variable_that_other_programs_set(text, value):
+    assert environment_whole("RANK", 0, {"RANK": text}) == value and environment_whole("RANK", 5, {}) == 5
+
+
+@pytest.mark.parametrize("text", ["first", "-1", "1.0", "1e3"])
+def test_a_variable_that_other_programs_set_wrongly(text):
+    with pytest.raises(BadInput, match="RANK is"):
+        environment_whole("RANK", 0, {"RANK": text})
 
 
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
