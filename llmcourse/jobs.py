@@ -389,7 +389,7 @@ class _Job:
         from llmcourse.quantization import save_packed
 
         student, reports = compress(self.model, self.arms[arm.name], self.data, self.rt)
-        with atomic_folder(work / arm.slug) as folder:
+        with atomic_folder(work / arm.slug, replace=True) as folder:
             save_packed(student, self.tokenizer, folder)
         return {"reports": [str(r) for r in reports], "layers": [asdict(layer) for r in reports for layer in r.layers]}
 

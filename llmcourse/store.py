@@ -23,18 +23,23 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from llmcourse.settings import BadInput, require
 
-__all__ = ["CATALOG", "Asset", "Carrier", "asset_folder", "atomic_folder", "is_prepared", "prepare", "verify"]
+__all__ = [
+    "CATALOG", "Asset", "Carrier", "asset_faults", "asset_folder", "atomic_folder", "digests", "is_prepared",
+    "manifest_faults", "prepare", "scratch_folder", "sha256", "sweep", "verify", "write_atomic", "write_manifest",
+]  # fmt: skip
 
 MANIFEST = "MANIFEST.json"
 
@@ -133,8 +138,8 @@ CATALOG: dict[str, Asset] = {
             licence="Apache-2.0",
             origin="HuggingFaceTB/SmolLM2-135M-Instruct, stored as GGUF Q4_1",
             hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-            note="The packaged linear weights were stored in 4 bits (Q4_1, groups of 32; the embedding in 8 bits) and are dequantized here: "
-            "a quantizer on that very grid looks better than it is.",
+            note="The packaged linear weights were stored in 4 bits (Q4_1, groups of 32; the embedding in 8 bits) "
+            "and are dequantized here: a quantizer on that very grid looks better than it is.",
         ),
         Asset(
             name="bert-tiny",
@@ -219,7 +224,7 @@ CATALOG: dict[str, Asset] = {
                 size=5_416_192,
                 sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
             ),
-            # the *_gut_f.txt files are the Folio spelling of the same plays: near-duplicates that would leak across a split
+            # *_gut_f.txt is the Folio spelling of the same plays: near-duplicates that would leak across a split
             members=("*/shksprdata/texts/*_gut.txt",),
             licence="public domain",
             origin="Project Gutenberg",
@@ -286,32 +291,161 @@ CATALOG: dict[str, Asset] = {
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+_DIGESTS: dict[tuple, str] = {}
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, computed once per file and change (inode, size, time) in a process."""
+    stat = os.stat(path)
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key not in _DIGESTS:
+        with open(path, "rb") as f:
+            _DIGESTS[key] = hashlib.file_digest(f, "sha256").hexdigest()
+    return _DIGESTS[key]
+
+
+def digests(path: str | Path) -> dict[str, str]:
+    """SHA-256 of a file, or of every file below a folder (hidden ones left out), by its name inside the folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return {path.name: sha256(path)}
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    names = {p.relative_to(path): p for p in files}
+    return {n.as_posix(): sha256(p) for n, p in names.items() if not any(part.startswith(".") for part in n.parts)}
+
+
+def write_manifest(folder: Path, **about: Any) -> None:
+    """`MANIFEST.json`: every file of the folder with its bytes and SHA-256, and what else is to be remembered."""
+    files = {
+        n: {"bytes": (folder / n).stat().st_size, "sha256": d} for n, d in digests(folder).items() if n != MANIFEST
+    }
+    write_atomic(folder / MANIFEST, json.dumps({**about, "files": files}, indent=1) + "\n")
+
+
+def manifest_faults(folder: Path, *, content: bool = True) -> list[str]:
+    """What differs from the folder's manifest: files missing, of another size, or (`content`) of another digest."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        return ["has no readable " + MANIFEST]
+    faults = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"lacks {name}")
+        elif path.stat().st_size != entry["bytes"]:
+            faults.append(f"has a {name} of {path.stat().st_size} bytes where the manifest says {entry['bytes']}")
+        elif content and sha256(path) != entry["sha256"]:
+            faults.append(f"has a {name} whose sha256 is not the one in the manifest")
+    return faults
+
+
+def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], object]) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, whatever happens in between.
+
+    Args:
+        path: the file; its folder exists.
+        content: bytes, text (UTF-8), or a function that fills the temporary file whose path it gets.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        if callable(content):
+            content(Path(name))
+        else:
+            Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _own(folder: str | Path, *, wait: bool) -> int | None:
+    """A descriptor that holds the lock on a folder; None: another process has it; -1: no such locks here."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return -1
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _release(descriptor: int | None) -> None:
+    if descriptor is not None and descriptor >= 0:
+        os.close(descriptor)
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove the scratch folders of killed processes: those that begin with `prefix` and that nobody holds."""
+    for left in [p for p in parent.iterdir() if p.name.startswith(prefix)] if parent.is_dir() else ():
+        with contextlib.suppress(OSError):
+            held = _own(left, wait=False)
+            if held is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                _release(held)
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path):
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `parent`, removed when the block ends; what a killed process left is swept by the next call."""
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent, prefix)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        try:
+            held = _own(folder, wait=True)
+        except FileNotFoundError:  # another process swept it before it was ours
+            continue
+        if folder.is_dir():
+            break
+        _release(held)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _release(held)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `target` and rename it to `target` when the block ends well.
 
     A reader sees no folder or a whole one, whatever happens in between. A folder that a killed run left behind has a
     name of its own and is removed by the next run.
+
+    Args:
+        target: absent or empty when the block ends.
+        replace: `target` may also hold an older version, which is then removed.
+    Raises:
+        BadInput: something is there that is not ours to remove.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.partial-"
-    for left in target.parent.glob(prefix + "*"):
-        shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
+    with scratch_folder(target.parent, f".{target.name}.partial-") as partial:
         yield partial
         partial.chmod(0o755)  # mkdtemp's 0700 would lock out the other users of a shared cache
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            if replace and target.is_dir() and not target.is_symlink():
+                old = Path(tempfile.mkdtemp(prefix=partial.name + "-old-", dir=target.parent))
+                os.rename(target, old / target.name)
+                os.rename(partial, target)
+                shutil.rmtree(old, ignore_errors=True)
+                return
+            if target.is_dir() and not target.is_symlink():
+                target.rmdir()  # only if it is empty
+            require(not os.path.lexists(target), "folder", str(target), "a folder that does not exist, or an empty one")
+            os.rename(partial, target)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise BadInput(
+                f"folder is {str(target)!r}, which holds something else by now; allowed: a folder that does not exist, "
+                "or an empty one."
+            ) from None
 
 
 def asset_folder(name: str, home: Path) -> Path:
@@ -324,46 +458,51 @@ def asset_folder(name: str, home: Path) -> Path:
 
 def _manifest(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    good = isinstance(files, dict) and all(
+        isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()
+    )
+    return manifest if good else None
 
 
-def _fault(name: str, home: Path, digests: bool) -> str | None:
-    """What is wrong with a prepared asset, or None. Sizes are always compared, digests when asked."""
+def asset_faults(name: str, home: Path, *, content: bool = True) -> list[str]:
+    """Everything that is wrong with a prepared asset. Sizes are always compared, digests with `content`."""
     folder, asset = asset_folder(name, home), CATALOG[name]
     manifest = _manifest(folder)
     if manifest is None:
-        return "is not prepared"
+        return ["is not prepared"]
     if (manifest.get("carrier"), manifest.get("revision")) != (asset.carrier.sha256, asset.revision):
-        return "was prepared by another version of the course"
-    for file, entry in manifest["files"].items():
-        path = folder / file
-        if not path.is_file():
-            return f"lacks {file}"
-        if path.stat().st_size != entry["bytes"]:
-            return f"has a {file} of {path.stat().st_size} bytes where the manifest says {entry['bytes']}"
-        if digests and _sha256(path) != entry["sha256"]:
-            return f"has a {file} whose sha256 is not the one in the manifest"
-    return None
+        return ["was prepared by another version of the course"]
+    return manifest_faults(folder, content=content)
 
 
 def is_prepared(name: str, home: Path) -> bool:
     """Whether the asset is in the cache, whole by file sizes."""
-    return _fault(name, home, digests=False) is None
+    return not asset_faults(name, home, content=False)
 
 
 def verify(name: str, home: Path, *, digests: bool = True) -> Path:
-    """The asset's folder, after checking it.
+    """The asset's folder, after checking it. A digest is computed once per file and change in a process.
 
     Raises:
-        BadInput: it is not there, or a file is missing, cut off or changed; the sentence names the command that mends it.
+        BadInput: it is not there, or a file is missing, cut off or changed; the sentence names the mending command.
     """
-    fault = _fault(name, home, digests)
-    if fault:
+    faults = asset_faults(name, home, content=digests)
+    if faults:
         mend = "install llmcourse again" if CATALOG[name].bundled else f"run: llmcourse data --fetch {name}"
-        raise BadInput(f"{CATALOG[name].kind.rstrip('s')} {name!r} {fault} in {asset_folder(name, home)}; {mend}")
+        said = " and ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
+        raise BadInput(f"{CATALOG[name].kind.rstrip('s')} {name!r} {said} in {asset_folder(name, home)}; {mend}")
     return asset_folder(name, home)
+
+
+def _end_with_parent() -> None:
+    """In a child process: end when the parent is killed (Linux)."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def _download(carrier: Carrier, into: Path, show: bool) -> Path:
@@ -383,7 +522,8 @@ def _download(carrier: Carrier, into: Path, show: bool) -> Path:
         "--requirement",
         str(requirements),
     ]
-    env = dict(os.environ)
+    (temporary := into.parent / "tmp").mkdir(exist_ok=True)
+    env = os.environ | {"TMPDIR": str(temporary)}  # swept with the rest when this process is killed
     if carrier.wheel:
         command += ["--only-binary", ":all:"]
     else:  # answer for the archive's build backend ourselves: see null_backend
@@ -396,6 +536,7 @@ def _download(carrier: Carrier, into: Path, show: bool) -> Path:
         text=True,
         stderr=subprocess.PIPE,
         stdout=None if show else subprocess.DEVNULL,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
     found = [p for p in into.iterdir() if p.name != requirements.name]
     if result.returncode or len(found) != 1:
@@ -406,7 +547,7 @@ def _download(carrier: Carrier, into: Path, show: bool) -> Path:
         if "No module named pip" in result.stderr:
             reason = f"this Python has no pip (python -m ensurepip installs it): {sys.executable}"
         raise BadInput(f"{carrier.requirement} could not be downloaded with pip: {reason}")
-    digest = _sha256(found[0])
+    digest = sha256(found[0])
     if digest != carrier.sha256:
         raise BadInput(f"{carrier.requirement} has sha256 {digest}; allowed: {carrier.sha256}.")
     return found[0]
@@ -429,7 +570,8 @@ def _write_members(names: dict[str, Callable[[], bytes]], members: tuple[str, ..
         target = into / PurePosixPath(name).name  # only the last part of the name: nothing lands elsewhere
         if target.exists():
             raise BadInput(
-                f"two files of the archive would both become {target.name}: {', '.join(n for n in wanted if n.endswith(target.name))}."
+                f"two files of the archive would both become {target.name}: "
+                f"{', '.join(n for n in wanted if n.endswith(target.name))}."
             )
         target.write_bytes(names[name]())
     return len(wanted)
@@ -450,57 +592,53 @@ def prepare(name: str, home: Path, *, say: Callable[[str], None] = print) -> Pat
     folder, asset = asset_folder(name, home), CATALOG[name]
     if asset.bundled:
         return verify(name, home)
-    if _fault(name, home, digests=True) is None:
+    if not asset_faults(name, home):
         return folder
     show = sys.stderr.isatty() and "IN_TEST" not in os.environ
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{name}.lock"):
-            fault = _fault(name, home, digests=True)
-            if fault is None:  # another process prepared it while we waited
+            faults = asset_faults(name, home)
+            if not faults:  # another process prepared it while we waited
                 return folder
             if folder.exists():
-                say(f"{name} {fault}: preparing it again")
-            with tempfile.TemporaryDirectory(prefix="llmcourse-") as scratch:
-                box, taken = Path(scratch, "box"), Path(scratch, "taken")
+                say(f"{name} {' and '.join(faults[:3])}: preparing it again")
+            # inside the cache, so that the next run finds and removes what a killed one left
+            with scratch_folder(folder.parent, f".{name}.scratch-") as scratch:
+                box, taken = scratch / "box", scratch / "taken"
                 box.mkdir()
                 taken.mkdir()
                 say(f"{name}: downloading {asset.carrier.size / 1e6:.1f} MB ({asset.carrier.requirement})")
                 archive = _download(asset.carrier, box, show)
                 if not _extract(archive, asset.members, taken):
                     raise BadInput(f"{asset.carrier.requirement} holds no file like {', '.join(asset.members)}.")
-                with atomic_folder(folder) as partial:
+                with atomic_folder(folder, replace=True) as partial:
                     if asset.convert:
                         say(f"{name}: converting")
                         asset.convert(taken, partial)
                     else:
                         for file in taken.iterdir():
                             shutil.copyfile(file, partial / file.name)
-                    files = {}
-                    for file in sorted(p for p in partial.rglob("*") if p.is_file()):
+                    for file in (p for p in partial.rglob("*") if p.is_file()):
                         file.chmod(0o644)
-                        files[file.relative_to(partial).as_posix()] = {
-                            "bytes": file.stat().st_size,
-                            "sha256": _sha256(file),
-                        }
-                    manifest = {
-                        "name": name,
-                        "revision": asset.revision,
-                        "carrier": asset.carrier.sha256,
-                        "requirement": asset.carrier.requirement,
-                        "licence": asset.licence,
-                        "origin": asset.origin,
-                        "files": files,
-                    }
-                    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")
+                    write_manifest(
+                        partial,
+                        name=name,
+                        revision=asset.revision,
+                        carrier=asset.carrier.sha256,
+                        requirement=asset.carrier.requirement,
+                        licence=asset.licence,
+                        origin=asset.origin,
+                    )
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise BadInput(
-                f"home is {str(home)!r} and cannot be written; allowed: a folder of yours (set LLMCOURSE_HOME), or one where {name!r} was prepared before."
+                f"home is {str(home)!r} and cannot be written; allowed: a folder of yours (set LLMCOURSE_HOME), "
+                f"or one where {name!r} was prepared before."
             ) from e
         if e.errno == errno.ENOSPC:
             raise BadInput(
-                f"home is {str(home)!r} and its disk is full; {name!r} was not prepared and nothing half-written is left."
+                f"home is {str(home)!r} and its disk is full; {name!r} was not prepared, nothing half-written is left."
             ) from e
         raise
     say(f"{name}: ready")

@@ -448,7 +448,7 @@ def _save(out: Path, step: int, cfg: TrainConfig, identity: dict, result: TrainR
 
     target = out / f"step-{step:08d}"
     try:
-        with atomic_folder(target) as partial:
+        with atomic_folder(target, replace=True) as partial:
             for name in ("model", "best"):
                 if parts.get(name):
                     _write(partial / f"{name}.safetensors", save(parts[name]))

