@@ -8,7 +8,6 @@ __all__ = ['token_nll', 'block_bootstrap', 'Protocol', 'Perplexity', 'perplexity
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,28 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from .data import Window, windows
-from .runtime import Runtime, progress
+from .runtime import Runtime, evaluating, progress
 from .settings import require
 
 # %% ../nbs/05_evaluation.ipynb #1d684027
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Every submodule in eval mode; afterwards each is back in the mode that it was in."""
-    before = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
-    for m in before:
-        m.training = False
-    try:
-        # no_grad and not inference_mode: a model may keep a table that it builds now, and train with it later
-        with torch.no_grad(), parametrize.cached():
-            yield
-    finally:
-        for m, mode in before.items():
-            m.training = mode
-
-
 def _check_tokens(model: Any, tokens: Any, context: int) -> Tensor:
     """`tokens` as a 1-D int64 tensor on the CPU, after everything that can be wrong with it was looked at."""
     require(isinstance(tokens, Tensor), "tokens", type(tokens).__name__, "a 1-D tensor of whole numbers")
@@ -93,7 +76,7 @@ def token_nll(model: Any, tokens: Tensor, *, context: int, stride: int, batch_si
     device = rt.device if rt is not None else parameter.device if parameter is not None else tokens.device
     nll = torch.full((len(tokens) - 1,), math.nan, dtype=torch.float64)
     batches = [found[i : i + batch_size] for i in range(0, len(found), batch_size)]
-    with _evaluating(model), rt.autocast() if rt is not None else contextlib.nullcontext():
+    with evaluating(model), rt.autocast() if rt is not None else contextlib.nullcontext():
         for batch in progress(batches, "perplexity"):
             ids = torch.stack([tokens[w.start : w.stop] for w in batch]).to(device)
             for w, values in zip(batch, _score(model, ids, batch)):

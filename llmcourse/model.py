@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import apply_rope, merge_heads, split_heads
-from .data import _check_model_folder
+from .data import check_model_folder
 from .runtime import Runtime
 from .settings import BadInput, Settings, load_settings, require
 from .store import CATALOG, verify
@@ -421,7 +421,7 @@ class GPT(nn.Module):
         else:
             folder = Path(name).expanduser()
             require(folder.is_dir(), "model", str(name), f"{models}, or a folder")
-        c = _check_model_folder(folder)
+        c = check_model_folder(folder)
         for key, allowed in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("quantization_config", None)):
             value = c.get(key, allowed if key != "model_type" else None)
             require(value == allowed, f"{key} of {str(name)!r}", value, f"{allowed!r} (GPT reads plain Llama checkpoints)")

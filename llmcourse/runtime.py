@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['machine_epsilon', 'Runtime', 'seed_everything', 'Timing', 'benchmark', 'Comparison', 'compare', 'peak_memory',
-           'format_bytes', 'progress']
+           'format_bytes', 'progress', 'evaluating']
 
 # %% ../nbs/00_runtime.ipynb #754bd46b
 import contextlib
@@ -12,12 +12,13 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.utils.parametrize
 
 from .settings import environment_whole, require
 
@@ -251,3 +252,22 @@ def progress(iterable: Iterable, desc: str, total: int | None = None) -> Iterabl
     from tqdm.auto import tqdm
 
     return tqdm(iterable, desc=desc, total=total, leave=False, dynamic_ncols=not notebook)
+
+# %% ../nbs/00_runtime.ipynb #8d2f6b04
+@contextlib.contextmanager
+def evaluating(*modules: Any) -> Iterator[None]:
+    """No gradients, and every submodule in evaluation mode; afterwards each is back in the mode that it was in.
+
+    Also after an exception. What is not a module (a function that maps ids to logits) has no mode and passes.
+    Weights that a parametrization computes are computed once inside the context.
+    """
+    before = {m: m.training for module in modules if isinstance(module, torch.nn.Module) for m in module.modules()}
+    try:
+        for m in before:
+            m.training = False
+        # no_grad and not inference_mode: a model may keep a table that it builds now, and train with it later
+        with torch.no_grad(), torch.nn.utils.parametrize.cached():
+            yield
+    finally:
+        for m, mode in before.items():
+            m.training = mode

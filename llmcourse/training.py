@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .data import BPE, SPLITS, TokenData, load_records, token_data
-from .evaluation import KneserNey, _evaluating, compare_perplexity, perplexity
+from .evaluation import KneserNey, compare_perplexity, perplexity
 from .model import GPT, GPTConfig
 from .optim import lr_factor, make_optimizer
-from .runtime import Runtime, benchmark, progress
+from .runtime import Runtime, benchmark, evaluating, progress
 from .settings import BadInput, Settings, load_settings, require
 from .store import CATALOG, MANIFEST, atomic_folder
 
@@ -364,7 +364,7 @@ def _validate(accelerator: Any, module: _Losses, val: Any, collate: Callable, cf
         n -= n % world
     chosen = [len(val) * i // n for i in range(n)]
     sums = torch.zeros(2, dtype=torch.float64)
-    with _evaluating(module.model), accelerator.autocast():
+    with evaluating(module.model), accelerator.autocast():
         torch.manual_seed(cfg.seed)  # the next step seeds anew
         for piece in _share(chosen, rank, world, cfg.micro_batch or max(1, cfg.batch_size // world)):
             losses = module(rt.move(collate([val[i] for i in piece])))
