@@ -159,7 +159,9 @@ def front_matter_complete(name: str, nb: dict, chapters: set[str], keys: set[str
             f"output-file is {meta.get('output-file')!r}, the page's stable name is {slug(name) + '.html'!r}"
         )
     course = meta.get("course") or {}
-    for key in ("minutes-read", "minutes-run") if cells(nb, "code") else ("minutes-read",):
+    for key in ("minutes-read", "minutes-run"):
+        if key == "minutes-run" and key not in course and not cells(nb, "code"):
+            continue  # there is nothing to run
         value = course.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             problems.append(f"course.{key} is {value!r}, want a number of minutes above 0")

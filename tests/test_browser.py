@@ -6,11 +6,7 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,10 +15,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 pytest.importorskip("jupyterlab", reason='JupyterLab is not installed: pip install "llmcourse[lab]"')
 
 from example_sheet import ROOT, as_typed, build  # noqa: E402
+from lab_server import CHROMIUM, jupyterlab  # noqa: E402
 
 from llmcourse.practice import checking  # noqa: E402
 
-CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
@@ -47,42 +43,8 @@ def lab(tmp_path: Path):
         startup.mkdir(parents=True)
         (startup / "00_example.py").write_text(more)
         exec(more)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython"), "HOME": str(tmp_path),
-            "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "run")}  # fmt: skip
-    # no question about news, and every cell really on the page (by default only those in view are)
-    for name, value in (("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
-                        ("notebook-extension/tracker", {"windowingMode": "none"})):  # fmt: skip
-        file = tmp_path / "config" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(value))
-    with open(tmp_path / "lab.log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--ip=127.0.0.1",
-             "--IdentityProvider.token=", "--allow-root", f"--ServerApp.root_dir={folder}"],
-            cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
-        end = time.monotonic() + 90
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while True:
-            assert server.poll() is None, (tmp_path / "lab.log").read_text()
-            try:
-                opener.open(f"http://127.0.0.1:{port}/api", timeout=2).close()
-                break
-            except OSError:
-                assert time.monotonic() < end, (tmp_path / "lab.log").read_text()
-                time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}", sheet
-    finally:
-        server.terminate()
-        try:
-            server.wait(15)
-        except subprocess.TimeoutExpired:
-            server.kill()
+    with jupyterlab(folder, tmp_path) as address:
+        yield address, sheet
 
 
 def surprised(dialog, page, shots: Path) -> None:

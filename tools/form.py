@@ -197,9 +197,9 @@ def head(name: str, meta: dict) -> str:
     course = meta.get("course", {})
     known = chapters()
     facts = []
-    if name != "index.ipynb":
+    if course.get("needs"):
         needs = [f"[{title_of(known[n])}]({known[n]})" if n in known else str(n) for n in course.get("needs", [])]
-        facts.append("**Read first:** " + (", ".join(needs) or "nothing"))
+        facts.append("**Read first:** " + ", ".join(needs))
     if "minutes-read" in course:
         facts.append(f"**To read:** {duration(course['minutes-read'])}")
     if "minutes-run" in course:

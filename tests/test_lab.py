@@ -1,0 +1,107 @@
+"""Every chapter in JupyterLab, in a real browser: what a learner sees before running anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import book_rules as rules
+import pytest
+from conftest import ROOT
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+pytest.importorskip("jupyterlab", reason='JupyterLab is not installed: pip install "llmcourse[lab]"')
+
+from lab_server import CHROMIUM, jupyterlab  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
+    pytest.mark.xdist_group("lab"),  # one server for all
+]
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+# What the page shows: cells in order, each with what can be seen of it.
+LOOK = """() => [...document.querySelectorAll('.jp-Notebook .jp-Cell')].map(cell => {
+  const seen = e => !!e && e.getClientRects().length > 0;
+  const shown = cell.querySelector('.jp-RenderedMarkdown, .jp-MarkdownOutput');
+  return {
+    kind: ['Code', 'Markdown', 'Raw'].find(k => cell.classList.contains(`jp-${k}Cell`)),
+    text: seen(shown) ? shown.innerText : '',
+    source: seen(cell.querySelector('.cm-content')),
+    title: shown?.querySelector('h1')?.innerText.replace('¶', '').trim() ?? '',
+    open: [...cell.querySelectorAll('details')].filter(d => d.open).length,
+    summaries: [...cell.querySelectorAll('details > summary')].filter(seen).length,
+    hidden: [...cell.querySelectorAll('details > :not(summary)')].filter(e => e.checkVisibility()).length,
+    pictures: [...cell.querySelectorAll('.jp-OutputArea img, .jp-OutputArea svg')].filter(seen).length,
+    links: [...(shown?.querySelectorAll('a') ?? [])].map(a => a.innerText).filter(t => t && t !== '¶'),
+  };
+})"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory):
+    """A browser page beside a JupyterLab on a copy of the course."""
+    course = tmp_path_factory.mktemp("course")
+    for name in ("nbs", "exercises"):
+        shutil.copytree(ROOT / name, course / name)
+    with jupyterlab(course, tmp_path_factory.mktemp("private")) as address, sync_api.sync_playwright() as p:
+        arguments = ["--no-sandbox", "--disable-gpu", "--no-proxy-server"]
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000}, base_url=address)
+        page.set_default_timeout(90_000)
+        yield page
+        browser.close()
+
+
+def cells_seen(page, path: str, n: int) -> list[dict]:
+    """Open a notebook and wait until its `n` cells are drawn."""
+    page.goto(f"/doc/tree/{path}")
+    page.wait_for_function("n => document.querySelectorAll('.jp-Notebook .jp-Cell').length === n", arg=n)
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.jp-MarkdownCell')].every(c => c.classList.contains('jp-mod-rendered')"
+        " && (c.querySelector('.jp-RenderedMarkdown')?.innerHTML ?? '') !== '')"
+    )
+    return page.evaluate(LOOK)
+
+
+def unreadable(cells: list[dict]) -> list[str]:
+    """Traces of syntax that JupyterLab does not know, in what it shows."""
+    found = []
+    for i, cell in enumerate(cells):
+        for pattern in (r":::", r"\[@\w", r"\]\{[.#]", r"\{#(?:sec|fig|eq|tbl)-", r"(?<![\w@])@(?:fig|tbl|sec|eq)-", r"<!--", r"</?(?:div|details|summary)\b"):  # fmt: skip
+            found += [f"cell {i} shows {m[0]!r}" for m in re.finditer(pattern, cell["text"])]
+    return found
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_chapter_reads_well_in_jupyterlab(page, notebook: Path) -> None:
+    nb = rules.load(notebook)
+    cells = cells_seen(page, f"nbs/{notebook.name}", len(nb["cells"]))
+    if "TEST_SHOTS" in os.environ:
+        page.screenshot(path=Path(os.environ["TEST_SHOTS"]) / f"lab-{notebook.stem}.png")
+    title = rules.front_matter(nb)["title"]
+    assert [c["title"] for c in cells if c["title"]] == [title], "the title is the first thing, and the only one"
+    raw = [c for c in cells if c["kind"] == "Raw"]
+    assert raw and not any(c["source"] for c in raw), "the front matter is folded"
+    assert cells.index(raw[0]) == 0 and cells[1]["title"] == title
+    assert unreadable(cells) == []
+    written = sum("<details>" in rules.text(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
+    assert sum(c["summaries"] > 0 for c in cells) == written
+    assert not any(c["open"] or c["hidden"] for c in cells), "answers are closed"
+    for i, cell in rules.cells(nb, "code"):
+        options, _ = rules.directives(cell)
+        if str(options.get("label", "")).startswith("fig-"):
+            assert cells[i]["pictures"] >= 1, f"cell {i}: no picture"
+            assert cells[i + 1]["text"].startswith("Figure "), f"cell {i}: no visible caption"
+        if options.get("include") is False:
+            assert not cells[i]["source"], f"cell {i}: not for the reader, and not folded"
+    assert any("→" in link or "←" in link for link in cells[1]["links"]), "links to the neighbors at the head"
+    assert any("→" in link or "←" in link for link in cells[-1]["links"]), "links to the neighbors at the foot"
+
+
+def test_the_look_can_fail() -> None:
+    bad = ["::: {.callout-tip}", "as in [@gptq]", "see @fig-one", "</div>", "[x]{.y}", "$x$ {#eq-one}"]
+    assert all(len(unreadable([{"text": text}])) >= 1 for text in bad)
+    assert unreadable([{"text": "a list[int] and x@y: fine"}]) == []
