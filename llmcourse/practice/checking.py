@@ -145,6 +145,8 @@ class Exercise:
     make_cases: Callable[[], Iterable[Case]] | None = None
     wrong_answers: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """name -> (sentence, answer)"""
+    equivalent: dict[str, str] = field(default_factory=dict)
+    """changed line of the solution -> why this change makes no difference (`tools/mutate.py`)"""
     _known: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -221,9 +223,20 @@ _REGISTRY: dict[str, dict[str, Exercise]] = {}
 
 
 def exercise(
-    id: str, *, title: str, minutes: int, difficulty: int, points: int, hints: tuple[str, ...], time_limit: float = 5.0
+    id: str,
+    *,
+    title: str,
+    minutes: int,
+    difficulty: int,
+    points: int,
+    hints: tuple[str, ...],
+    time_limit: float = 5.0,
+    equivalent: dict[str, str] | None = None,
 ) -> Exercise:
-    """Declare an exercise in a checker. `time_limit` is in seconds, for each call of the answer."""
+    """Declare an exercise in a checker. `time_limit` is in seconds, for each call of the answer.
+
+    `equivalent`: mutants of the solution that do the same, by their changed line, with the reason (`tools/mutate.py`).
+    """
     require(bool(re.fullmatch(r"[a-z_0-9]+\.[A-Za-z_]\w*", id)), "id", id, "SHEET.NAME")
     require(isinstance(difficulty, int) and 1 <= difficulty <= 5, f"difficulty of {id}", difficulty, "1 to 5")
     require(isinstance(minutes, int) and minutes >= 1, f"minutes of {id}", minutes, "a whole number of at least 1")
@@ -236,8 +249,9 @@ def exercise(
     )
     space = sys._getframe(1).f_globals
     made = Exercise(
-        id, title, minutes, difficulty, points, hints, time_limit, space["__name__"], space.get("CHAPTER", "")
-    )
+        id, title, minutes, difficulty, points, hints, time_limit, space["__name__"], space.get("CHAPTER", ""),
+        equivalent=equivalent or {},
+    )  # fmt: skip
     _REGISTRY.setdefault(made.module, {})[id] = made
     return made
 
