@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import apply_rope, merge_heads, split_heads
-from .data import check_model_folder
+from .modelfolder import check_model_folder, weight_files
 from .runtime import Runtime
 from .settings import BadInput, Settings, load_settings, require
 from .store import CATALOG, verify
@@ -432,7 +432,7 @@ class GPT(nn.Module):
                            rope_theta=float(rope["rope_theta"]), tied=bool(c.get("tie_word_embeddings", False)))
         require(c.get("head_dim") in (None, config.head_dim), f"head_dim of {str(name)!r}", c.get("head_dim"), f"{config.head_dim}, hidden_size / num_attention_heads")
         weights = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder):
             for key, value in load_file(file).items():
                 for old, new in _LLAMA_NAMES:
                     key = key.replace(old, new)
