@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'GPT2_PATTERN', 'SYNONYMS', 'ModelCard', 'LoadedModel', 'load_model', 'document_hash', 'split_of',
-           'load_records', 'load_data', 'normalize', 'Parts', 'Rule', 'quality_rules', 'RuleCount', 'Cleaned', 'clean',
-           'shingles', 'jaccard', 'lsh_bands', 'NearDuplicates', 'near_duplicates', 'split_together', 'Overlap',
-           'leak_test', 'byte_alphabet', 'BPE', 'TokenData', 'separator_id', 'encode', 'token_data', 'Packed', 'pack',
-           'Window', 'windows', 'perturb_characters', 'replace_words', 'neighbor_lexicon', 'BackTranslator',
-           'back_translate', 'back_translation_flops']
+           'data_source', 'load_records', 'load_data', 'normalize', 'Parts', 'Rule', 'quality_rules', 'RuleCount',
+           'Cleaned', 'clean', 'shingles', 'jaccard', 'lsh_bands', 'NearDuplicates', 'near_duplicates',
+           'split_together', 'Overlap', 'leak_test', 'byte_alphabet', 'BPE', 'TokenData', 'separator_id', 'encode',
+           'token_data', 'Packed', 'pack', 'Window', 'windows', 'perturb_characters', 'replace_words',
+           'neighbor_lexicon', 'BackTranslator', 'back_translate', 'back_translation_flops']
 
 # %% ../nbs/02_data.ipynb #14237003
 import csv
@@ -197,11 +197,27 @@ def split_of(text: str) -> str:
     return next(name for name, bound in _BOUNDS if position < bound)
 
 
+def data_source(name: str | Path, *, settings: Settings | None = None) -> Path:
+    """The file or folder that a data set is read from; a prepared one is compared with its digests.
+
+    Raises:
+        BadInput: an unknown name, or a data set that is not prepared.
+    """
+    if (name := str(name)) in _DATA:
+        asset = _DATA[name][0]
+        return verify(asset, (settings or load_settings()).home) if asset else Path(json.__file__).parents[1]
+    path = Path(name).expanduser()
+    allowed = f"{', '.join(_DATA)}, or a .txt, .jsonl or .csv file, or a folder of .txt files"
+    require("\0" not in name and path.exists(), "data", name, allowed)
+    return path
+
+
 def load_records(name: str | Path, split: str | None = None, *, settings: Settings | None = None) -> list[dict]:
     """The documents of a data set as dictionaries with at least `text` and `split`, in an order that is as good as random.
 
     Args:
-        name: a data set of the catalog, or a `.txt`, `.jsonl` or `.csv` file, or a folder of `.txt` files.
+        name: a data set of the catalog, or a `.txt`, `.jsonl` or `.csv` file, or a folder of `.txt` files. A `.txt`
+            file on its own is cut at blank lines into documents, in a folder each is one document.
         split: train, val, test or calib; None for all.
     Raises:
         BadInput: an unknown name, a data set that is not prepared, no text in it, or an unknown split.
@@ -209,13 +225,8 @@ def load_records(name: str | Path, split: str | None = None, *, settings: Settin
     settings = settings or load_settings()
     require(split is None or split in SPLITS, "split", split, ", ".join(SPLITS))
     name = str(name)
-    if name in _DATA:
-        asset, reader = _DATA[name]
-        records = reader(verify(asset, settings.home) if asset else Path())
-    elif (path := Path(name).expanduser()).exists():
-        records = _read_path(path)
-    else:
-        raise BadInput(f"data is {name!r}; allowed: {', '.join(_DATA)}, or a .txt, .jsonl or .csv file, or a folder of .txt files.")
+    source = data_source(name, settings=settings)
+    records = _DATA[name][1](source) if name in _DATA else _read_path(source)
     seen, chosen = set(), []
     for record in records:
         position = document_hash(record["text"])
@@ -229,6 +240,16 @@ def load_records(name: str | Path, split: str | None = None, *, settings: Settin
     return [record for _, record in sorted(chosen, key=lambda pair: pair[0])]
 
 
+def _pieces(text: str, least: int = 500) -> list[str]:
+    """A text cut at blank lines into pieces of at least `least` characters (the last may be shorter)."""
+    pieces = [""]
+    for paragraph in re.split(r"\n\s*\n", text):
+        if len(pieces[-1]) >= least:
+            pieces.append("")
+        pieces[-1] += f"\n\n{paragraph}" if pieces[-1] else paragraph
+    return pieces
+
+
 def _read_path(path: Path) -> Iterator[dict]:
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     require(bool(files), "data folder", str(path), "a folder with .txt files")
@@ -236,7 +257,9 @@ def _read_path(path: Path) -> Iterator[dict]:
         require(file.suffix in (".txt", ".jsonl", ".csv"), "data file", file.name, "a .txt, .jsonl or .csv file")
         try:
             if file.suffix == ".txt":
-                yield {"text": file.read_text(encoding="utf8"), "title": file.name}
+                text = file.read_text(encoding="utf-8-sig")
+                for piece in [text] if path.is_dir() else _pieces(text):
+                    yield {"text": piece, "title": file.name}
             else:
                 with open(file, encoding="utf8", newline="") as f:
                     rows = csv.DictReader(f) if file.suffix == ".csv" else map(json.loads, filter(str.strip, f))

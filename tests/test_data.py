@@ -478,3 +478,17 @@ def test_back_translation():
 def test_bad_input_of_the_preparation_is_one_sentence(call):
     with pytest.raises(BadInput, match=r"allowed: .*\.$"):
         call()
+
+
+def test_one_text_file_is_many_documents(tmp_path):
+    """A .txt on its own is cut at blank lines, so that it has a test part and a calibration part; in a folder it is whole."""
+    paragraphs = [f"paragraph {i} " + "word " * 30 for i in range(400)]
+    path = tmp_path / "my.txt"
+    path.write_bytes("\ufeff".encode() + "\n \n".join(paragraphs).encode())
+    records = data.load_records(path)
+    assert {r["split"] for r in records} == {"train", "val", "test", "calib"}
+    assert sorted(p.split(" word")[0] for r in records for p in r["text"].split("\n\n")) == sorted(
+        p.split(" word")[0] for p in paragraphs
+    )
+    assert sum(len(r["text"]) < 500 for r in records) <= 1
+    assert len(data.load_records(tmp_path)) == 1
