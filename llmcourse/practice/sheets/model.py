@@ -17,23 +17,56 @@ from torch import Tensor, nn
 from llmcourse.practice.checking import case, exercise, rng
 
 
+def alone(answer, *args, **kwargs):
+    """Call the answer; a call of the chapter's functions, of PyTorch's norms or of autograd inside it is not accepted."""
+    import sys
+
+    banned = {"rms_norm", "layer_norm", "native_layer_norm", "group_norm", "run_backward"}
+    found = []
+
+    def watch(frame, event, what):
+        if event == "call":
+            module = frame.f_globals.get("__name__") or ""
+            if module.startswith("llmcourse.") and not module.startswith("llmcourse.practice"):
+                found.append(f"{module}.{frame.f_code.co_name}")
+        elif event == "c_call" and getattr(what, "__name__", "") in banned:
+            found.append(what.__name__)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        result = answer(*args, **kwargs)
+    finally:
+        sys.setprofile(before)
+    if found:
+        name = "autograd" if found[0] == "run_backward" else found[0]
+        raise RuntimeError(f"{name} was called; this exercise asks you to write that part yourself")
+    return result
+
+
+def apart(*cases):
+    return [c.through(alone) for c in cases]
+
+
 # %% solution rms_norm
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean square + eps) · weight over the last axis: (…, D) -> (…, D)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    """x / sqrt(mean square + eps) · weight over the last axis: (…, D) -> (…, D), in the dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight).to(x.dtype)
 
 
 # %% checker rms_norm
 ex = exercise(
     "model.rms_norm",
     title="RMSNorm",
-    minutes=8,
-    difficulty=1,
+    minutes=10,
+    difficulty=2,
     points=2,
     hints=(
         "RMS stands for root of the mean of the squares. Read the three words from right to left.",
         "You need one number for each row, so the mean goes over the last axis, and keepdim=True makes it fit for the division.",
-        "Square, take the mean over the last axis, add eps, take the root, divide x by it, multiply by the weight: in this order.",
+        "Convert to float32 (not below the dtype of x), square, take the mean over the last axis, add eps, take the root, divide, multiply by the weight, convert to the dtype of x: in this order.",
     ),
 )
 
@@ -41,131 +74,252 @@ ex = exercise(
 @ex.cases
 def _():
     x = torch.tensor([[1.0, 7.0], [5.0, 5.0]])
-    yield case("two by two", x, torch.ones(2), 0.0)
-    yield case("a row near zero", torch.tensor([[0.003, -0.001]]), torch.ones(2), 1e-5)
     g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(2, 3, 4, generator=g) + 1, torch.rand(4, generator=g)
-    yield case("batch with weights", x, w, 1e-5)
-    yield case("a row of zeros", torch.zeros(1, 3), torch.ones(3), 1e-5)
-    yield case("gradient", x, w, 1e-5).gradients(0, 1)
-    yield case("double precision", x.double(), w.double(), 1e-6)
+    y, w = torch.randn(2, 3, 4, generator=g) + 1, torch.rand(4, generator=g)
+    big = torch.tensor([[300.0, 400.0]])
+    yield from apart(
+        case("two by two", x, torch.ones(2), 0.0),
+        case("a single row", torch.tensor([3.0, -4.0, 0.0]), torch.ones(3), 0.0),
+        case("a row near zero", torch.tensor([[0.003, -0.001]]), torch.ones(2), 1e-5),
+        case("a large eps", torch.tensor([[1.0, -2.0]]), torch.tensor([2.0, 3.0]), 4.0),
+        case("batch with weights", y, w, 1e-5),
+        case("a row of zeros", torch.zeros(1, 3), torch.ones(3), 1e-5),
+        case("gradient", y, w, 1e-5).gradients(0, 1),
+        case("double precision", y.double(), w.double(), 1e-6),
+        case("float16, large numbers", big.half(), torch.ones(2).half(), 1e-5),
+        case("bfloat16", y[0].bfloat16(), w.bfloat16(), 1e-5),
+        case("x in float16, the weight in float32", y[0].half(), w, 1e-5),
+        case("x in float32, the weight in bfloat16", y[0], w.bfloat16(), 1e-5),
+    )
 
 
 @ex.wrong("Your ε stands outside the root. For ordinary rows nobody sees it, but a row near zero is divided by a much smaller number.")
 def eps_outside(x, weight, eps):
-    return x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / (wide.square().mean(-1, keepdim=True).sqrt() + eps) * weight).to(x.dtype)
 
 
 @ex.wrong("You subtracted the mean first, which is LayerNorm. RMSNorm leaves the mean in: a row (5, 5) becomes (1, 1), not (0, 0).")
 def mean_subtracted(x, weight, eps):
-    x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
 
 
 @ex.wrong("You divided by the length of the row: a sum of squares where the definition has their mean. The results are too small by the factor √D.")
 def sum_not_mean(x, weight, eps):
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps) * weight
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @ex.wrong("The root is missing: you divide by the mean square itself. Check the units: doubling x must not change the result.")
 def no_root(x, weight, eps):
-    return x / (x.square().mean(-1, keepdim=True) + eps) * weight
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @ex.wrong("Your mean runs over all numbers of the tensor, so the rows share one scale and a token depends on its neighbors. Each row has a root mean square of its own.")
 def over_everything(x, weight, eps):
-    return x * torch.rsqrt(x.square().mean() + eps) * weight
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean() + eps) * weight).to(x.dtype)
 
 
 @ex.wrong("The weight is not applied. It is what the model learns in a norm: one factor for each column.")
 def no_weight(x, weight, eps):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return rms_norm(x, torch.ones_like(weight), eps)
 
 
-# %% solution layer_norm
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(biased variance + eps) · weight + bias over the last axis: (…, D) -> (…, D)."""
+@ex.wrong("In float16 your squares are infinite: 300² is above 65504, and dividing by infinity leaves zeros. Square and average in float32, then convert back.")
+def squares_in_half(x, weight, eps):
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+@ex.wrong("The numbers are right, the dtype is not that of x: when x and the weight differ, PyTorch takes the wider one, and the next layer gets a dtype that it does not expect. Convert the result at the very end.")
+def wider_dtype_wins(x, weight, eps):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+@ex.wrong("Your result is always float32. Computing in float32 is right; the result has the dtype of x. (`y.to(dtype)` returns a new tensor: on a line of its own it has no effect.)")
+def stays_float32(x, weight, eps):
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+@ex.wrong("ε is missing: a row of zeros is divided by zero, and a row near zero is blown up to full size.")
+def no_eps(x, weight, eps):
+    return rms_norm(x, weight, 0.0)
+
+
+@ex.wrong("Your mean runs along the axis of the tokens (axis 1 of a batch, axis 0 of a matrix). Use the last axis, -1, whatever stands in front of it.")
+def over_tokens(x, weight, eps):
+    axis = max(x.dim() - 2, 0)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(axis, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+@ex.wrong("You multiplied by 1 + weight. That is how Gemma stores its norms; here the weight itself is the factor.")
+def one_plus_weight(x, weight, eps):
+    return rms_norm(x, 1 + weight, eps)
+
+
+@ex.wrong("You divided by the standard deviation. It measures the distance from the mean; the root mean square is measured from zero.")
+def standard_deviation(x, weight, eps):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.var(-1, keepdim=True, correction=0) + eps) * weight).to(x.dtype)
+
+
+@ex.wrong("The numbers are right, but x itself was changed: an operation with an underscore or with `*=` works in place. The residual stream still needs the old x.")
+def in_place(x, weight, eps):
+    y = rms_norm(x, weight, eps)
+    x.detach().copy_(y.detach())
+    return y
+
+
+# %% solution layer_norm_backward
+def layer_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x (N, D), weight (D,) and bias (D,), from grad = ∂L/∂y (N, D)."""
     centered = x - x.mean(-1, keepdim=True)
-    return centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight + bias
+    inverse = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)  # (N, 1)
+    normed = centered * inverse  # (N, D)
+    g = grad * weight  # gradient at the normed row
+    dx = inverse * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
+    return dx, (grad * normed).sum(0), grad.sum(0)
 
 
-# %% checker layer_norm
+# %% checker layer_norm_backward
 ex = exercise(
-    "model.layer_norm",
-    title="LayerNorm",
-    minutes=8,
-    difficulty=2,
-    points=3,
+    "model.layer_norm_backward",
+    title="The way back through LayerNorm",
+    minutes=25,
+    difficulty=4,
+    points=5,
     hints=(
-        "Four steps: center, scale, weight, bias. Each works on one row at a time.",
-        "What does `torch.var` divide by if you tell it nothing, and what does the statement ask for?",
-        "Center the row, take the mean of the squared deviations (that is the biased variance), add eps to it before the root, divide; then weight, then bias.",
+        "The bias first: it is added to every row, so each row sends its gradient to it. For the weight it is the same, with a factor.",
+        "For x, let g be the gradient at x̂. Three paths lead from one number of x to the loss: directly, through the mean, and through the variance. Write one term for each.",
+        "With r = 1/√(σ² + ε): dx = r · (g − mean(g) − x̂ · mean(g · x̂)), means over the row; dweight = Σ grad · x̂ and dbias = Σ grad over the rows.",
     ),
 )
 
 
 @ex.cases
 def _():
-    yield case("two by two", torch.tensor([[1.0, 7.0], [2.0, 4.0]]), torch.ones(2), torch.zeros(2), 0.0)
-    yield case("nearly equal numbers", torch.tensor([[0.001, 0.003]]), torch.ones(2), torch.zeros(2), 1e-5)
+    t = lambda *rows: torch.tensor(rows, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
-    x, w, b = torch.randn(2, 3, 4, generator=g) + 2, torch.rand(4, generator=g), torch.randn(4, generator=g)
-    yield case("weights and bias", x, w, b, 1e-5)
-    yield case("a constant row", torch.full((1, 3), 5.0), torch.ones(3), torch.tensor([1.0, 2.0, 3.0]), 1e-5)
-    yield case("gradient", x, w, b, 1e-5).gradients(0, 1, 2)
+    r = lambda *n: torch.randn(*n, generator=g, dtype=torch.float64)
+    yield from apart(
+        case("two numbers in a row", t([1.0, 7.0]), t([1.0, 1.0])[0], t([1.0, 0.0]), 0.0),
+        case("one row", t([0.0, 1.0, 5.0]), t([1.0, 1.0, 1.0])[0], t([1.0, 0.0, 0.0]), 0.0),
+        case("the same gradient everywhere", t([0.0, 1.0, 5.0]), t([1.0, 1.0, 1.0])[0], t([1.0, 1.0, 1.0]), 0.0),
+        case("a weight", t([0.0, 1.0, 5.0]), t([2.0, -1.0, 0.5])[0], t([1.0, 2.0, 3.0]), 0.0),
+        case("a large eps", t([0.0, 1.0, 5.0]), t([1.0, 2.0, 1.0])[0], t([1.0, -1.0, 2.0]), 3.0),
+        case("three rows", r(3, 5) + 2, r(5), r(3, 5), 1e-5),
+        case("as many rows as columns", r(4, 4), r(4), r(4, 4), 1e-2),
+        case("single precision", r(3, 5).float(), r(5).float(), r(3, 5).float(), 1e-5).tolerance(rtol=1e-4, atol=1e-5),
+    )
 
 
-@ex.wrong("Your variance is divided by D − 1. LayerNorm uses the biased one, divided by D; `torch.var` and `torch.std` have to be told.")
-def unbiased(x, weight, bias, eps):
-    return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + eps) * weight + bias
+def _parts(x, weight, grad, eps):
+    centered = x - x.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    normed = centered * inverse
+    mean = lambda y: y.mean(-1, keepdim=True)
+    return inverse, normed, grad * weight, (grad * normed).sum(0), grad.sum(0), mean
 
 
-@ex.wrong("Your ε is added to the standard deviation, outside the root. Where the numbers of a row are nearly equal this changes the result a lot.")
-def eps_outside_root(x, weight, bias, eps):
-    c = x - x.mean(-1, keepdim=True)
-    return c / (c.square().mean(-1, keepdim=True).sqrt() + eps) * weight + bias
+@ex.wrong("You treated mean and variance as constants, so dx is only weight · grad / √(σ² + ε). They depend on x too: two terms are missing.")
+def statistics_are_constant(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return inverse * g, dw, db
 
 
-@ex.wrong("The mean is not subtracted: this is RMSNorm with a bias. LayerNorm centers each row first.")
-def not_centered(x, weight, bias, eps):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight + bias
+@ex.wrong("The path through the variance is missing: x̂ · mean(g · x̂) has to be subtracted as well. A row of two numbers shows it: there dx must be zero.")
+def no_variance_path(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return inverse * (g - mean(g)), dw, db
 
 
-@ex.wrong("You divided by the variance; the root is missing. After LayerNorm a row has a standard deviation of one.")
-def by_variance(x, weight, bias, eps):
-    c = x - x.mean(-1, keepdim=True)
-    return c / (c.square().mean(-1, keepdim=True) + eps) * weight + bias
+@ex.wrong("The path through the mean is missing: adding the same number to the whole row changes nothing, so every row of dx has to sum to zero. Yours is right for RMSNorm.")
+def no_mean_path(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return inverse * (g - normed * mean(g * normed)), dw, db
 
 
-@ex.wrong("You took the statistics over the tokens, column by column. That is closer to batch normalization; here each token is normalized by itself, over its D numbers.")
-def over_tokens(x, weight, bias, eps):
-    c = x - x.mean(-2, keepdim=True)
-    return c * torch.rsqrt(c.square().mean(-2, keepdim=True) + eps) * weight + bias
+@ex.wrong("The weight is missing in dx: the gradient at x̂ is grad · weight, and all three terms start from it.")
+def no_weight(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return inverse * (grad - mean(grad) - normed * mean(grad * normed)), dw, db
 
 
-@ex.wrong("The bias was added before the weight was applied, so it gets multiplied too. The order is: scale, weight, bias.")
-def bias_first(x, weight, bias, eps):
-    c = x - x.mean(-1, keepdim=True)
-    return (c * torch.rsqrt(c.square().mean(-1, keepdim=True) + eps) + bias) * weight
+@ex.wrong("You multiplied by the weight after the means, so the means are those of another gradient. Multiply grad by the weight first.")
+def weight_last(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return inverse * weight * (grad - mean(grad) - normed * mean(grad * normed)), dw, db
 
 
-# %% solution swiglu
-def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """down(silu(gate(x)) · up(x)): x (…, D), w_gate and w_up (F, D), w_down (D, F) -> (…, D)."""
-    return F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+@ex.wrong("dx is not divided by √(σ² + ε): rows with a large spread get a gradient that is too large.")
+def not_divided(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return g - mean(g) - normed * mean(g * normed), dw, db
 
 
-# %% checker swiglu
+@ex.wrong("Sums stand where means belong in dx: the two correction terms are D times too large.")
+def sums_for_means(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    total = lambda y: y.sum(-1, keepdim=True)
+    return inverse * (g - total(g) - normed * total(g * normed)), dw, db
+
+
+@ex.wrong("dweight is computed from x. What the weight is multiplied with is x̂, the normalized row.")
+def weight_sees_x(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return layer_norm_backward(x, weight, grad, eps)[0], (grad * x).sum(0), db
+
+
+@ex.wrong("You averaged dweight and dbias over the rows. The same weight serves every row, so their contributions add up.")
+def averaged_rows(x, weight, grad, eps):
+    dx, dw, db = layer_norm_backward(x, weight, grad, eps)
+    return dx, dw / len(x), db / len(x)
+
+
+@ex.wrong("dweight and dbias still have one row for each token, or were summed along the row. They have the shape (D,): sum over the rows, axis 0.")
+def not_summed(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return layer_norm_backward(x, weight, grad, eps)[0], grad * normed, grad
+
+
+@ex.wrong("dbias and dweight have changed places. The order is (dx, dweight, dbias).")
+def swapped(x, weight, grad, eps):
+    dx, dw, db = layer_norm_backward(x, weight, grad, eps)
+    return dx, db, dw
+
+
+@ex.wrong("You used the unbiased variance (divided by D − 1). LayerNorm divides by D: tell `torch.var` so with correction=0.")
+def unbiased(x, weight, grad, eps):
+    centered = x - x.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(x.var(-1, keepdim=True) + eps)
+    normed, g = centered * inverse, grad * weight
+    dx = inverse * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
+    return dx, (grad * normed).sum(0), grad.sum(0)
+
+
+# %% solution scale_hidden
+def scale_hidden(w_gate: Tensor, w_up: Tensor, w_down: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same SwiGLU with row i of w_up multiplied by s[i]. w_gate and w_up (F, D), w_down (D, F), s (F,)."""
+    if (s == 0).any():
+        raise ValueError("a factor of 0 cannot be undone")
+    return w_gate.clone(), (w_up * s[:, None]).to(w_up.dtype), (w_down / s).to(w_down.dtype)
+
+
+# %% checker scale_hidden
 ex = exercise(
-    "model.swiglu",
-    title="SwiGLU",
-    minutes=8,
-    difficulty=2,
-    points=3,
+    "model.scale_hidden",
+    title="Another SwiGLU, the same function",
+    minutes=12,
+    difficulty=3,
+    points=4,
     hints=(
-        "Three matrix products. Two of them start from x, and their results meet before the third.",
-        "Only one of the two branches goes through silu. Which one has it in its name: the gate or the way up?",
-        "Apply F.silu to the gate's product, multiply elementwise with the product of w_up, and send the result through w_down (F.linear takes weights as they are stored).",
+        "Write the contribution of one hidden unit to the output as a product. Which factors of it may you move about?",
+        "The gate goes through silu, which is no straight line, so its row cannot take part. What the way up gains has to be taken back on the way down.",
+        "Row i of w_up times s_i, column i of w_down divided by s_i, w_gate as it was. A column of (D, F) belongs to the last axis, so `w_down / s` broadcasts as it should.",
     ),
 )
 
@@ -173,188 +327,374 @@ ex = exercise(
 @ex.cases
 def _():
     eye = torch.eye(2)
-    yield case("two by two", torch.tensor([[0.0, 2.0], [2.0, -1.0]]), eye, eye, eye)
     g = torch.Generator().manual_seed(0)
-    x, a, b, d = (torch.randn(*s, generator=g) for s in ((2, 3, 4), (6, 4), (6, 4), (4, 6)))
-    yield case("wider inside", x, a, b, d)
-    yield case("a single vector", x[0, 0], a, b, d)
-    yield case("gradient", x, a, b, d).gradients(0, 1, 2, 3)
+    a, b, d = (torch.randn(*n, generator=g) for n in ((3, 2), (3, 2), (2, 3)))
+    s = torch.tensor([2.0, 0.5, -4.0])
+    q, w, e = (torch.randn(4, 4, generator=g) for _ in range(3))
+    yield from apart(
+        case("two by two", eye, eye, eye, torch.tensor([2.0, 4.0])),
+        case("three hidden units", a, b, d, s),
+        case("as wide inside as outside", q, w, e, torch.tensor([0.25, 2.0, 3.0, -1.0])),
+        case("factors of one", a, b, d, torch.ones(3)),
+        case("a tiny factor", a, b, d, torch.tensor([1e-6, 1.0, 1.0])),
+        case("matrices in float16, factors in float32", a.half(), b.half(), d.half(), s),
+        case("matrices in float32, factors in float64", a, b, d, s.double()),
+        case("a factor of zero", a, b, d, torch.tensor([1.0, 0.0, 2.0])).raises(ValueError),
+    )
 
 
-@ex.wrong("The silu is on the wrong branch: you bent `up` and left `gate` straight. With different matrices that is another function.")
-def silu_on_up(x, w_gate, w_up, w_down):
-    return F.linear(F.linear(x, w_gate) * F.silu(F.linear(x, w_up)), w_down)
+def _checked(s):
+    if (s == 0).any():
+        raise ValueError("zero")
 
 
-@ex.wrong("You used the sigmoid as the gate, which is the older GLU. SwiGLU uses silu(z) = z·σ(z), which is not limited to numbers between 0 and 1.")
-def sigmoid_gate(x, w_gate, w_up, w_down):
-    return F.linear(torch.sigmoid(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+@ex.wrong("You also changed the gate. silu(s·z) is not s·silu(z): with its row scaled, the unit opens at other inputs, and the function is another one.")
+def gate_too(w_gate, w_up, w_down, s):
+    gate, up, down = scale_hidden(w_gate, w_up, w_down, s)
+    return (gate / s[:, None]).to(gate.dtype), up, w_down.clone()
 
 
-@ex.wrong("You added the two branches. A gate multiplies: where it is closed, nothing passes, whatever the other branch says.")
-def added(x, w_gate, w_up, w_down):
-    return F.linear(F.silu(F.linear(x, w_gate)) + F.linear(x, w_up), w_down)
+@ex.wrong("Gate and way up are both multiplied, and the way down is divided once. The gate has to stay as it is.")
+def gate_with_up(w_gate, w_up, w_down, s):
+    gate, up, down = scale_hidden(w_gate, w_up, w_down, s)
+    return (gate * s[:, None]).to(gate.dtype), up, down
 
 
-@ex.wrong("The silu was applied after the product of the branches. It belongs to the gate alone.")
-def silu_after(x, w_gate, w_up, w_down):
-    return F.linear(F.silu(F.linear(x, w_gate) * F.linear(x, w_up)), w_down)
+@ex.wrong("w_down was multiplied as well: each unit now contributes s² times as much. What the way up gains has to be divided out again.")
+def multiplied_down(w_gate, w_up, w_down, s):
+    gate, up, down = scale_hidden(w_gate, w_up, w_down, s)
+    return gate, up, (w_down * s).to(down.dtype)
 
 
-@ex.wrong("This is GELU in place of silu (that variant is called GeGLU). The curves look alike, but a checkpoint trained with one gives wrong numbers with the other.")
-def gelu_gate(x, w_gate, w_up, w_down):
-    return F.linear(F.gelu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+@ex.wrong("Only w_up has changed, so the function has too: nothing makes up for the factor.")
+def up_only(w_gate, w_up, w_down, s):
+    gate, up, down = scale_hidden(w_gate, w_up, w_down, s)
+    return gate, up, w_down.clone()
 
 
-@ex.wrong("There is no up branch in your answer: the gate multiplies itself away and you are left with a plain network of two matrices.")
-def no_up(x, w_gate, w_up, w_down):
-    return F.linear(F.silu(F.linear(x, w_gate)), w_down)
+@ex.wrong("You divided the rows of w_down. A hidden unit owns a column of it: (D, F) has the hidden units along the last axis.")
+def rows_of_down(w_gate, w_up, w_down, s):
+    gate, up, down = scale_hidden(w_gate, w_up, w_down, s)
+    return gate, up, (w_down / s[:, None]).to(down.dtype)
 
 
-# %% solution count_parameters
-def count_parameters(vocab_size: int, d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, tied: bool) -> int:
-    """Number of parameters of a Llama-style model; shared matrices count once."""
+@ex.wrong("You multiplied the columns of w_up, which belong to the inputs. `w_up * s` broadcasts along the last axis; a hidden unit owns a row: `s[:, None]`.")
+def columns_of_up(w_gate, w_up, w_down, s):
+    gate, up, down = scale_hidden(w_gate, w_up, w_down, s)
+    return gate, (w_up * s).to(up.dtype), down
+
+
+@ex.wrong("Up and down have changed roles: the rows of w_up were divided, the columns of w_down multiplied. The function is the same, but the statement wants row i of w_up multiplied by s_i.")
+def other_way(w_gate, w_up, w_down, s):
+    _checked(s)
+    return scale_hidden(w_gate, w_up, w_down, 1 / s)
+
+
+@ex.wrong("You refused negative factors. A sign cancels like any other factor; only 0 cannot be undone.")
+def refuses_negative(w_gate, w_up, w_down, s):
+    if (s <= 0).any():
+        raise ValueError("not positive")
+    return scale_hidden(w_gate, w_up, w_down, s)
+
+
+@ex.wrong("A factor of 0 went through: the unit is lost and w_down holds infinities. Refuse it with a ValueError.")
+def accepts_zero(w_gate, w_up, w_down, s):
+    return w_gate.clone(), (w_up * s[:, None]).to(w_up.dtype), (w_down / s).to(w_down.dtype)
+
+
+@ex.wrong("The matrices that you return have the dtype of the wider input. They go back into the model, so each keeps its own dtype: convert at the end.")
+def dtype_grows(w_gate, w_up, w_down, s):
+    _checked(s)
+    return w_gate.clone(), w_up * s[:, None], w_down / s
+
+
+@ex.wrong("The matrices that were given have changed (`*=`, or an assignment into them). Work on copies: whoever compares before and after still needs them.")
+def in_place(w_gate, w_up, w_down, s):
+    gate, up, down = scale_hidden(w_gate, w_up, w_down, s)
+    return w_gate, w_up.copy_(up), w_down.copy_(down)
+
+
+# %% solution most_layers
+def most_layers(budget: int, vocab_size: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int, tied: bool) -> int:
+    """The largest number of layers of a Llama-style model with at most `budget` parameters."""
     kv = n_kv_heads * (d_model // n_heads)
-    attention = 2 * d_model * d_model + 2 * d_model * kv
-    layer = attention + 3 * d_model * d_ff + 2 * d_model
-    return vocab_size * d_model * (1 if tied else 2) + n_layers * layer + d_model
+    layer = 2 * d_model * d_model + 2 * d_model * kv + 3 * d_model * d_ff + 2 * d_model
+    outside = vocab_size * d_model * (1 if tied else 2) + d_model
+    layers = (budget - outside) // layer
+    if layers < 1:
+        raise ValueError(f"one layer needs {outside + layer} parameters")
+    return layers
 
 
-# %% checker count_parameters
+# %% checker most_layers
 ex = exercise(
-    "model.count_parameters",
-    title="How many parameters?",
-    minutes=12,
-    difficulty=2,
+    "model.most_layers",
+    title="How many layers fit?",
+    minutes=15,
+    difficulty=3,
     points=4,
     hints=(
-        "Write one line for each matrix with its two sizes, and only then add up.",
-        "Queries and output are D × D. How many columns do the keys have when there are fewer key-value heads than heads?",
-        "Per layer: 2·D·D + 2·D·(n_kv_heads · D/n_heads) for attention, 3·D·d_ff for SwiGLU, 2·D for the norms. Outside: the embedding, one norm, and the head if it is not tied.",
+        "Two sums: what a model has once, and what it has in every layer. Write one line for each matrix with its two sizes.",
+        "Queries and output are D × D. How many columns do keys and values have when there are fewer key-value heads than heads? And SwiGLU has three matrices.",
+        "Per layer: 2·D·D + 2·D·(n_kv_heads · D/n_heads) + 3·D·d_ff + 2·D. Once: the embedding, one norm, and the head if it is not tied. Then a division that rounds down (`//`).",
     ),
 )
 
 
+def _count(layers, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    kv = n_kv_heads * (d_model // n_heads)
+    layer = 2 * d_model * d_model + 2 * d_model * kv + 3 * d_model * d_ff + 2 * d_model
+    return vocab_size * d_model * (1 if tied else 2) + d_model + layers * layer
+
+
 @ex.cases
 def _():
-    yield case("by hand", 10, 4, 1, 1, 1, 8, True)
-    yield case("untied", 10, 4, 2, 2, 2, 8, False)
-    yield case("grouped", 10, 8, 2, 4, 2, 16, True)
-    yield case("one key-value head, untied", 7, 12, 3, 6, 1, 20, False)
-    yield case("SmolLM2-135M", 49152, 576, 30, 9, 3, 1536, True)
+    hand = (10, 4, 1, 1, 8, True)
+    yield case("by hand", 379, *hand)
+    yield case("exactly two layers", 380, *hand)
+    yield case("exactly one layer", 212, *hand)
+    yield case("one parameter too few for one layer", 211, *hand).raises(ValueError)
+    yield case("not even the embedding", 20, *hand).raises(ValueError)
+    yield case("halfway to the second layer", 300, *hand)
+    untied = (10, 4, 2, 2, 8, False)
+    yield case("untied, three layers", _count(3, *untied), *untied)
+    yield case("untied, one parameter too few for three", _count(3, *untied) - 1, *untied)
+    grouped = (10, 8, 4, 2, 16, True)
+    yield case("grouped queries", _count(5, *grouped), *grouped)
+    yield case("grouped queries, one too few", _count(5, *grouped) - 1, *grouped)
+    one = (7, 12, 6, 1, 20, False)
+    yield case("one key-value head, many layers", _count(100, *one), *one)
+    yield case("one too few for many layers", _count(100, *one) - 1, *one)
+    yield case("the last norm does not fit", _count(100, *one) - 12, *one)
+    small = (49152, 576, 9, 3, 1536, True)
+    yield case("the size of SmolLM2-135M", 134_515_008, *small)
+    llama = (128256, 4096, 32, 8, 14336, False)
+    yield case("the size of Llama 3 8B", 8_030_261_248, *llama)
+    yield case("one parameter less than Llama 3 8B", 8_030_261_247, *llama)
+
+
+def _fit(budget, outside, layer):
+    layers = (budget - outside) // layer
+    if layers < 1:
+        raise ValueError("does not fit")
+    return int(layers)
+
+
+def _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside = _count(0, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return outside, _count(1, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied) - outside
 
 
 @ex.wrong("You counted the tied head as a second matrix. Tied means that head and embedding are one and the same.")
-def tied_twice(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied):
-    return count_parameters(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, False)
+def tied_twice(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    return most_layers(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, False)
+
+
+@ex.wrong("Your untied head costs nothing. Without tying it is a matrix of its own, as large as the embedding.")
+def head_forgotten(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    return most_layers(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, True)
 
 
 @ex.wrong("Your keys and values have as many heads as the queries. With grouped queries their matrices are smaller: n_kv_heads times the columns of one head.")
-def full_kv(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied):
-    return count_parameters(vocab_size, d_model, n_layers, n_heads, n_heads, d_ff, tied)
+def full_kv(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    return most_layers(budget, vocab_size, d_model, n_heads, n_heads, d_ff, tied)
 
 
 @ex.wrong("You counted two matrices in the feed-forward network. SwiGLU has three: gate, up and down.")
-def two_matrices(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied):
-    return count_parameters(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied) - n_layers * d_model * d_ff
+def two_matrices(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside, layer = _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return _fit(budget, outside, layer - d_model * d_ff)
 
 
 @ex.wrong("The norms are missing. Each has one weight per column: two in every layer, and one more before the head.")
-def no_norms(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied):
-    return count_parameters(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied) - (2 * n_layers + 1) * d_model
+def no_norms(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside, layer = _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return _fit(budget, outside - d_model, layer - 2 * d_model)
 
 
-@ex.wrong("The last norm, between the blocks and the head, is missing: D parameters. In a pre-norm model something has to normalize the stream before it is read.")
-def no_last_norm(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied):
-    return count_parameters(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied) - d_model
+@ex.wrong("The last norm, between the blocks and the head, is missing: D parameters, and at the border they decide.")
+def no_last_norm(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside, layer = _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return _fit(budget, outside - d_model, layer)
+
+
+@ex.wrong("You counted one norm in a layer. A block has two: one before attention, one before the feed-forward network.")
+def one_norm(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside, layer = _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return _fit(budget, outside, layer - d_model)
 
 
 @ex.wrong("You counted three matrices in attention. The fourth mixes the heads' results and brings them back to the stream: D × D.")
-def no_output_matrix(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied):
-    return count_parameters(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_ff, tied) - n_layers * d_model * d_model
+def no_output_matrix(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside, layer = _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return _fit(budget, outside, layer - d_model * d_model)
 
 
-# %% solution append_kv
-def append_kv(buffer: Tensor, length: int, new: Tensor) -> tuple[Tensor, int]:
-    """A copy of buffer (B, H, C, D) with new (B, H, T, D) at length … length + T - 1, and the new length."""
-    end = length + new.shape[2]
-    if end > buffer.shape[2]:
-        raise ValueError(f"{end} tokens do not fit into a buffer for {buffer.shape[2]}")
-    buffer = buffer.clone()
-    buffer[:, :, length:end] = new
-    return buffer, end
+@ex.wrong("You rounded to the nearest number, or up. The budget is a limit: a layer that does not fit whole does not fit.")
+def rounded(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside, layer = _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return _fit(budget + layer - 1, outside, layer)
 
 
-# %% checker append_kv
+@ex.wrong("A model with exactly as many parameters as the budget was refused. “At most” includes the border.")
+def below_the_budget(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    return most_layers(budget - 1, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+
+
+@ex.wrong("You returned 0, or a negative number, where not one layer fits. The statement asks for a ValueError: a model without layers is none.")
+def zero_layers(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside, layer = _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return max(0, (budget - outside) // layer)
+
+
+@ex.wrong("You divided the whole budget by the size of a layer. Embedding, last norm and head are needed once, whatever the number of layers: subtract them first.")
+def nothing_outside(budget, vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied):
+    outside, layer = _sizes(vocab_size, d_model, n_heads, n_kv_heads, d_ff, tied)
+    return _fit(budget, 0, layer)
+
+
+# %% solution cached_attention
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Causal attention of T new tokens over a cache. Returns out (B, H, T, D), the new buffers (B, H, C, D), the new length."""
+    T, C = q.shape[2], keys.shape[2]
+    if length + T > C:
+        raise ValueError(f"{length} + {T} tokens do not fit into a cache for {C}")
+    keys, values = keys.clone(), values.clone()
+    keys[:, :, length : length + T] = k
+    values[:, :, length : length + T] = v
+    allowed = torch.ones(T, C, dtype=torch.bool).tril(length)  # query i stands at position length + i
+    scores = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~allowed, -math.inf)  # (B, H, T, C)
+    return scores.softmax(-1) @ values, keys, values, length + T
+
+
+# %% checker cached_attention
 ex = exercise(
-    "model.append_kv",
-    title="Append to a cache",
-    minutes=10,
-    difficulty=2,
-    points=3,
+    "model.cached_attention",
+    title="A cache that works only once",
+    minutes=20,
+    difficulty=3,
+    points=5,
     hints=(
-        "Which axis counts the tokens? And which slots of it are free?",
-        "Slots are numbered from 0, so `length` tokens occupy the slots 0 … length − 1, and the first free one is `length`.",
-        "Compute end = length + T, compare it with the room, clone the buffer, assign to the slice length:end of the third axis, return both.",
+        "Take each complaint by itself, and make the smallest call that shows it: two tokens in two calls, one cache in two calls, one token into a full cache.",
+        "At which position does query 0 stand when `length` tokens are in the cache? What does `buffer[…] = x` do to the caller's tensor? And what is `keys[:, :, C : C + 1]`?",
+        "`tril(length)` shifts the mask by the tokens that are there (and hides the free room), `clone()` before the assignments, and a comparison of length + T with C that raises before anything is written.",
     ),
 )
 
 
 @ex.cases
 def _():
-    empty = torch.zeros(1, 1, 2, 2)
-    yield case("first token", empty, 0, torch.tensor([[[[1.0, 2.0]]]]))
-    used = torch.arange(24.0).view(1, 2, 4, 3) + 1
-    new = -torch.arange(6.0).view(1, 2, 1, 3) - 1
-    yield case("one more token", used, 2, new)
-    yield case("two at once", used, 1, torch.cat((new, 10 * new), 2))
-    yield case("up to the brim", used, 3, new)
-    yield case("no room", used, 4, new).raises(ValueError)
-    yield case("half precision", used.half(), 2, new.half())
+    g = torch.Generator().manual_seed(0)
+    r = lambda *n: torch.randn(*n, generator=g)
+    one = lambda *rows: torch.tensor([[list(rows)]])
+    k = r(1, 2, 5, 4)
+    buffers = lambda used, room, B=1, H=2, D=4: (r(B, H, room, D), r(B, H, room, D), used)  # old numbers in the free room
+    yield from apart(
+        case("the second of two tokens", one([1.0, 0.0]), one([1.0, 0.0]), one([2.0, 4.0]), one([0.0, 1.0], [0.0, 0.0]), one([8.0, 6.0], [0.0, 0.0]), 1),
+        case("the test that passes", r(1, 2, 5, 4), k, r(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0),
+        case("old numbers in the free room", r(1, 2, 1, 4), r(1, 2, 1, 4), r(1, 2, 1, 4), *buffers(2, 6)),
+        case("two new tokens after three", r(1, 2, 2, 4), r(1, 2, 2, 4), r(1, 2, 2, 4), *buffers(3, 6)),
+        case("up to the brim", r(1, 2, 3, 4), r(1, 2, 3, 4), r(1, 2, 3, 4), *buffers(3, 6)),
+        case("an empty cache with more room", r(1, 2, 3, 4), r(1, 2, 3, 4), r(1, 2, 3, 4), *buffers(0, 6)),
+        case("a batch", r(3, 2, 2, 4), r(3, 2, 2, 4), r(3, 2, 2, 4), *buffers(2, 5, 3)),
+        case("double precision", *(r(1, 2, 2, 4).double() for _ in range(3)), *(b.double() for b in buffers(1, 4)[:2]), 1),
+        case("one token into a full cache", r(1, 2, 1, 4), r(1, 2, 1, 4), r(1, 2, 1, 4), *buffers(4, 4)).raises(ValueError),
+        case("one token too many", r(1, 2, 3, 4), r(1, 2, 3, 4), r(1, 2, 3, 4), *buffers(2, 4)).raises(ValueError),
+    )
 
 
-@ex.wrong("You started to write at slot 0 and overwrote the oldest tokens. The free room begins after the tokens in use.")
-def from_zero(buffer, length, new):
-    if length + new.shape[2] > buffer.shape[2]:
+def _attend(q, k, v, keys, values, length, mask=None, at=None, fits=True, copy=True, scale=None):
+    T, C = q.shape[2], keys.shape[2]
+    if fits and length + T > C:
         raise ValueError("full")
-    buffer = buffer.clone()
-    buffer[:, :, : new.shape[2]] = new
-    return buffer, length + new.shape[2]
+    if copy:
+        keys, values = keys.clone(), values.clone()
+    at = length if at is None else at
+    keys[:, :, at : at + T] = k
+    values[:, :, at : at + T] = v
+    allowed = torch.ones(T, C, dtype=torch.bool).tril(length) if mask is None else mask(T, C)
+    scores = (q @ keys.mT / (scale or math.sqrt(q.shape[-1]))).masked_fill(~allowed, -math.inf)
+    return scores.softmax(-1) @ values, keys, values, length + T
+
+
+@ex.wrong("Nothing has changed yet: this is the function with its three faults.")
+def as_given(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, mask=lambda T, C: torch.ones(T, C, dtype=torch.bool).tril(), fits=False, copy=False)
+
+
+@ex.wrong("Your mask still counts the queries from position 0: each new token sees only the oldest ones. With `length` tokens in the cache, query i stands at position length + i.")
+def mask_top_left(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, mask=lambda T, C: torch.ones(T, C, dtype=torch.bool).tril())
+
+
+@ex.wrong("Your mask puts the queries at the end of the buffer (C − T), not at the end of what is in use. It is right for a full cache only; before that, the free room is read.")
+def mask_at_the_end(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, mask=lambda T, C: torch.ones(T, C, dtype=torch.bool).tril(C - T))
+
+
+@ex.wrong("The mask is gone for everything in use: new tokens that are read together see each other's future.")
+def future_open(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, mask=lambda T, C: (torch.arange(C) < length + T).expand(T, C))
+
+
+@ex.wrong("The new tokens do not see themselves: the mask is one position short. Query i stands at position length + i and may look at it.")
+def not_itself(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, mask=lambda T, C: torch.ones(T, C, dtype=torch.bool).tril(length - 1))
+
+
+@ex.wrong("The mask is one position too wide: each query sees the slot behind its own, which holds the token that it has to predict, or old numbers.")
+def one_ahead(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, mask=lambda T, C: torch.ones(T, C, dtype=torch.bool).tril(length + 1))
+
+
+@ex.wrong("The given buffers have changed: two beams that start from one cache overwrite each other. Clone before you write.")
+def in_place(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, copy=False)
+
+
+@ex.wrong("One token too many is still accepted when the cache is full: the slice behind the end is empty, and an assignment to nothing is no error in PyTorch. Compare length + T with the room yourself.")
+def silently_full(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, fits=False)
+
+
+@ex.wrong("You refuse a token that just fits: after the last slot is used, length is C. Only more than C is too much.")
+def brim_refused(q, k, v, keys, values, length):
+    if length + q.shape[2] >= keys.shape[2]:
+        raise ValueError("full")
+    return _attend(q, k, v, keys, values, length)
+
+
+@ex.wrong("The new tokens are written at slot 0, over the oldest ones. The first free slot is number `length`.")
+def written_at_zero(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, at=0)
 
 
 @ex.wrong("You wrote one slot too early, over the last token in use. With `length` tokens in the slots 0 … length − 1, the next free slot is `length`.")
-def one_early(buffer, length, new):
-    if length + new.shape[2] > buffer.shape[2]:
-        raise ValueError("full")
-    buffer, at = buffer.clone(), max(length - 1, 0)
-    buffer[:, :, at : at + new.shape[2]] = new
-    return buffer, length + new.shape[2]
+def one_early(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, at=max(length - 1, 0))
 
 
-@ex.wrong("The buffer that was given has changed. Work on a copy: the caller still holds the old one.")
-def in_place(buffer, length, new):
-    if length + new.shape[2] > buffer.shape[2]:
-        raise ValueError("full")
-    buffer[:, :, length : length + new.shape[2]] = new
-    return buffer, length + new.shape[2]
+@ex.wrong("The length grew by one although several tokens were read. Reading a prompt appends all of its tokens at once.")
+def length_plus_one(q, k, v, keys, values, length):
+    return *cached_attention(q, k, v, keys, values, length)[:3], length + 1
 
 
-@ex.wrong("The length grew by one although several tokens were appended. Reading a prompt appends all of its tokens at once.")
-def length_plus_one(buffer, length, new):
-    return append_kv(buffer, length, new)[0], length + 1
+@ex.wrong("You returned buffers without their free room: only the tokens in use and the new ones. The buffers keep their shape, or every step needs new ones.")
+def cut_off(q, k, v, keys, values, length):
+    out, keys, values, end = cached_attention(q, k, v, keys, values, length)
+    return out, keys[:, :, :end].clone(), values[:, :, :end].clone(), end
 
 
-@ex.wrong("A full buffer went unnoticed: the oldest tokens were pushed out. That is another kind of cache (a sliding window); here a full buffer is an error.")
-def slides(buffer, length, new):
-    both = torch.cat((buffer[:, :, :length], new), 2)[:, :, -buffer.shape[2] :]
-    return torch.cat((both, buffer[:, :, both.shape[2] :]), 2), both.shape[2]
+@ex.wrong("You set the free room to zero, or made new buffers. Its content does not matter to the mask, and it is to stay as it was.")
+def room_cleared(q, k, v, keys, values, length):
+    out, keys, values, end = cached_attention(q, k, v, keys, values, length)
+    keys[:, :, end:], values[:, :, end:] = 0, 0
+    return out, keys, values, end
 
 
-@ex.wrong("You returned a buffer without its free room: only the tokens in use and the new ones. Then every step would need a new, larger buffer.")
-def concatenated(buffer, length, new):
-    if length + new.shape[2] > buffer.shape[2]:
-        raise ValueError("full")
-    return torch.cat((buffer[:, :, :length], new), 2), length + new.shape[2]
+@ex.wrong("Only the output is returned. The caller needs the new buffers and the new length for the next token.")
+def output_only(q, k, v, keys, values, length):
+    return cached_attention(q, k, v, keys, values, length)[0]
 
 
 # %% solution keep_top_k
@@ -383,14 +723,26 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("two by two", torch.tensor([[1.0, 3.0], [4.0, 2.0]]), 1)
-    yield case("ties stay", torch.tensor([[0.0, 2.0, 2.0, 1.0, -3.0]]), 1)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 7, generator=g)
-    yield case("rows have their own threshold", x + torch.arange(3.0)[:, None] * 5, 3)
-    yield case("k larger than the vocabulary", x[0], 99)
-    yield case("all logits negative", torch.tensor([[-5.0, -1.0, -3.0]]), 2)
-    yield case("k = 0", x[0], 0).raises(ValueError)
+    yield from apart(
+        case("two by two", torch.tensor([[1.0, 3.0], [4.0, 2.0]]), 1),
+        case("one row without a batch", torch.tensor([1.0, 3.0, 2.0]), 2),
+        case("ties stay", torch.tensor([[0.0, 2.0, 2.0, 1.0, -3.0]]), 1),
+        case("equal logits count one by one", torch.tensor([[3.0, 5.0, 1.0, 5.0]]), 2),
+        case("three equal ones and a fourth", torch.tensor([[7.0, 2.0, 7.0, 7.0, 3.0]]), 4),
+        case("ties at the border", torch.tensor([[4.0, 2.0, 2.0, 1.0]]), 2),
+        case("rows have their own threshold", x + torch.arange(3.0)[:, None] * 5, 3),
+        case("as many rows as columns", x[0, :, :3], 2),
+        case("all but one", x[0], 6),
+        case("k is the size of the vocabulary", x[0], 7),
+        case("k larger than the vocabulary", x[0], 8),
+        case("all logits negative", torch.tensor([[-5.0, -1.0, -3.0]]), 2),
+        case("some are ruled out already", torch.tensor([[1.0, -torch.inf, 0.0, -torch.inf]]), 3),
+        case("half precision", x[0].half(), 2),
+        case("k = 0", x[0], 0).raises(ValueError),
+        case("negative k", x[0], -1).raises(ValueError),
+    )
 
 
 def _k(logits, k):
@@ -435,6 +787,71 @@ def too_large_fails(logits, k):
     return keep_top_k(logits, k)
 
 
+@ex.wrong("Equal logits were counted as one: you looked for the k-th largest of the distinct values. In (3, 5, 1, 5) the second largest is 5.")
+def distinct_values(logits, k):
+    _k(logits, k)
+    rows = logits.reshape(-1, logits.shape[-1])
+    out = rows.clone()
+    for row in out:
+        best = row.unique().flip(0)
+        row[row < best[min(k, len(best)) - 1]] = -math.inf
+    return out.view(logits.shape)
+
+
+@ex.wrong("Nothing was removed: `masked_fill` (like `scatter` or `where`) returns a new tensor, and yours was thrown away. Keep its result.")
+def thrown_away(logits, k):
+    _k(logits, k)
+    return logits.clone()
+
+
+@ex.wrong("You filled with a large negative number in place of −∞. In float16 it does not even exist, and whoever counts what is left (`isinf`, `isfinite`) finds everything.")
+def large_negative(logits, k):
+    out = keep_top_k(logits, k)
+    return out.masked_fill(out == -math.inf, -1e9 if out.dtype == torch.float32 else torch.finfo(out.dtype).min)
+
+
+@ex.wrong("The result is right, but the caller's logits were changed in place. Work on a copy: the same logits may be needed for the loss.")
+def in_place(logits, k):
+    return logits.copy_(keep_top_k(logits, k))
+
+
+@ex.wrong("You ranked along the wrong axis: the tokens of the vocabulary lie along the last one. Rows must not compete with each other.")
+def wrong_axis(logits, k):
+    if k < 1:
+        raise ValueError("k")
+    axis = max(logits.dim() - 2, 0)
+    t = logits.topk(min(k, logits.shape[axis]), dim=axis).values.narrow(axis, min(k, logits.shape[axis]) - 1, 1)
+    return logits.masked_fill(logits < t, -math.inf)
+
+
+@ex.wrong("You returned the k best logits by themselves. The result has the shape of the input: each token keeps its column.")
+def only_the_best(logits, k):
+    return logits.topk(_k(logits, k), dim=-1).values
+
+
+@ex.wrong("A k below 1 is not refused. With k = 0 no token is left to draw, and a negative k counts from the wrong end.")
+def accepts_zero(logits, k):
+    return keep_top_k(logits, max(k, 1))
+
+
+@ex.wrong("k larger than the vocabulary is refused in your answer. It only means that nothing is removed.")
+def too_large_refused(logits, k):
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError("k")
+    return keep_top_k(logits, k)
+
+
+@ex.wrong("One token too many is left: your threshold is the (k + 1)-th largest. In a sorted row the k-th largest has the index k − 1.")
+def one_more(logits, k):
+    _k(logits, k)
+    return keep_top_k(logits, k + 1)
+
+
+@ex.wrong("You returned probabilities. The statement asks for logits: the temperature and the softmax come later.")
+def probabilities(logits, k):
+    return keep_top_k(logits, k).softmax(-1)
+
+
 # %% solution keep_top_p
 def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     """The smallest set of most probable tokens with at least p, renormalized: (…, V) -> (…, V)."""
@@ -454,22 +871,39 @@ ex = exercise(
     difficulty=4,
     points=5,
     hints=(
-        "Sort, add up, cut. And in the end everything has to go back to where it came from.",
+        "Run the given function on (0.2, 0.7, 0.1), once with p = 0.1 and once with p = 0.8: two different faults show. What should the numbers be?",
         "A token stays if the tokens *before* it (the more probable ones) have not reached p yet. So the token that crosses p stays.",
-        "Sort descending and keep the order; cumsum minus the value itself is what came before; zero where that is ≥ p; scatter back along the order; divide by the row's sum.",
+        "Sort descending and keep the order; cumsum minus the value itself is what came before; zero where that is ≥ p; scatter (not gather) back along the order; divide by the row's sum.",
     ),
 )
 
 
 @ex.cases
 def _():
-    yield case("by hand", torch.tensor([[0.5, 0.3, 0.2]]), 0.6)
-    yield case("two rows, unsorted", torch.tensor([[0.2, 0.7, 0.1], [0.25, 0.35, 0.4]]), 0.72)
-    yield case("small p", torch.tensor([[0.2, 0.7, 0.1]]), 0.1)
-    yield case("everything", torch.tensor([[0.2, 0.7, 0.1]]), 1.0)
     g = torch.Generator().manual_seed(0)
-    yield case("batch", (2 * torch.randn(2, 2, 6, generator=g)).softmax(-1), 0.8)
-    yield case("p = 0", torch.tensor([[0.2, 0.8]]), 0.0).raises(ValueError)
+    exact = torch.tensor([[0.125, 0.5, 0.375], [0.375, 0.125, 0.5]])
+    batch = (2 * torch.randn(2, 2, 6, generator=g)).softmax(-1)
+    yield from apart(
+        case("by hand", torch.tensor([[0.5, 0.3, 0.2]]), 0.6),
+        case("without a batch", torch.tensor([0.1, 0.7, 0.2]), 0.75),
+        case("the test that passes", torch.tensor([[0.5, 0.3, 0.2]]), 0.8 + 1e-6),
+        case("two rows, unsorted", torch.tensor([[0.2, 0.7, 0.1], [0.25, 0.35, 0.4]]), 0.72),
+        case("a sum of exactly p", exact, 0.875),
+        case("one token has exactly p", exact, 0.5),
+        case("just above a sum", exact, 0.501),
+        case("just below a sum", exact, 0.874),
+        case("small p", torch.tensor([[0.2, 0.7, 0.1]]), 0.1),
+        case("everything", exact, 1.0),
+        case("a cycle of columns", torch.tensor([[0.125, 0.5, 0.0625, 0.3125]]), 0.8125),
+        case("batch", batch, 0.8),
+        case("as many rows as columns", batch[0, :, :2] / batch[0, :, :2].sum(-1, keepdim=True), 0.6),
+        case("double precision", batch.double() / batch.double().sum(-1, keepdim=True), 0.7),
+        case("half precision", exact.half(), 0.75),
+        case("p = 0", torch.tensor([[0.2, 0.8]]), 0.0).raises(ValueError),
+        case("negative p", torch.tensor([[0.2, 0.8]]), -0.1).raises(ValueError),
+        case("p just above 1", torch.tensor([[0.2, 0.8]]), 1.001).raises(ValueError),
+        case("p in percent", torch.tensor([[0.2, 0.8]]), 90.0).raises(ValueError),
+    )
 
 
 def _nucleus(probabilities, p, keep):
@@ -520,6 +954,83 @@ def ascending(probabilities, p):
     return kept / kept.sum(-1, keepdim=True)
 
 
+@ex.wrong("Nothing has changed yet: this is the function as it was found, with all of its faults.")
+def as_given(probabilities, p):
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    ordered[ordered.cumsum(-1) > p] = 0.0
+    kept = ordered.gather(-1, order)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+@ex.wrong("The right values are in the wrong columns: gather with `order` sorts once more, it does not undo the sort. `scatter` puts each value back where it came from.")
+def gathered(probabilities, p):
+    if not 0 < p <= 1:
+        raise ValueError("p")
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    kept = (ordered * (ordered.cumsum(-1) - ordered < p)).gather(-1, order)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+@ex.wrong("Where the sum meets p exactly, you keep one token too many. At least p is reached already: compare what came before with <, not with ≤.")
+def one_more_at_the_border(probabilities, p):
+    return _nucleus(probabilities, p, lambda o: o.cumsum(-1) - o <= p)
+
+
+@ex.wrong("Where the sum meets p exactly, you drop the token that meets it: a sum of exactly p is enough, but without that token it is not reached.")
+def meeting_dropped(probabilities, p):
+    def keep(o):
+        inside = o.cumsum(-1) < p
+        return torch.where(inside.any(-1, keepdim=True), inside, torch.arange(o.shape[-1]) == 0)
+
+    return _nucleus(probabilities, p, keep)
+
+
+@ex.wrong("The token that crosses p is still dropped; you only made sure that the first one stays. The set has to reach p: what came before a token decides whether it stays.")
+def crossing_dropped_first_kept(probabilities, p):
+    return _nucleus(probabilities, p, lambda o: (o.cumsum(-1) <= p) | (torch.arange(o.shape[-1]) == 0))
+
+
+@ex.wrong("A p above 1 went through. It is no probability; somebody meant 0.9 and wrote 90.")
+def above_one(probabilities, p):
+    if p <= 0:
+        raise ValueError("p")
+    return keep_top_p(probabilities, min(p, 1.0))
+
+
+@ex.wrong("A p of 0 or below went through. The smallest set with at least 0 is empty, and there is nothing to draw from.")
+def zero_accepted(probabilities, p):
+    if p > 1:
+        raise ValueError("p")
+    return keep_top_p(probabilities, max(p, 1e-9))
+
+
+@ex.wrong("p = 1 is refused in your answer. It is allowed, and keeps everything.")
+def one_refused(probabilities, p):
+    if not 0 < p < 1:
+        raise ValueError("p")
+    return keep_top_p(probabilities, p)
+
+
+@ex.wrong("You renormalized with a softmax. That makes other ratios, and the zeros are no zeros any more; divide by the sum of what is left.")
+def softmaxed(probabilities, p):
+    return keep_top_p(probabilities, p).softmax(-1)
+
+
+@ex.wrong("The set was chosen for the whole tensor, or along the wrong axis. Each row is a distribution of its own, along the last axis.")
+def wrong_axis(probabilities, p):
+    if not 0 < p <= 1:
+        raise ValueError("p")
+    axis = max(probabilities.dim() - 2, 0)
+    ordered, order = probabilities.sort(dim=axis, descending=True)
+    kept = torch.zeros_like(probabilities).scatter(axis, order, ordered * (ordered.cumsum(axis) - ordered < p))
+    return kept / kept.sum(-1, keepdim=True)
+
+
+@ex.wrong("The result is right, but the caller's probabilities were changed in place. Work on a copy.")
+def in_place(probabilities, p):
+    return probabilities.copy_(keep_top_p(probabilities, p))
+
+
 # %% solution with_temperature
 def with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """softmax(logits / temperature), one-hot for temperature 0: (…, V) -> (…, V)."""
@@ -548,12 +1059,26 @@ ex = exercise(
 @ex.cases
 def _():
     x = torch.tensor([[0.0, 1.0], [2.0, 2.0]])
-    yield case("temperature 1", x, 1.0)
-    yield case("cold", torch.tensor([[0.0, 1.0, 3.0]]), 0.5)
-    yield case("hot", torch.tensor([[0.0, 1.0, 3.0]]), 4.0)
-    yield case("greedy", torch.tensor([[0.0, 5.0, 3.0], [7.0, 7.0, 1.0]]), 0)
-    yield case("large logits", torch.tensor([[1000.0, 999.0]]), 0.25)
-    yield case("negative", x, -1.0).raises(ValueError)
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(3, 3, generator=g)
+    yield from apart(
+        case("temperature 1", x, 1.0),
+        case("cold", torch.tensor([[0.0, 1.0, 3.0]]), 0.5),
+        case("hot", torch.tensor([[0.0, 1.0, 3.0]]), 4.0),
+        case("without a batch", torch.tensor([1.0, 2.0, 3.0]), 2.0),
+        case("two axes in front", torch.randn(2, 2, 3, generator=g), 0.7),
+        case("as many rows as columns", y, 0.8),
+        case("greedy", torch.tensor([[0.0, 5.0, 3.0], [7.0, 7.0, 1.0]]), 0),
+        case("greedy, temperature 0.0, no batch", torch.tensor([-5.0, -1.0, -1.0]), 0.0),
+        case("large logits", torch.tensor([[1000.0, 999.0]]), 0.25),
+        case("nearly greedy", torch.tensor([[1000.0, 999.0, -1000.0]]), 0.001),
+        case("float16", y.half(), 0.5),
+        case("large logits in float16", torch.tensor([[1000.0, 990.0]]).half(), 0.01),
+        case("float64", y.double(), 1.5),
+        case("greedy in bfloat16", y.bfloat16(), 0.0),
+        case("negative", x, -1.0).raises(ValueError),
+        case("slightly negative", x, -1e-6).raises(ValueError),
+    )
 
 
 def _greedy_or_raise(logits, temperature):
@@ -604,6 +1129,211 @@ def ignored(logits, temperature):
     return g if g is not None else logits.softmax(-1)
 
 
+@ex.wrong("With temperature 0 you returned the index of the best token. The caller draws from the probabilities, so greedy is a row with a 1 in one column.")
+def index_for_greedy(logits, temperature):
+    return logits.argmax(-1) if temperature == 0 else with_temperature(logits, temperature)
+
+
+@ex.wrong("Your probabilities have the dtype of the logits. float32 is asked for: in half precision many small probabilities round to zero.")
+def dtype_of_logits(logits, temperature):
+    return with_temperature(logits, temperature).to(logits.dtype)
+
+
+@ex.wrong("You divided in float16, where 1000 / 0.01 is infinite and gives nan. Convert to float32 before you divide, not after.")
+def divided_in_half(logits, temperature):
+    g = _greedy_or_raise(logits, temperature)
+    return g if g is not None else (logits / temperature).float().softmax(-1)
+
+
+@ex.wrong("Negative temperatures count as greedy in your answer. They are a mistake of the caller: raise a ValueError.")
+def negative_is_greedy(logits, temperature):
+    return with_temperature(logits, max(temperature, 0))
+
+
+@ex.wrong("Your greedy row holds whole numbers (`F.one_hot` makes int64). Probabilities are float32.")
+def whole_numbers(logits, temperature):
+    return with_temperature(logits, temperature).long() if temperature == 0 else with_temperature(logits, temperature)
+
+
+@ex.wrong("Of several largest logits you took the last one. Greedy takes the first.")
+def last_of_equals(logits, temperature):
+    if temperature == 0:
+        best = logits.shape[-1] - 1 - logits.flip(-1).argmax(-1)
+        return F.one_hot(best, logits.shape[-1]).float()
+    return with_temperature(logits, temperature)
+
+
+@ex.wrong("You returned logarithms (`log_softmax`), or logits. The next token is drawn from probabilities.")
+def logarithms(logits, temperature):
+    return with_temperature(logits, temperature).log()
+
+
+@ex.wrong("Your softmax does not run along the last axis, which holds the vocabulary.")
+def wrong_axis(logits, temperature):
+    g = _greedy_or_raise(logits, temperature)
+    return g if g is not None else (logits.float() / temperature).softmax(max(logits.dim() - 2, 0))
+
+
+@ex.wrong("The result is right, but the logits were changed in place (`/=` or `div_`). Work on a new tensor.")
+def in_place(logits, temperature):
+    p = with_temperature(logits, temperature)
+    if temperature > 0:
+        logits.div_(temperature)
+    return p
+
+
+# %% solution temperature_for
+def temperature_for(logits: Tensor, entropy: float) -> float:
+    """The temperature at which softmax(logits / T) has this entropy in nats."""
+    if not 0 < entropy < math.log(len(logits)):
+        raise ValueError(f"entropy is {entropy}; it must be between 0 and {math.log(len(logits))}")
+    low, high = 1e-6, 1e8
+    for _ in range(200):
+        middle = math.sqrt(low * high)  # halves the ratio: the range has many orders of magnitude
+        p = (logits.double() / middle).softmax(-1)
+        low, high = (low, middle) if torch.special.entr(p).sum() > entropy else (middle, high)
+    return math.sqrt(low * high)
+
+
+# %% checker temperature_for
+ex = exercise(
+    "model.temperature_for",
+    title="Which temperature was it?",
+    minutes=18,
+    difficulty=3,
+    points=4,
+    hints=(
+        "There is no formula for T. But you can compute the entropy at any T, and you know in which direction it moves.",
+        "Bisection: keep a temperature that is too cold and one that is too hot, look between them, and replace one of the two. How wide does the first interval have to be?",
+        "Start with 1e-6 and 1e8, look at the geometric middle √(low · high), compute in float64, and let `torch.special.entr(p).sum()` do the sum (it knows that 0 · ln 0 is 0).",
+    ),
+)
+
+
+def entropy_at(answer, logits, entropy):
+    """The entropy that the answer's temperature really gives."""
+    t = answer(logits, entropy)
+    if isinstance(t, torch.Tensor) or not isinstance(t, (int, float)):
+        return {"temperature": t}
+    if not 0 < t < math.inf:
+        return {"temperature": float(t)}
+    p = (logits.double() / float(t)).softmax(-1)
+    return {"entropy at your temperature": float(torch.special.entr(p).sum())}
+
+
+@ex.cases
+def _():
+    g = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(50, generator=g)
+    made = [
+        case("by hand", torch.tensor([math.log(3), 0.0]), 0.5623351446188083),
+        case("colder than 1", torch.tensor([1.0, 0.0, 0.5]), 0.3),
+        case("hotter than 1", torch.tensor([4.0, 0.0, -3.0]), 0.9),
+        case("fifty tokens", x, 2.0),
+        case("fifty tokens, nearly certain", x, 0.01),
+        case("fifty tokens, nearly uniform", x, math.log(50) - 1e-3),
+        case("large logits", 1000 * torch.tensor([1.0, 0.0, 0.3, 0.9]), 1.38),
+        case("small differences", 0.01 * torch.tensor([1.0, 0.0, 0.3]), 0.5),
+        case("logits far from zero", torch.tensor([1000.0, 1001.0, 1002.0]), 0.8),
+        case("half precision", x[:8].half(), 1.0),
+    ]
+    yield from (c.through(entropy_at).tolerance(rtol=1e-3, atol=1e-6) for c in made)
+    y = torch.tensor([1.0, 0.0, 0.5])
+    yield case("certainty", y, 0.0).raises(ValueError)
+    yield case("negative", y, -0.1).raises(ValueError)
+    yield case("uniform", y, math.log(3)).raises(ValueError)
+    yield case("more than there is", y, 1.2).raises(ValueError)
+
+
+def _search(logits, target, low, high, measure=lambda p: float(torch.special.entr(p).sum())):
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        above = measure((logits.double() / middle).softmax(-1)) > target
+        low, high = (low, middle) if above else (middle, high)
+    return math.sqrt(low * high)
+
+
+def _refuse(logits, entropy):
+    if not 0 < entropy < math.log(len(logits)):
+        raise ValueError("entropy")
+
+
+@ex.wrong("Your entropy is in bits (logarithm to base 2). The statement uses nats, the natural logarithm.")
+def in_bits(logits, entropy):
+    _refuse(logits, entropy)
+    return _search(logits, entropy * math.log(2), 1e-6, 1e8)
+
+
+@ex.wrong("You returned 1/T, the factor by which the logits are multiplied. A temperature divides.")
+def inverse_temperature(logits, entropy):
+    return 1 / temperature_for(logits, entropy)
+
+
+@ex.wrong("Your search ends at 0.1 on the cold side or at 10 on the hot side. Large logits need hotter temperatures, small differences colder ones: start with a much wider range.")
+def narrow_range(logits, entropy):
+    _refuse(logits, entropy)
+    return _search(logits, entropy, 0.1, 10.0)
+
+
+@ex.wrong("Your search ends at 2, or at 1, as if temperatures above that did not exist.")
+def up_to_two(logits, entropy):
+    _refuse(logits, entropy)
+    return _search(logits, entropy, 1e-6, 2.0)
+
+
+@ex.wrong("Your bisection goes the wrong way: a higher temperature gives a higher entropy. If the entropy is too high, the answer is colder.")
+def wrong_direction(logits, entropy):
+    _refuse(logits, entropy)
+    low, high = 1e-3, 1e4
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        above = float(torch.special.entr((logits.double() / middle).softmax(-1)).sum()) > entropy
+        low, high = (middle, high) if above else (low, middle)
+    return math.sqrt(low * high)
+
+
+@ex.wrong("You searched for the probability of the best token, not for the entropy. Two distributions with the same maximum can be spread very differently.")
+def by_the_maximum(logits, entropy):
+    _refuse(logits, entropy)
+    return _search(logits, 1 - math.exp(-entropy), 1e-6, 1e8, lambda p: 1 - float(p.max()))
+
+
+@ex.wrong("You took the given number for a perplexity, exp of the entropy (or the other way around).")
+def perplexity(logits, entropy):
+    _refuse(logits, entropy)
+    return _search(logits, math.log(max(entropy, 1e-9) + 1), 1e-6, 1e8)
+
+
+@ex.wrong("The entropy 0 is not refused. No temperature above 0 gives it: it is the limit of greedy choice.")
+def zero_accepted(logits, entropy):
+    if not 0 <= entropy < math.log(len(logits)):
+        raise ValueError("entropy")
+    return _search(logits, entropy, 1e-6, 1e8)
+
+
+@ex.wrong("The entropy ln V is not refused. No finite temperature makes unequal logits exactly equally probable.")
+def uniform_accepted(logits, entropy):
+    if not 0 < entropy <= math.log(len(logits)) + 1e-12:
+        raise ValueError("entropy")
+    return _search(logits, entropy, 1e-6, 1e8)
+
+
+@ex.wrong("Nothing is refused: a negative entropy, or one above ln V, gets some temperature. There is none.")
+def refuses_nothing(logits, entropy):
+    return _search(logits, entropy, 1e-6, 1e8)
+
+
+@ex.wrong("You returned a tensor. The statement asks for a floating-point number: `.item()` or `float(…)`.")
+def a_tensor(logits, entropy):
+    return torch.tensor(temperature_for(logits, entropy))
+
+
+@ex.wrong("You returned the entropy at T = 1, or at some other temperature. The question is the other way around: the entropy is given, the temperature is wanted.")
+def the_entropy(logits, entropy):
+    _refuse(logits, entropy)
+    return float(torch.special.entr(logits.double().softmax(-1)).sum())
+
+
 # %% solution positions_of
 def positions_of(real: Tensor) -> Tensor:
     """Positions (B, T), counted from the first real token of each row; padding gets 0."""
@@ -627,10 +1357,15 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("by hand", torch.tensor([[False, True], [True, True]]))
-    yield case("more padding", torch.tensor([[False, False, True, True]]))
-    yield case("three rows", torch.tensor([[True] * 5, [False] * 2 + [True] * 3, [False] * 4 + [True]]))
-    yield case("a single token", torch.tensor([[True]]))
+    yield from apart(
+        case("two rows", torch.tensor([[False, True], [True, True]])),
+        case("by hand", torch.tensor([[False, False, True, True]])),
+        case("three rows", torch.tensor([[True] * 5, [False] * 2 + [True] * 3, [False] * 4 + [True]])),
+        case("more rows than tokens", torch.tensor([[True, True], [False, True], [True, True], [False, True]])),
+        case("nothing but padding", torch.tensor([[False, False, False], [False, True, True]])),
+        case("a single token", torch.tensor([[True]])),
+        case("ten tokens", torch.tensor([[False] * 3 + [True] * 7])),
+    )
 
 
 @ex.wrong("Positions 0, 1, 2, … in every row, padding included: a prompt would change its meaning with the length of its neighbor in the batch.")
@@ -663,6 +1398,31 @@ def as_floats(real):
     return (real.float().cumsum(-1) - 1).clamp_min(0)
 
 
+@ex.wrong("You read the mask the wrong way round: True marks real tokens here (Hugging Face's attention mask has 1 for them, too), and you counted the padding.")
+def counts_padding(real):
+    return ((~real).long().cumsum(-1) - 1).clamp_min(0)
+
+
+@ex.wrong("Your padding has position 1, as in Hugging Face's `generate`, which fills in 1. Nobody looks at it, but this statement asks for 0.")
+def padding_one(real):
+    return (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
+
+
+@ex.wrong("Your padding has negative positions: you subtracted the length of the padding and let it go below zero. As an index, −1 means the last row of a table.")
+def below_zero(real):
+    return torch.arange(real.shape[1]) - (~real).sum(-1, keepdim=True)
+
+
+@ex.wrong("Your positions are not int64. An index of another type works in one place and fails in the next; `.long()` on the mask before the running sum gives int64.")
+def int32(real):
+    return (real.int().cumsum(-1, dtype=torch.int32) - 1).clamp_min(0)
+
+
+@ex.wrong("The padding of the first row was taken for all rows. Every row has padding of its own length.")
+def first_row_for_all(real):
+    return (torch.arange(real.shape[1]) - int((~real[0]).sum())).clamp_min(0).expand(real.shape).clone()
+
+
 # %% solution route_top_k
 def route_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Chosen experts (N, k) and their weights (N, k) for router logits (N, E)."""
@@ -690,20 +1450,31 @@ ex = exercise(
 
 
 def weights_only(answer, logits, k):
-    return answer(logits, k)[1]
+    result = answer(logits, k)
+    return result[1] if isinstance(result, (tuple, list)) and len(result) == 2 else result
 
 
 @ex.cases
 def _():
     x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    yield case("two by two, one expert", x, 1)
-    yield case("two by two, both", x, 2)
     g = torch.Generator().manual_seed(0)
     y = torch.randn(5, 4, generator=g)
-    yield case("two of four", y, 2)
-    yield case("one of four", y, 1)
+    yield from apart(
+        case("two by two, one expert", x, 1),
+        case("two by two, both", x, 2),
+        case("two of four", y, 2),
+        case("one of four", y, 1),
+        case("three of four", y, 3),
+        case("all of four", y, 4),
+        case("as many tokens as experts", y[:4], 2),
+        case("one token, far apart", torch.tensor([[-50.0, 60.0, 20.0]]), 2),
+        case("half precision", y.half(), 2),
+        case("too many", y, 5).raises(ValueError),
+        case("none", y, 0).raises(ValueError),
+        case("a negative number", y, -1).raises(ValueError),
+    )
     yield case("gradient, one expert", y, 1).through(weights_only).gradients(0)
-    yield case("too many", y, 5).raises(ValueError)
+    yield case("gradient, two experts", y, 2).through(weights_only).gradients(0)
 
 
 def _all(logits, k):
@@ -759,6 +1530,74 @@ def swapped(logits, k):
     return w, e
 
 
+@ex.wrong("The weights carry no gradient: something was detached (or computed from numbers, with `.item()` or `.tolist()`), and the router never learns.")
+def detached(logits, k):
+    e, w = route_top_k(logits, k)
+    return e, w.detach()
+
+
+@ex.wrong("The gradient of your renormalization is missing: the divisor was detached. It depends on the logits as well.")
+def divisor_detached(logits, k):
+    w, e = _all(logits, k)
+    return e, (w / w.sum(-1, keepdim=True).detach() if k > 1 else w)
+
+
+@ex.wrong("You used a sigmoid for each expert. Some models do; here the softmax over all experts gives the probabilities.")
+def sigmoid(logits, k):
+    _all(logits, k)
+    w, e = logits.sigmoid().topk(k, dim=-1)
+    return e, (w / w.sum(-1, keepdim=True) if k > 1 else w)
+
+
+@ex.wrong("The experts stand in the order of their numbers. The most probable one comes first, and the weights stand beside their experts.")
+def ordered_by_number(logits, k):
+    e, w = route_top_k(logits, k)
+    e, order = e.sort(-1)
+    return e, w.gather(-1, order)
+
+
+@ex.wrong("You took a softmax of the chosen probabilities, a second softmax. Divide them by their sum: 0.6 and 0.3 become 2/3 and 1/3.")
+def softmax_twice(logits, k):
+    w, e = _all(logits, k)
+    return e, (w.softmax(-1) if k > 1 else w)
+
+
+@ex.wrong("You chose the experts along the axis of the tokens. Each token, each row, chooses its own.")
+def tokens_chosen(logits, k):
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError("k")
+    w, e = logits.softmax(-1).topk(min(k, len(logits)), dim=0)
+    w, e = w.mT, e.mT
+    return e, (w / w.sum(-1, keepdim=True) if k > 1 else w)
+
+
+@ex.wrong("You returned a weight for every expert, (N, E), with zeros. The statement asks for the weights of the chosen ones, (N, k).")
+def all_columns(logits, k):
+    e, w = route_top_k(logits, k)
+    return e, torch.zeros_like(logits).scatter(-1, e, w)
+
+
+@ex.wrong("k = 0, or a negative k, is not refused: the token would reach no expert at all.")
+def zero_accepted(logits, k):
+    if k > logits.shape[-1]:
+        raise ValueError("k")
+    return route_top_k(logits, max(k, 1))
+
+
+@ex.wrong("A k above the number of experts ends in PyTorch's own error, or is cut down. Check k yourself and raise a ValueError.")
+def library_error(logits, k):
+    if k > logits.shape[-1]:
+        raise RuntimeError("selected index k out of range")
+    return route_top_k(logits, k)
+
+
+@ex.wrong("All experts at once are refused in your answer. k = E is allowed: then every expert gets its share.")
+def all_refused(logits, k):
+    if not 1 <= k < logits.shape[-1]:
+        raise ValueError("k")
+    return route_top_k(logits, k)
+
+
 # %% solution balance_loss
 def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
     """E Σ f_e P_e for probabilities (N, E) and choices (N, k)."""
@@ -784,12 +1623,22 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("by hand", torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([[0], [0]]))
-    yield case("balanced", torch.tensor([[0.8, 0.2], [0.2, 0.8]]), torch.tensor([[0], [1]]))
     g = torch.Generator().manual_seed(0)
     p = torch.randn(6, 4, generator=g).softmax(-1)
-    yield case("two choices, an expert that nobody chose", p, torch.tensor([[0, 1], [1, 2], [1, 2], [2, 1], [0, 2], [1, 0]]))
-    yield case("gradient", p, torch.tensor([[0], [1], [1], [2], [0], [1]])).gradients(0)
+    two = torch.tensor([[0, 1], [1, 2], [1, 2], [2, 1], [0, 2], [1, 0]])
+    yield from apart(
+        case("by hand", torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([[0], [0]])),
+        case("balanced", torch.tensor([[0.8, 0.2], [0.2, 0.8]]), torch.tensor([[0], [1]])),
+        case("one token", torch.tensor([[0.1, 0.7, 0.2]]), torch.tensor([[1]])),
+        case("two choices, an expert that nobody chose", p, two),
+        case("the first expert was chosen by nobody", p, two + 1),
+        case("unequal second choices", p, torch.tensor([[0, 1], [0, 1], [0, 2], [0, 3], [0, 1], [3, 1]])),
+        case("three choices", p, torch.tensor([[0, 1, 2], [1, 2, 3], [0, 1, 2], [2, 1, 0], [0, 2, 1], [1, 0, 3]])),
+        case("gradient", p, torch.tensor([[0], [1], [1], [2], [0], [1]])).gradients(0),
+        case("gradient, two choices", p, two).gradients(0),
+        case("double precision", p.double(), two),
+        case("half precision", p.half(), two),
+    )
 
 
 @ex.wrong("The factor E is missing. Without it a perfect balance would give 1/E, a number that depends on how many experts there are.")
@@ -816,7 +1665,7 @@ def probabilities_twice(probabilities, experts):
 def choices_twice(probabilities, experts):
     E = probabilities.shape[-1]
     f = F.one_hot(experts, E).to(probabilities.dtype).mean((0, 1))
-    return E * f.square().sum() + 0 * probabilities.sum()
+    return E * f.square().sum()
 
 
 @ex.wrong("You averaged the product token by token. The two means are taken first, each over all tokens, and multiplied then.")
@@ -828,3 +1677,169 @@ def mean_of_products(probabilities, experts):
 @ex.wrong("Only each token's first choice was counted. With k choices, all of them use an expert's time.")
 def first_choice_only(probabilities, experts):
     return balance_loss(probabilities, experts[:, :1])
+
+
+@ex.wrong("You returned a Python number (`.item()`), or lost the gradient on the way. The loss is a tensor, and it has to reach the router.")
+def a_number(probabilities, experts):
+    return balance_loss(probabilities, experts).item()
+
+
+@ex.wrong("The probabilities were detached: the loss has the right value, but no gradient reaches the router. Only the counts f have none.")
+def detached(probabilities, experts):
+    return balance_loss(probabilities, experts).detach()
+
+
+@ex.wrong("The last experts are missing when nobody chose them: `bincount` and `unique` stop at the largest choice. Tell them how many experts there are (`minlength`).")
+def without_minlength(probabilities, experts):
+    f = torch.bincount(experts.flatten()).to(probabilities.dtype) / experts.numel()
+    return probabilities.shape[-1] * (f * probabilities.mean(0)).sum()
+
+
+@ex.wrong("You took the most probable expert of each row instead of the choices that were given. With two choices, or when a token was sent elsewhere, that is another count.")
+def argmax_for_choices(probabilities, experts):
+    return balance_loss(probabilities, probabilities.argmax(-1, keepdim=True))
+
+
+@ex.wrong("You subtracted 1, so that a perfect balance gives 0. A reasonable loss, but not the one that is asked for.")
+def minus_one(probabilities, experts):
+    return balance_loss(probabilities, experts) - 1
+
+
+@ex.wrong("Your result is a vector with one number for each expert. Add them up.")
+def not_summed(probabilities, experts):
+    E = probabilities.shape[-1]
+    f = F.one_hot(experts, E).to(probabilities.dtype).mean((0, 1))
+    return E * f * probabilities.mean(0)
+
+
+@ex.wrong("Your mean of the probabilities runs over the experts, not over the tokens. P has one number for each expert.")
+def mean_of_rows(probabilities, experts):
+    E = probabilities.shape[-1]
+    f = F.one_hot(experts, E).to(probabilities.dtype).mean((0, 1))
+    return E * f.sum() * probabilities.mean(-1).mean()
+
+
+# %% solution below_one
+def below_one(n_tokens: int, n_experts: int) -> Tensor:
+    """Router probabilities (N, E), N > E, whose first choices have a balance loss below 1."""
+    slightly = 1 / (4 * n_experts * n_tokens**2)
+    p = torch.full((n_tokens, n_experts), (1 - slightly) / n_experts)
+    p[:, 0] += slightly  # all tokens but the last choose expert 0, as unsure as possible
+    p[-1] = 0.0
+    p[-1, 1] = 1.0  # the last one chooses expert 1, as sure as possible
+    return p
+
+
+# %% checker below_one
+ex = exercise(
+    "model.below_one",
+    title="A balance better than perfect",
+    minutes=18,
+    difficulty=4,
+    points=4,
+    hints=(
+        "With three tokens and two experts, let f be (2/3, 1/3). Which P makes the sum of f·P small: a P that agrees with f, or one that disagrees?",
+        "A token that chooses expert 0 with a probability of hardly more than 1/E counts fully in f and adds hardly anything to P. And a token that is certain adds as much to P as it can.",
+        "All tokens but one: expert 0 slightly above 1/E, the others equal. The last token: expert 1 with probability 1. The loss is close to 1 − 1/N + E/N², below 1 when N > E.",
+    ),
+)
+
+
+def examined(answer, n_tokens, n_experts):
+    """What the statement asks for, one by one."""
+    p = answer(n_tokens, n_experts)
+    if not isinstance(p, torch.Tensor) or tuple(p.shape) != (n_tokens, n_experts):
+        return {"shape": tuple(p.shape) if isinstance(p, torch.Tensor) else type(p).__name__}
+    if p.dtype != torch.float32:
+        return {"dtype": p.dtype}
+    p = p.detach().double()
+    top = p.topk(2, dim=-1).values
+    f = F.one_hot(p.argmax(-1), n_experts).double().mean(0)
+    loss = float(n_experts * (f * p.mean(0)).sum())
+    why = (
+        ": all tokens choose the same expert" if f.max() == 1
+        else ": the experts are chosen as equally as can be" if f.max() - f.min() < 1.5 / n_tokens
+        else ": the expert that is chosen most is also the most probable one" if f.argmax() == p.mean(0).argmax()
+        else ""
+    )
+    return {
+        "no negative entry": "yes" if (p >= 0).all() else "no",
+        "rows sum to one": "yes" if ((p.sum(-1) - 1).abs() < 1e-5).all() else "no",
+        "one largest entry in each row": "yes" if (top[:, 0] > top[:, 1]).all() else "no",
+        "loss below 1": "yes" if loss < 1 - 1e-9 else "no" + why,
+    }
+
+
+@ex.cases
+def _():
+    for n, e in ((3, 2), (4, 2), (4, 3), (10, 4), (9, 8), (100, 8)):
+        yield case(f"{n} tokens, {e} experts", n, e).through(examined)
+
+
+@ex.wrong("Your choices are perfectly balanced, or as balanced as they can be: the loss is 1 or a little above. To get below, the choices have to be unequal.")
+def balanced(n_tokens, n_experts):
+    p = torch.full((n_tokens, n_experts), 0.1 / (n_experts - 1))
+    p[torch.arange(n_tokens), torch.arange(n_tokens) % n_experts] = 0.9
+    return p
+
+
+@ex.wrong("Your rows are uniform: the loss is 1, and there is no largest entry, so nobody knows which expert is chosen.")
+def uniform(n_tokens, n_experts):
+    return torch.full((n_tokens, n_experts), 1 / n_experts)
+
+
+@ex.wrong("All your tokens choose the same expert. Then f is 1 for that expert and the loss is E times its mean probability, which is above 1 because it is the largest of each row.")
+def all_to_one(n_tokens, n_experts):
+    p = torch.full((n_tokens, n_experts), (1 - 0.01) / n_experts)
+    p[:, 0] += 0.01
+    return p
+
+
+@ex.wrong("You have it the wrong way round: the popular expert is chosen with certainty, the unpopular one hardly. Count and probability then agree, and the loss is high.")
+def agrees(n_tokens, n_experts):
+    p = torch.zeros(n_tokens, n_experts)
+    p[:, 0] = 1.0
+    p[-1] = (1 - 0.01) / n_experts
+    p[-1, 1] += 0.01
+    return p
+
+
+@ex.wrong("Your rows do not sum to one, so they are no probabilities. Whoever may scale P down gets any loss.")
+def not_normalized(n_tokens, n_experts):
+    return below_one(n_tokens, n_experts) / 2
+
+
+@ex.wrong("Some rows have two equally large entries, so the choice is not decided. Make one of them a little larger.")
+def tie(n_tokens, n_experts):
+    p = torch.full((n_tokens, n_experts), 1 / n_experts)
+    p[-1] = 0.0
+    p[-1, 1] = 1.0
+    return p
+
+
+@ex.wrong("Your table is transposed: rows are tokens, columns are experts.")
+def transposed(n_tokens, n_experts):
+    return below_one(n_tokens, n_experts).mT.contiguous()
+
+
+@ex.wrong("Negative entries are no probabilities, even when the row sums to one.")
+def negative(n_tokens, n_experts):
+    p = below_one(n_tokens, n_experts)
+    p[-1, 0], p[-1, 1] = -1.0, 2.0
+    return p
+
+
+@ex.wrong("It works for three tokens and two experts only: your numbers are fixed. The more experts there are, the closer to 1/E the unsure tokens have to be.")
+def fixed_numbers(n_tokens, n_experts):
+    p = torch.full((n_tokens, n_experts), 0.49 / (n_experts - 1))
+    p[:, 0] = 0.51
+    p[-1] = 0.01 / (n_experts - 1)
+    p[-1, 1] = 0.99
+    return p
+
+
+@ex.wrong("You returned the loss. The statement asks for the probabilities: an example that anybody can check.")
+def the_loss(n_tokens, n_experts):
+    p = below_one(n_tokens, n_experts)
+    f = F.one_hot(p.argmax(-1), n_experts).float().mean(0)
+    return float(n_experts * (f * p.mean(0)).sum())
