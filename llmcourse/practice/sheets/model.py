@@ -68,6 +68,10 @@ ex = exercise(
         "You need one number for each row, so the mean goes over the last axis, and keepdim=True makes it fit for the division.",
         "Convert to float32 (not below the dtype of x), square, take the mean over the last axis, add eps, take the root, divide, multiply by the weight, convert to the dtype of x: in this order.",
     ),
+    equivalent={
+        'wide = x.to(torch.promote_types(torch.float32, x.dtype))': 'promote_types does not depend on the order',
+        'wide = x.to(torch.promote_types(x.dtype, torch.float64))': 'computes in float64 and rounds to the dtype of x',
+    },
 )
 
 
@@ -176,13 +180,14 @@ def in_place(x, weight, eps):
 
 # %% solution layer_norm_backward
 def layer_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to x (N, D), weight (D,) and bias (D,), from grad = ∂L/∂y (N, D)."""
+    """Gradients with respect to x (…, D), weight (D,) and bias (D,), from grad = ∂L/∂y (…, D)."""
     centered = x - x.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)  # (N, 1)
-    normed = centered * inverse  # (N, D)
+    inverse = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)  # (…, 1)
+    normed = centered * inverse  # (…, D)
     g = grad * weight  # gradient at the normed row
     dx = inverse * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
-    return dx, (grad * normed).sum(0), grad.sum(0)
+    rows = lambda t: t.reshape(-1, t.shape[-1])
+    return dx, rows(grad * normed).sum(0), rows(grad).sum(0)
 
 
 # %% checker layer_norm_backward
@@ -213,8 +218,14 @@ def _():
         case("a large eps", t([0.0, 1.0, 5.0]), t([1.0, 2.0, 1.0])[0], t([1.0, -1.0, 2.0]), 3.0),
         case("three rows", r(3, 5) + 2, r(5), r(3, 5), 1e-5),
         case("as many rows as columns", r(4, 4), r(4), r(4, 4), 1e-2),
+        case("a batch of texts", r(2, 3, 4), r(4), r(2, 3, 4), 1e-5),
         case("single precision", r(3, 5).float(), r(5).float(), r(3, 5).float(), 1e-5).tolerance(rtol=1e-4, atol=1e-5),
     )
+
+
+def layer_norm_sums(grad, normed):
+    rows = lambda y: y.reshape(-1, y.shape[-1]).sum(0)
+    return rows(grad * normed), rows(grad)
 
 
 def _parts(x, weight, grad, eps):
@@ -222,7 +233,8 @@ def _parts(x, weight, grad, eps):
     inverse = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     normed = centered * inverse
     mean = lambda y: y.mean(-1, keepdim=True)
-    return inverse, normed, grad * weight, (grad * normed).sum(0), grad.sum(0), mean
+    rows = lambda y: y.reshape(-1, y.shape[-1]).sum(0)
+    return inverse, normed, grad * weight, rows(grad * normed), rows(grad), mean
 
 
 @ex.wrong("You treated mean and variance as constants, so dx is only weight · grad / √(σ² + ε). They depend on x too: two terms are missing.")
@@ -271,13 +283,14 @@ def sums_for_means(x, weight, grad, eps):
 @ex.wrong("dweight is computed from x. What the weight is multiplied with is x̂, the normalized row.")
 def weight_sees_x(x, weight, grad, eps):
     inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
-    return layer_norm_backward(x, weight, grad, eps)[0], (grad * x).sum(0), db
+    return layer_norm_backward(x, weight, grad, eps)[0], (grad * x).reshape(-1, x.shape[-1]).sum(0), db
 
 
 @ex.wrong("You averaged dweight and dbias over the rows. The same weight serves every row, so their contributions add up.")
 def averaged_rows(x, weight, grad, eps):
     dx, dw, db = layer_norm_backward(x, weight, grad, eps)
-    return dx, dw / len(x), db / len(x)
+    n = x.numel() // x.shape[-1]
+    return dx, dw / n, db / n
 
 
 @ex.wrong("dweight and dbias still have one row for each token, or were summed along the row. They have the shape (D,): sum over the rows, axis 0.")
@@ -298,7 +311,13 @@ def unbiased(x, weight, grad, eps):
     inverse = torch.rsqrt(x.var(-1, keepdim=True) + eps)
     normed, g = centered * inverse, grad * weight
     dx = inverse * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
-    return dx, (grad * normed).sum(0), grad.sum(0)
+    return dx, *layer_norm_sums(grad, normed)
+
+
+@ex.wrong("With two axes in front of D you summed dweight and dbias over the first one only. All rows, of all texts, share the weight: sum over every axis but the last.")
+def first_axis_only(x, weight, grad, eps):
+    inverse, normed, g, dw, db, mean = _parts(x, weight, grad, eps)
+    return layer_norm_backward(x, weight, grad, eps)[0], (grad * normed).sum(0), grad.sum(0)
 
 
 # %% solution scale_hidden
@@ -306,7 +325,7 @@ def scale_hidden(w_gate: Tensor, w_up: Tensor, w_down: Tensor, s: Tensor) -> tup
     """The same SwiGLU with row i of w_up multiplied by s[i]. w_gate and w_up (F, D), w_down (D, F), s (F,)."""
     if (s == 0).any():
         raise ValueError("a factor of 0 cannot be undone")
-    return w_gate.clone(), (w_up * s[:, None]).to(w_up.dtype), (w_down / s).to(w_down.dtype)
+    return w_gate, (w_up * s[:, None]).to(w_up.dtype), (w_down / s).to(w_down.dtype)
 
 
 # %% checker scale_hidden
@@ -417,7 +436,7 @@ def in_place(w_gate, w_up, w_down, s):
 # %% solution most_layers
 def most_layers(budget: int, vocab_size: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int, tied: bool) -> int:
     """The largest number of layers of a Llama-style model with at most `budget` parameters."""
-    kv = n_kv_heads * (d_model // n_heads)
+    kv = d_model // n_heads * n_kv_heads  # columns of the keys
     layer = 2 * d_model * d_model + 2 * d_model * kv + 3 * d_model * d_ff + 2 * d_model
     outside = vocab_size * d_model * (1 if tied else 2) + d_model
     layers = (budget - outside) // layer
@@ -702,7 +721,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Logits (…, V) with -inf where they are smaller than the k-th largest of their row."""
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    threshold = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    threshold = logits.topk(min(k, logits.shape[-1])).values[..., -1:]  # topk works along the last axis
     return logits.masked_fill(logits < threshold, -math.inf)
 
 
@@ -857,7 +876,7 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     """The smallest set of most probable tokens with at least p, renormalized: (…, V) -> (…, V)."""
     if not 0 < p <= 1:
         raise ValueError(f"p is {p}; it must be above 0 and at most 1")
-    ordered, order = probabilities.sort(dim=-1, descending=True)
+    ordered, order = probabilities.sort(descending=True)  # along the last axis
     before = ordered.cumsum(-1) - ordered  # what the more probable tokens have
     kept = torch.zeros_like(probabilities).scatter(-1, order, ordered * (before < p))
     return kept / kept.sum(-1, keepdim=True)
@@ -875,6 +894,9 @@ ex = exercise(
         "A token stays if the tokens *before* it (the more probable ones) have not reached p yet. So the token that crosses p stays.",
         "Sort descending and keep the order; cumsum minus the value itself is what came before; zero where that is ≥ p; scatter (not gather) back along the order; divide by the row's sum.",
     ),
+    equivalent={
+        'kept = torch.ones_like(probabilities).scatter(-1, order, ordered * (before < p))': 'scatter writes every column',
+    },
 )
 
 
@@ -1207,6 +1229,18 @@ ex = exercise(
         "Bisection: keep a temperature that is too cold and one that is too hot, look between them, and replace one of the two. How wide does the first interval have to be?",
         "Start with 1e-6 and 1e8, look at the geometric middle √(low · high), compute in float64, and let `torch.special.entr(p).sum()` do the sum (it knows that 0 · ln 0 is 0).",
     ),
+    equivalent={
+        'low, high = 1e-6, 99999999.0': 'still wider than the temperatures that occur',
+        'low, high = 1e-6, 100000001.0': 'still wider than the temperatures that occur',
+        'low, high = 2e-06, 1e8': 'still wider than the temperatures that occur',
+        'low, high = 1e-6, 200000000.0': 'still wider than the temperatures that occur',
+        'for _ in range(199):': 'the interval has shrunk to nothing long before',
+        'for _ in range(201):': 'the interval has shrunk to nothing long before',
+        'p = (logits.double() / middle).softmax(- 0)': 'there is only one axis',
+        'p = (logits / middle).softmax(-1)': 'float32 is exact enough for 1 in 1000',
+        'p = (logits.float() / middle).softmax(-1)': 'float32 is exact enough for 1 in 1000',
+        'low, high = (low, middle) if torch.special.entr(p).sum() >= entropy else (middle, high)': 'where they are equal, either half leads to the same temperature',
+    },
 )
 
 
@@ -1352,6 +1386,10 @@ ex = exercise(
         "A running sum over the mask counts the real tokens up to and including this one. How far is that from what you want?",
         "cumsum along each row, minus one; and then something has to keep the padding from becoming −1.",
     ),
+    equivalent={
+        'return (real.long().cumsum(1) - 1).clamp_min(0)': 'a matrix has two axes: 1 is the last one',
+        'return (real.cumsum(-1) - 1).clamp_min(0)': 'PyTorch sums bool as int64',
+    },
 )
 
 
@@ -1428,7 +1466,7 @@ def route_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Chosen experts (N, k) and their weights (N, k) for router logits (N, E)."""
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"k is {k}; it must be 1 to {logits.shape[-1]}")
-    weights, experts = logits.softmax(-1).topk(k, dim=-1)
+    weights, experts = logits.softmax(-1).topk(k)
     if k > 1:
         weights = weights / weights.sum(-1, keepdim=True)
     return experts, weights
@@ -1446,6 +1484,11 @@ ex = exercise(
         "topk returns values and indices. The values are the probabilities that you need.",
         "softmax over the last axis, topk, and divide the weights by their row sum only when k is at least 2. Check k before all that.",
     ),
+    equivalent={
+        'if not 1 <= k <= logits.shape[1]:': 'a matrix has two axes: 1 is the last one',
+        'weights, experts = logits.softmax(1).topk(k)': 'a matrix has two axes: 1 is the last one',
+        'weights = weights / weights.sum(1, keepdim=True)': 'a matrix has two axes: 1 is the last one',
+    },
 )
 
 
@@ -1618,6 +1661,9 @@ ex = exercise(
         "F.one_hot (or torch.bincount with minlength) counts the choices. All N·k of them together are 1.",
         "f: mean of the one-hot choices over tokens and choices. P: mean of the probabilities over the tokens. Multiply elementwise, sum, times the number of experts.",
     ),
+    equivalent={
+        'E = probabilities.shape[1]': 'a matrix has two axes: 1 is the last one',
+    },
 )
 
 
@@ -1742,6 +1788,13 @@ ex = exercise(
         "A token that chooses expert 0 with a probability of hardly more than 1/E counts fully in f and adds hardly anything to P. And a token that is certain adds as much to P as it can.",
         "All tokens but one: expert 0 slightly above 1/E, the others equal. The last token: expert 1 with probability 1. The loss is close to 1 − 1/N + E/N², below 1 when N > E.",
     ),
+    equivalent={
+        'slightly = 2 / (4 * n_experts * n_tokens**2)': 'another small number does as well',
+        'slightly = 1 / (3 * n_experts * n_tokens**2)': 'another small number does as well',
+        'slightly = 1 / (5 * n_experts * n_tokens**2)': 'another small number does as well',
+        'slightly = 1 / (4 * n_experts * n_tokens** 3)': 'another small number does as well',
+        'slightly = 1 / (n_experts * n_tokens**2)': 'another small number does as well',
+    },
 )
 
 
@@ -1772,7 +1825,7 @@ def examined(answer, n_tokens, n_experts):
 
 @ex.cases
 def _():
-    for n, e in ((3, 2), (4, 2), (4, 3), (10, 4), (9, 8), (100, 8)):
+    for n, e in ((3, 2), (4, 2), (4, 3), (10, 4), (9, 8), (100, 8), (40, 39)):
         yield case(f"{n} tokens, {e} experts", n, e).through(examined)
 
 
