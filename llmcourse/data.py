@@ -56,7 +56,7 @@ class LoadedModel(NamedTuple):
 
 # Folders that carry a quantization_config of ours are read by a chapter that comes later. Naming it here as text keeps
 # this module free of an import of a later chapter.
-_READERS = {"llmcourse": "llmcourse.quantization:load_packed"}
+_READERS = {"llmcourse": "llmcourse.packed:load_packed"}
 
 
 def _auto_class(config: Any):

@@ -386,7 +386,7 @@ class _Job:
 
     def _compress_arm(self, arm: Arm, work: Path) -> dict:
         from llmcourse.compression import compress
-        from llmcourse.quantization import save_packed
+        from llmcourse.packed import save_packed
 
         student, reports = compress(self.model, self.arms[arm.name], self.data, self.rt)
         with atomic_folder(work / arm.slug, replace=True) as folder:
@@ -395,7 +395,7 @@ class _Job:
 
     def _evaluate_arm(self, arm: Arm, work: Path) -> dict:
         """Measured on the model that is loaded back from its folder: what is judged is what was stored."""
-        from llmcourse.quantization import dequantize_model, load_packed
+        from llmcourse.packed import dequantize_model, load_packed
 
         packed, _ = load_packed(work / arm.slug, dtype=self.rt.dtype)
         dense = dequantize_model(packed, dtype=self.rt.dtype)  # the same weights, without unpacking them at every step

@@ -15,23 +15,23 @@ from torch import nn
 
 from llmcourse.compression import (
     AbsMax,
-    ColNorm,
     FakeQuant,
-    Grid,
     Hessian,
     LayerPass,
+    LayerUpdate,
     Mask,
     Noise,
-    Solved,
+    QParams,
+    RootMeanSquare,
     blocks_of,
     compress,
     count_parameters,
     flops_per_token,
-    grid_of,
     layer_error,
     mask_of,
     memory_bytes,
     passport,
+    qparams_of,
     write_back,
 )
 from llmcourse.data import TokenData, load_model
@@ -63,14 +63,14 @@ class Watch(LayerPass):
 
     def solve(self, W, stat, mask):
         self.seen.append((W.clone(), stat.value.clone(), stat.n, mask))
-        return Solved(W * self.factor, mask)
+        return LayerUpdate(W * self.factor, mask)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 6), st.integers(0, 1000))
 @settings(deadline=None, max_examples=40)
 def test_a_statistic_does_not_depend_on_how_the_inputs_were_cut(cuts, width, seed):
     x = torch.randn(sum(cuts), width, generator=torch.Generator().manual_seed(seed))
-    for cls in (AbsMax, ColNorm, Hessian):
+    for cls in (AbsMax, RootMeanSquare, Hessian):
         whole, parts = cls(), cls()
         whole.add(x)
         for part in x.split(cuts):
@@ -100,20 +100,22 @@ def test_a_grid_snaps_to_the_nearest_value_and_keeps_zero(bits, groups, seed):
     W = torch.randn(3, 8, generator=g)
     scale = torch.rand(3, groups, generator=g) + 0.05
     zero = torch.randint(0, 2**bits, (3, groups), generator=g).float()
-    grid = Grid(scale, zero, bits, 8 // groups, False)
-    snapped = grid.snap(W)
+    qparams = QParams(scale, zero, bits, 8 // groups, False)
+    snapped = qparams.fake_quantize(W)
     levels = torch.arange(2**bits).float()
     every = (levels - zero.repeat_interleave(8 // groups, 1)[..., None]) * scale.repeat_interleave(8 // groups, 1)[
         ..., None
     ]
     assert torch.all((snapped - W).abs() <= (every - W[..., None]).abs().min(-1).values + 1e-6)
-    assert torch.equal(grid.snap(snapped), snapped) and torch.all(grid.snap(torch.zeros(3, 8)) == 0)
+    assert torch.equal(qparams.fake_quantize(snapped), snapped) and torch.all(
+        qparams.fake_quantize(torch.zeros(3, 8)) == 0
+    )
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 1.5, True])
 def test_a_grid_refuses_other_widths(bits):
     with pytest.raises(BadInput, match="bits is"):
-        Grid(torch.ones(1, 1), torch.zeros(1, 1), bits, 1, True)
+        QParams(torch.ones(1, 1), torch.zeros(1, 1), bits, 1, True)
 
 
 def test_the_walk_shows_each_layer_the_input_that_it_really_gets(tiny, data):
@@ -169,22 +171,22 @@ def test_a_later_pass_receives_the_mask_of_an_earlier_one(tiny, data):
         def solve(self, W, stat, mask):
             keep = torch.zeros_like(W, dtype=torch.bool)
             keep[:, ::2] = True
-            return Solved(W * keep, keep)
+            return LayerUpdate(W * keep, keep)
 
     seen: list = []
     student, _ = compress(tiny, [HalfOff(), Watch(seen=seen, n_calib=2, seq_len=16)], data, RT)
     assert all(mask is not None and mask[:, ::2].all() and not mask[:, 1::2].any() for *_, mask in seen)
     layer = student.model.layers[0].self_attn.q_proj
-    assert mask_of(layer) is not None and grid_of(layer) is None and (layer.weight[:, 1::2] == 0).all()
+    assert mask_of(layer) is not None and qparams_of(layer) is None and (layer.weight[:, 1::2] == 0).all()
 
 
 def test_leaving_the_grid_is_refused():
     layer = nn.Linear(4, 2, bias=False)
-    grid = Grid(torch.ones(2, 1), torch.full((2, 1), 8.0), 4, 4, True)
-    write_back(layer, Solved(layer.weight.detach(), None, grid))
-    assert grid_of(layer) is not None and torch.equal(layer.weight, layer.weight.round())
+    qparams = QParams(torch.ones(2, 1), torch.full((2, 1), 8.0), 4, 4, True)
+    write_back(layer, LayerUpdate(layer.weight.detach(), None, qparams))
+    assert qparams_of(layer) is not None and torch.equal(layer.weight, layer.weight.round())
     with pytest.raises(BadInput, match="prune first, quantize last"):
-        write_back(layer, Solved(layer.weight.detach()))
+        write_back(layer, LayerUpdate(layer.weight.detach()))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -239,7 +241,7 @@ def test_a_mask_survives_any_update_of_the_raw_weight(seed):
 def test_fake_quant_passes_the_gradient_straight_through():
     layer = nn.Linear(4, 2, bias=False)
     parametrize.register_parametrization(
-        layer, "weight", FakeQuant(Grid(torch.full((2, 1), 0.1), torch.full((2, 1), 8.0), 4, 4, True))
+        layer, "weight", FakeQuant(QParams(torch.full((2, 1), 0.1), torch.full((2, 1), 8.0), 4, 4, True))
     )
     x = torch.randn(3, 4)
     layer(x).sum().backward()

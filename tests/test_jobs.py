@@ -159,7 +159,7 @@ STUCK = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that Ctrl-C is ignored
-import llmcourse.quantization as q
+import llmcourse.packed as q
 from llmcourse.cli import main
 real, calls = q.save_packed, []
 def save_packed(model, tokenizer, folder, **kw):
@@ -214,7 +214,7 @@ def test_a_killed_job_leaves_no_output_and_resumes(finished, tiny_model, corpus,
 def test_a_full_disk_keeps_the_finished_steps(tiny_model, tmp_path, small_settings, monkeypatch):
     import errno
 
-    import llmcourse.quantization as q
+    import llmcourse.packed as q
 
     out, recipe = tmp_path / "out", load_recipe(find_recipe("w4"))
     calls = []

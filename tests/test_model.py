@@ -499,7 +499,7 @@ def test_layer_pass_walks_our_blocks():
 
         def solve(self, W, stat, mask):
             assert stat.n == 4 * 10
-            return compression.Solved(W / 2)
+            return compression.LayerUpdate(W / 2)
 
     student, (report,) = compression.compress(m, [Halve(n_calib=4, seq_len=10)], data, rt)
     assert compression.blocks_of(student)[0] == "blocks" and len(report.layers) == 2 * 7

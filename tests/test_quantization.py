@@ -9,26 +9,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmcourse.compression import FakeQuant, Grid, Mask, layer_error, write_back
-from llmcourse.quantization import (
-    GPTQ,
-    RTN,
-    EmbeddingRTN,
+from llmcourse.compression import FakeQuant, Mask, QParams, layer_error, write_back
+from llmcourse.packed import (
     PackedEmbedding,
     PackedHead,
     PackedLinear,
     dequantize_model,
-    gptq,
-    gptq_reference,
-    grid_from,
-    inverse_factor,
     load_packed,
-    pack,
-    pack_bits,
     pack_model,
-    rtn,
     save_packed,
     stored_bytes,
+)
+from llmcourse.quantization import (
+    GPTQ,
+    RTN,
+    EmbeddingRTN,
+    choose_qparams,
+    gptq,
+    gptq_reference,
+    inverse_factor,
+    pack,
+    pack_bits,
+    rtn,
     unpack,
     unpack_bits,
 )
@@ -56,9 +58,9 @@ def weights(draw, max_rows=5):
     return W, draw(st.sampled_from(["tensor", "channel", width]))
 
 
-def spread(grid: Grid, W):
+def spread(qparams: QParams, W):
     """Scale of every single weight (O, I)."""
-    return grid.columns(0, W.shape[1])[0].expand_as(W)
+    return qparams.columns(0, W.shape[1])[0].expand_as(W)
 
 
 def random_problem(seed, rows=8, columns=48, tokens=200, dead=True):
@@ -80,21 +82,25 @@ def random_problem(seed, rows=8, columns=48, tokens=200, dead=True):
 def test_rtn_error_is_at_most_half_a_step(case, bits, symmetric):
     W, group_size = case
     solved = rtn(W, bits=bits, group_size=group_size, symmetric=symmetric)
-    assert ((solved.weight - W).abs() <= spread(solved.grid, W) * 0.5 * (1 + 1e-4) + 1e-30).all()
+    assert ((solved.weight - W).abs() <= spread(solved.qparams, W) * 0.5 * (1 + 1e-4) + 1e-30).all()
 
 
 @quick
 @given(weights(), st.integers(2, 8), st.booleans())
 def test_grid_is_storable_and_idempotent(case, bits, symmetric):
     W, group_size = case
-    grid = grid_from(W, bits=bits, group_size=group_size, symmetric=symmetric)
+    qparams = choose_qparams(W, bits=bits, group_size=group_size, symmetric=symmetric)
     assert (
-        torch.equal(grid.scale.half().float(), grid.scale) and (grid.scale > 0).all()
+        torch.equal(qparams.scale.half().float(), qparams.scale) and (qparams.scale > 0).all()
     )  # what is evaluated is what is stored
-    assert torch.equal(grid.zero.round(), grid.zero) and (grid.zero >= 0).all() and (grid.zero <= 2**bits - 1).all()
-    assert (grid.values(grid.codes(torch.zeros_like(W))) == 0).all()  # 0 is exactly on the grid
-    once = grid.snap(W)
-    assert torch.equal(grid.snap(once), once)
+    assert (
+        torch.equal(qparams.zero.round(), qparams.zero)
+        and (qparams.zero >= 0).all()
+        and (qparams.zero <= 2**bits - 1).all()
+    )
+    assert (qparams.dequantize(qparams.quantize(torch.zeros_like(W))) == 0).all()  # 0 is exactly on the grid
+    once = qparams.fake_quantize(W)
+    assert torch.equal(qparams.fake_quantize(once), once)
     assert once.isfinite().all()
 
 
@@ -184,10 +190,12 @@ def test_rtn_leaves_its_input_alone_and_keeps_dtype_and_mask():
 def test_rtn_matches_torch():
     W = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
     for bits in range(2, 9):
-        grid = grid_from(W, bits=bits)
-        theirs = torch.fake_quantize_per_channel_affine(W, grid.scale[:, 0], grid.zero[:, 0].int(), 0, 0, 2**bits - 1)
-        tie = ((W / grid.scale) % 1 - 0.5).abs() < 1e-4
-        assert ((theirs == grid.snap(W)) | tie).all()
+        qparams = choose_qparams(W, bits=bits)
+        theirs = torch.fake_quantize_per_channel_affine(
+            W, qparams.scale[:, 0], qparams.zero[:, 0].int(), 0, 0, 2**bits - 1
+        )
+        tie = ((W / qparams.scale) % 1 - 0.5).abs() < 1e-4
+        assert ((theirs == qparams.fake_quantize(W)) | tie).all()
 
 
 # ---------------------------------------------------------------- GPTQ
@@ -208,9 +216,11 @@ def test_gptq_codes_equal_the_reference(seed, bits, group_size, symmetric, act_o
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)) > 0.4 if masked else None
     options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "mask": mask}
     slow, fast = gptq_reference(W, H, **options), gptq(W, H, block_size=block_size, **options)
-    assert torch.equal(slow.grid.scale, fast.grid.scale) and torch.equal(slow.grid.zero, fast.grid.zero)
-    assert torch.equal(slow.grid.codes(slow.weight), fast.grid.codes(fast.weight))
-    assert torch.equal(fast.grid.snap(fast.weight), fast.weight)  # it lies on the grid that is handed back, so it packs
+    assert torch.equal(slow.qparams.scale, fast.qparams.scale) and torch.equal(slow.qparams.zero, fast.qparams.zero)
+    assert torch.equal(slow.qparams.quantize(slow.weight), fast.qparams.quantize(fast.weight))
+    assert torch.equal(
+        fast.qparams.fake_quantize(fast.weight), fast.weight
+    )  # it lies on the grid that is handed back, so it packs
     if masked:
         assert (fast.weight[~mask] == 0).all()
 
@@ -234,7 +244,7 @@ def test_identity_hessian_gives_rtn(group_size):
             gptq(W, torch.eye(48), bits=3, group_size=group_size, mask=m),
             rtn(W, bits=3, group_size=group_size, mask=m),
         )
-        assert torch.equal(a.weight, b.weight) and torch.equal(a.grid.scale, b.grid.scale)
+        assert torch.equal(a.weight, b.weight) and torch.equal(a.qparams.scale, b.qparams.scale)
     zero = gptq(W, torch.zeros(48, 48), bits=3, group_size=group_size)  # no input was ever seen
     assert torch.equal(zero.weight, rtn(W, bits=3, group_size=group_size).weight)
 
@@ -314,27 +324,27 @@ def test_packed_layers_hold_the_same_weights(case, bits, symmetric, bias):
     W, group_size = case
     solved = rtn(W, bits=bits, group_size=group_size, symmetric=symmetric)
     b = torch.ones(len(W)) if bias else None
-    layer = PackedLinear.from_weight(solved.weight, solved.grid, b)
+    layer = PackedLinear.from_weight(solved.weight, solved.qparams, b)
     assert torch.equal(layer.dequantized(), solved.weight)
     x = torch.randn(3, W.shape[1])
     assert torch.equal(layer(x), nn.functional.linear(x, solved.weight, b))
     O, I = W.shape
-    R, G = solved.grid.scale.shape
+    R, G = solved.qparams.scale.shape
     assert (
         layer.nbytes
         == O * math.ceil(I * bits / 8) + 2 * R * G + (0 if symmetric else R * math.ceil(G * bits / 8)) + 4 * O * bias
     )
     ids = torch.arange(O).flip(0)[None]
-    assert torch.equal(PackedEmbedding.from_weight(solved.weight, solved.grid)(ids), solved.weight[ids])
+    assert torch.equal(PackedEmbedding.from_weight(solved.weight, solved.qparams)(ids), solved.weight[ids])
 
 
 def test_a_change_of_format_keeps_what_is_stored():
     solved = rtn(torch.randn(8, 16), bits=4)
-    layer = PackedLinear.from_weight(solved.weight, solved.grid).to(torch.bfloat16)
+    layer = PackedLinear.from_weight(solved.weight, solved.qparams).to(torch.bfloat16)
     assert layer.scale.dtype == torch.float16 and torch.equal(layer.dequantized(), solved.weight)
     assert layer(torch.ones(1, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert (
-        PackedEmbedding.from_weight(solved.weight, solved.grid).to(torch.bfloat16)(torch.tensor([0])).dtype
+        PackedEmbedding.from_weight(solved.weight, solved.qparams).to(torch.bfloat16)(torch.tensor([0])).dtype
         == torch.bfloat16
     )
 
