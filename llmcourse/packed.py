@@ -153,7 +153,7 @@ class PackedLinear(_Packed):
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
 
     @classmethod
-    def from_weight(cls, W: Tensor, qparams: QParams, bias: Tensor | None = None) -> "PackedLinear":
+    def from_weight(cls, W: Tensor, qparams: QParams, bias: Tensor | None = None) -> PackedLinear:
         """Pack W (O, I) on its grid."""
         layer = cls(
             *W.shape,
@@ -190,7 +190,7 @@ class PackedEmbedding(_Packed):
         self.num_embeddings, self.embedding_dim = rows, columns
 
     @classmethod
-    def from_weight(cls, W: Tensor, qparams: QParams) -> "PackedEmbedding":
+    def from_weight(cls, W: Tensor, qparams: QParams) -> PackedEmbedding:
         """Pack W (V, D) on its grid."""
         layer = cls(
             *W.shape,
