@@ -256,9 +256,10 @@ class TestCheck:
         result = checking.check("example.attend", attend_with("    return (q @ k.mT).softmax(-1) @ v"))
         assert result.wrong_answer == "no_scale"
         assert result.sentence == "This is what you get when the scores are not divided by √D."
-        assert (
-            result.case == "two by two" and result.expected.startswith("[[1.6605") and result.got.startswith("[[1.5379")
-        )
+        assert result.case == "two by two"
+        assert result.expected == "[[▸1.6605◂, 2.6605],\n [2.3395, 3.3395]]", "the first difference is marked"
+        assert result.got == "[[▸1.5379◂, 2.5379],\n [2.4621, 3.4621]]"
+        assert "  expected               got\n  [[▸1.6605◂, 2.6605],   [[▸1.5379◂, 2.5379],\n" in repr(result)
         assert [n for n, _ in result.given] == ["q", "k", "v"]
 
     def test_two_mistakes_hear_the_larger(self) -> None:
@@ -286,7 +287,7 @@ class TestCheck:
             ("    return v.numpy()", ("The result is a NumPy array; expected a tensor",)),
             ("    return object()", ("The result is object; expected a tensor",)),
             ("    return v * float('nan')", ("holds nan in 4 of 4 places",)),
-            ("    return undefined_name", ("NameError: name 'undefined_name' is not defined in line 2",)),
+            ("    return undefined_name", ("NameError: name 'undefined_name' is not defined",)),
             ("    raise SystemExit(3)", ("SystemExit: 3",)),
             ("    raise RecursionError", ("RecursionError",)),
             ("    return attend(q, k, v)", ("RecursionError",)),
@@ -297,6 +298,118 @@ class TestCheck:
         result = checking.check("example.attend", attend_with(body))
         assert result.status == "failed"
         assert any(s in result.sentence for s in says), result.sentence
+
+    def test_in_part(self) -> None:
+        """Two mistakes: the sentence says how much it explains."""
+        result = checking.check("example.attend", attend_with("    return ((q @ k.mT).softmax(-1) @ v).detach()"))
+        assert result.wrong_answer == "no_scale"
+        assert result.sentence.startswith("In part: This is what you get when the scores are not divided by √D. (")
+        assert "explains 4 of the 5 cases that fail" in result.sentence
+
+    def test_the_case_shown_is_one_that_the_sentence_explains(self) -> None:
+        body = "    if len(q) == 2 and q.ndim == 2: return v + 1\n    return (q @ k.mT).softmax(-1) @ v"
+        result = checking.check("example.attend", attend_with(body))
+        assert (result.wrong_answer, result.case) == ("no_scale", "more keys than queries")
+
+    def test_a_crash_is_told_once_with_the_learners_line(self, tmp_path: Path) -> None:
+        file = tmp_path / "cell.py"
+        file.write_text("def attend(q, k, v):\n    return q.no_such_thing\n")
+        space: dict = {}
+        exec(compile(file.read_text(), str(file), "exec"), space)
+        result = checking.check("example.attend", space["attend"])
+        assert repr(result).count("no_such_thing'") == 1 and result._repr_html_().count("no_such_thing&#x27;") == 1
+        assert "your line  2: return q.no_such_thing" in repr(result)
+
+    def test_diagnosis_is_bold_and_the_difference_marked(self) -> None:
+        page = checking.check("example.attend", attend_with("    return (q @ k.mT).softmax(-1) @ v"))._repr_html_()
+        assert 'font-weight:600">This is what you get when the scores are not divided' in page
+        assert "<mark>1.6605</mark>" in page and "<mark>1.5379</mark>" in page
+
+    @pytest.mark.parametrize("value", [15, 21, 20.5, "20", [20]], ids=str)
+    def test_the_number_asked_for_is_not_told(self, value) -> None:
+        result = checking.check("example.n_parameters", value)
+        text = repr(result) + result._repr_html_() + json.dumps(result.to_dict())
+        assert result.expected == "" and "expected 20" not in text and "20" not in text.replace(str(value), "")
+
+    @pytest.mark.parametrize(
+        ("want", "got", "says"),
+        [
+            (torch.ones(3), torch.ones(3) * (1 + 1.4e-5), "rounding difference"),
+            (torch.ones(3), torch.ones(3) * (1 + 1e-2), "values differ"),
+            (torch.tensor([1.0, 1e-5]), torch.tensor([1.0, 0.0]), "values differ"),
+            (1.0, 1.00003, "rounding difference"),
+            (1.0, 1.1, "expected 1."),
+            (2, 2.0, "expected a whole number"),
+            (2, True, "expected a whole number"),
+            (2.0, 2, ""),
+            (torch.zeros(2).long(), torch.ones(2).long(), "values differ"),
+        ],
+    )
+    def test_what_a_difference_is_called(self, want, got, says: str) -> None:
+        said = checking._difference(want, got, checking.case("x"))
+        assert (says in said) if says else not said, said
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (torch.arange(4.0).reshape(2, 2), "[[0., 1.],\n [2., 3.]]"),
+            (torch.arange(64.0).reshape(4, 4, 4), None),
+            (torch.arange(65.0), "tensor of shape (65,), float32"),
+            (torch.empty(0, 3), "tensor of shape (0, 3), float32"),
+            (torch.tensor(2.5), "2.5 (a single number)"),
+            (torch.tensor([1, -2]), "[1, -2]"),
+            ([1, 2.5, "a"], "[1, 2.5, 'a']"),
+            ((1,), "(1,)"),
+            ({"a": [1, 2]}, "a: [1, 2]"),
+            (torch.tensor([float("nan"), float("-inf")]), "[nan, -inf]"),
+        ],
+    )
+    def test_how_a_value_is_shown(self, value, text: str | None) -> None:
+        shown = checking._show(value)
+        assert shown == text if text else shown.count(",") == 63
+
+    def test_a_small_difference_is_printed_with_enough_digits(self) -> None:
+        want, got = checking._show_pair(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.001]), checking.case("x"))
+        assert (want, got) == ("[1., ▸2.◂]", "[1., ▸2.001◂]")
+        want, got = checking._show_pair([1.0, 2.0], [1.0, 2.000004], checking.case("x"))
+        assert got == "[1, ▸2.000004◂]"
+
+    @pytest.mark.parametrize(
+        ("body", "says"),
+        [
+            ("torch.zeros(())", "carries no gradient"),
+            ("x.sum().detach()", "carries no gradient"),
+            ("torch.tensor(x.sum().item())", "carries no gradient"),
+            ("torch.zeros((), requires_grad=True)", "No gradient reaches"),
+            ("copy.deepcopy(x).sum()", "No gradient reaches"),
+            ("x.sum().item()", "missing: 'float' object has no attribute 'backward'"),
+            ("None", "missing"),
+        ],
+    )
+    def test_errors_of_the_checkers_own_code_are_named(self, body: str, says: str) -> None:
+        source = "def driver(answer, x):\n    x = x.clone().requires_grad_(True)\n    answer(x).backward()\n    return x.grad.clone()"
+        answer = eval(f"lambda x: {body}", {"torch": torch, "copy": copy})
+        request = checking.case("x", torch.ones(2)).request()
+        outcome = worker.run_call(answer, request[0] | {"driver": source}, request[1])[0]
+        said = checking._compare({"kind": "value"}, outcome, checking.case("x"))
+        assert says in said and "Your code stopped" not in said, said
+
+    def test_called_with_other_arguments_than_the_statement_says(self) -> None:
+        result = checking.check("example.sample", lambda logits: 1)
+        assert result.status == "failed" and "argument" in result.sentence
+
+    def test_imports_and_waiting_cost_no_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The processor time of the answer counts: not that of an import, however slow, and not the wall."""
+        (tmp_path / "slow_to_import.py").write_text(
+            "import time\nwhile time.thread_time() < END: pass\n".replace("END", str(time.thread_time() + 2.5))
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr(checking.find("example.attend"), "time_limit", 1.0)
+        body = ATTEND.split("\n", 1)[1]
+        result = checking.check(
+            "example.attend", attend_with("    import slow_to_import, time; time.sleep(0.3)\n" + body)
+        )
+        assert result.passed, result
 
     def test_changed_input_is_found_with_a_right_result(self) -> None:
         body = "    if q.shape[-1] != k.shape[-1]: raise ValueError\n    w = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)\n    with torch.no_grad(): v0 = v.clone(); v.zero_()\n    return w @ v0"

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmcourse.practice.worker import Other, Rng, TimeLimit, decode, encode, run_call
+from llmcourse.practice.worker import Other, Rng, TimeLimit, decode, encode, run_call, time_limit, timeout_outcome
 from llmcourse.settings import require
 
 __all__ = [
@@ -73,6 +72,7 @@ class Case:
     driver: Callable | None = None
     same_dtype: bool = True
     may: tuple = ()
+    secret: bool = False
     names: tuple[str, ...] = ()
     """names of the positional arguments, for the learner"""
 
@@ -102,6 +102,10 @@ class Case:
         """These arguments may be changed in place."""
         return replace(self, may=arguments)
 
+    def keep_secret(self) -> Case:
+        """What was expected is not shown: the exercise asks for this very number."""
+        return replace(self, secret=True)
+
     @property
     def size(self) -> int:
         """How many numbers a learner has to look at."""
@@ -126,7 +130,7 @@ def case(name: str, /, *args: Any, **kwargs: Any) -> Case:
     return Case(name, args, kwargs)
 
 
-_THE_VALUE = Case("the value", (), {})
+_THE_VALUE = Case("the value", (), {}, same_dtype=False, secret=True)
 
 
 @dataclass(eq=False)
@@ -337,6 +341,25 @@ def _dtype(value: Any) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
+def _unequal(want: Any, got: Any, c: Case, times: int = 1) -> Any:
+    """Where two arrays of one shape differ by more than the case allows, or by more than `times` as much; flat."""
+    import numpy as np
+
+    a, b = _flat(want), _flat(got)
+    if a.dtype.kind not in "fc" and b.dtype.kind not in "fc":
+        return a != b
+    rtol = max(c.rtol, LOOSE_FOR.get(_dtype(want), 0), LOOSE_FOR.get(_dtype(got), 0))
+    atol = max(c.atol, rtol if rtol > c.rtol else 0)
+    return ~np.isclose(b, a, rtol=times * rtol, atol=min(times, 3) * atol, equal_nan=True)
+
+
+def _rounding(difference: float, value: float, c: Case, at: str) -> str:
+    return (
+        f"This is a rounding difference{at}: at most {difference:.1e}, where the values go up to {value:.3g} and "
+        f"{c.rtol:g} of a value is allowed. The formula is right; another order of its steps rounds less."
+    )
+
+
 def _difference(want: Any, got: Any, c: Case, where: str = "") -> str:
     """One sentence saying how `got` differs from `want`; empty when they agree."""
     at = f" ({where})" if where else ""
@@ -351,13 +374,11 @@ def _difference(want: Any, got: Any, c: Case, where: str = "") -> str:
         if c.same_dtype and _dtype(want) != _dtype(got):
             return f"The dtype{at} is {_dtype(got)}; expected {_dtype(want)}."
         a, b = _flat(want), _flat(got)
-        if a.dtype.kind == "f" or b.dtype.kind == "f":
-            rtol = max(c.rtol, LOOSE_FOR.get(_dtype(want), 0), LOOSE_FOR.get(_dtype(got), 0))
-            bad = ~np.isclose(b, a, rtol=rtol, atol=max(c.atol, rtol if rtol > c.rtol else 0), equal_nan=True)
-        else:
-            bad = a != b
+        bad = _unequal(want, got, c)
         if not bad.any():
             return ""
+        if a.dtype.kind == b.dtype.kind == "f" and not _unequal(want, got, c, times=100).any():
+            return _rounding(float(np.abs(a - b).max()), float(np.abs(a).max()), c, at)
         first = np.unravel_index(int(bad.argmax()), tuple(want.shape)) if want.shape else ()
         place = (
             f" First at [{', '.join(map(str, first))}]: {_short(b[bad][0])}; expected {_short(a[bad][0])}."
@@ -384,10 +405,15 @@ def _difference(want: Any, got: Any, c: Case, where: str = "") -> str:
             return f"The result{at} has {names}; expected {', '.join(map(str, want))}."
         return next((d for k in want if (d := _difference(want[k], got[k], c, f"{where}[{k!r}]"))), "")
     if number(want) and number(got):
+        if isinstance(want, int) and isinstance(got, float) and c.same_dtype:
+            return f"The result{at} is {_short(got)}, a floating-point number; expected a whole number."
         if isinstance(want, int) and isinstance(got, int):
             same = want == got
         else:
-            same = (math.isnan(want) and math.isnan(got)) or math.isclose(want, got, rel_tol=c.rtol, abs_tol=c.atol)
+            near = lambda n: math.isclose(want, got, rel_tol=n * c.rtol, abs_tol=min(n, 3) * c.atol)
+            same = (math.isnan(want) and math.isnan(got)) or near(1)
+            if not same and near(100):
+                return _rounding(abs(want - got), abs(want), c, at)
         return "" if same else f"The value{at} is {_short(got)}; expected {_short(want)}."
     if type(want) is not type(got):
         return f"The result{at} is {_type_name(got)}; expected {_type_name(want)}."
@@ -408,14 +434,15 @@ def _compare(want: dict, got: dict, c: Case) -> str:
             return f"Your code raised {_a(got['type'])}; expected {_a(allowed)}."
         return "" if got["kind"] == "error" else got["message"]
     if got["kind"] == "error":
-        line = (
-            f" in line {got['lineno']}" + (f": {got['line']}" if got.get("line") else "") if got.get("lineno") else ""
-        )
-        return f"Your code stopped with {got['type']}{': ' if got['message'] else ''}{got['message']}{line}"
+        if "driver" in got:
+            return _misused(got)
+        return f"Your code stopped with {got['type']}{': ' if got['message'] else ''}{got['message']}"
     if got["kind"] != "value":
         return got["message"]
     if d := _difference(want["value"], got["value"], c):
-        return d
+        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+        alike = type(want["value"]) is type(got["value"]) or (number(want["value"]) and number(got["value"]))
+        return f"Your answer is {_short(got['value'])}, and that is not right." if c.secret and alike else d
     for asked, w, g in zip(c.grads, want.get("gradients") or [], got.get("gradients") or [None] * len(c.grads)):
         which = c.called(asked)
         if w is None and g is not None:
@@ -428,6 +455,37 @@ def _compare(want: dict, got: dict, c: Case) -> str:
     if changed:
         return f"Your code changed its input {', '.join(map(str, changed))}; inputs must stay as they are."
     return ""
+
+
+# What PyTorch says when a driver uses a result that is not what the statement asks for -> what it means.
+_MISUSES = (
+    ("does not require grad and does not have a grad_fn",
+     "Your result carries no gradient: it was detached, was computed without gradients, or is a new constant that "
+     "nothing was computed into."),
+    ("not have been used in the graph",
+     "Your result does not depend on what it should: it was computed from a copy, or from nothing at all."),
+    ("modified by an inplace operation",
+     "Something that the gradient still needs was changed in place after it was used."),
+    ("backward through the graph a second time",
+     "The gradient was already computed from this result, and its graph is gone: call backward once."),
+    ("a leaf Variable that requires grad",
+     "A parameter was changed in place where gradients are recorded: wrap the change in torch.no_grad()."),
+)  # fmt: skip
+
+
+def _misused(got: dict) -> str:
+    """The sentence about an error that was raised where the checker used the answer, not in the learner's lines."""
+    said, at = f"{got['type']}: {got['message']}", got["driver"]
+    for part, meaning in _MISUSES:
+        if part in got["message"]:
+            return meaning
+    if ".grad" in at and "NoneType" in got["message"]:
+        return "No gradient reaches one of the tensors: the result is computed from a copy, a constant or a detached tensor."
+    if "argument" in got["message"] and got["type"] == "TypeError":
+        return f"Your answer cannot be called as the statement says: {got['message']}."
+    if "object has no attribute" in got["message"]:
+        return f"Something that the statement asks for is missing: {got['message']}."
+    return f"What came out of your code cannot be used as the statement says ({said})."
 
 
 def _a(name: str) -> str:
@@ -479,65 +537,6 @@ def _outcome(answer: Any, c: Case) -> dict:
 
 
 # ----------------------------------------------------------------------------- the learner's call
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeLimit` in the block when it takes longer. In the main thread by a signal, elsewhere from a timer thread.
-
-    The alarm repeats, so that code which catches everything is stopped as well.
-    """
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
-
-        def stop(*_: Any) -> None:
-            raise TimeLimit
-
-        old = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
-        try:
-            yield
-        finally:
-            while True:  # the repeating alarm may ring once more on the way out
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                    signal.signal(signal.SIGALRM, old)
-                    break
-                except TimeLimit:
-                    continue
-        return
-
-    import ctypes
-
-    done, me = threading.Event(), threading.get_ident()
-
-    def watch() -> None:
-        wait = seconds
-        while not done.wait(wait):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), ctypes.py_object(TimeLimit))
-            wait = 0.2
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        while True:
-            try:
-                done.set()
-                watcher.join()
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(me), None
-                )  # one that was sent and not yet delivered
-                break
-            except TimeLimit:
-                continue
-
-
-def timeout_outcome(seconds: float) -> dict:
-    return {
-        "kind": "timeout",
-        "message": f"Your code was stopped after {seconds:g} seconds: is there a loop that never ends?",
-    }
 
 
 def _run_here(ex: Exercise, answer: Any) -> list[dict]:
@@ -628,12 +627,15 @@ class Result:
             lines += ["", f"Smallest failing case: {self.case}"]
             if self.detail != self.sentence:
                 lines.append(f"  {self.detail}")
-            rows = [*self.given, ("expected", self.expected), ("got", self.got)]
+            beside = _beside(self.expected, self.got)
+            both = [] if beside else [("expected", self.expected), ("got", self.got)]
+            rows = [*self.given, *both, ("your line", self.line)]
             wide = max(len(name) for name, _ in rows)
             for name, text in rows:
                 if text:
                     lines.append(f"  {name:<{wide}}  " + text.replace("\n", "\n  " + " " * (wide + 2)))
-        if self.line and self.line not in self.detail:
+            lines += [f"  {line}" for line in beside]
+        elif self.line:
             lines.append(f"  your line: {self.line}")
         if self.printed and not self.passed:
             lines += ["", "Your code printed: " + self.printed.strip()[:500]]
@@ -643,26 +645,34 @@ class Result:
 
     def _repr_html_(self) -> str:
         e = html.escape
+        marked = lambda text: re.sub("▸([^◂]*)◂", r"<mark>\1</mark>", e(text))
         symbol, color = {"passed": ("✓", "#0a7d4f"), "failed": ("✗", "#b3400a")}.get(self.status, ("○", "#5a6270"))
         cell = "text-align:left;vertical-align:top;padding:.25em .9em .25em 0;border:0;"
+        pre = lambda text: f'<pre style="margin:0;background:none;white-space:pre-wrap">{marked(text)}</pre>'
         rows = "".join(
             f'<tr style="background:none"><th scope="row" style="{cell}font-weight:600">{e(name)}</th>'
-            f'<td style="{cell}"><pre style="margin:0;background:none;white-space:pre-wrap">{e(text)}</pre></td></tr>'
-            for name, text in [*self.given, ("expected", self.expected), ("got", self.got), ("your line", self.line)]
+            f'<td style="{cell}">{pre(text)}</td></tr>'
+            for name, text in [*self.given, ("your line", self.line)]
             if text
         )
+        both = [(name, text) for name, text in (("expected", self.expected), ("got", self.got)) if text]
+        beside = "".join(
+            f'<div style="margin:0 2em 0 0"><div style="font-weight:600">{name}</div>{pre(text)}</div>'
+            for name, text in both
+        )
         parts = [
-            f'<p style="margin:0;font-weight:600"><span aria-hidden="true" style="color:{color}">{symbol}</span> '
-            f'{e(self.verdict)} <span style="font-weight:400">– {e(self.title)}, {self.points} of {self.max_points} points</span></p>'
+            f'<p style="margin:0"><span aria-hidden="true" style="color:{color};font-weight:600">{symbol}</span> '
+            f"{e(self.verdict)} – {e(self.title)}, {self.points} of {self.max_points} points</p>"
         ]
         if self.sentence:
-            parts.append(f'<p style="margin:.6em 0 0">{e(self.sentence)}</p>')
+            parts.append(f'<p style="margin:.6em 0 0;font-weight:600">{e(self.sentence)}</p>')
         if self.case:
             more = f"<br>{e(self.detail)}" if self.detail != self.sentence else ""
             parts.append(f'<p style="margin:.6em 0 0">Smallest failing case: <em>{e(self.case)}</em>{more}</p>')
             parts.append(
                 f'<table aria-label="Smallest failing case: {e(self.case)}" style="margin:.3em 0 0;border-collapse:collapse;font-size:inherit">'
                 f"<tbody>{rows}</tbody></table>"
+                f'<div style="display:flex;flex-wrap:wrap">{beside}</div>'
             )
         if self.printed and not self.passed:
             parts.append(
@@ -676,6 +686,19 @@ class Result:
         )
 
 
+def _beside(expected: str, got: str) -> list[str]:
+    """The lines of two texts side by side, as far as they fit into 78 columns."""
+    if not expected or not got:
+        return []
+    left, right = ["expected", *expected.split("\n")], ["got", *got.split("\n")]
+    wide = max(map(len, left)) + 3
+    if wide + max(map(len, right)) > 76:
+        return []
+    rows = max(len(left), len(right))
+    left, right = left + [""] * (rows - len(left)), right + [""] * (rows - len(right))
+    return [f"{a:<{wide}}{b}".rstrip() for a, b in zip(left, right)]
+
+
 def _short(value: Any) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= 200 else value[:200] + "…")
@@ -684,18 +707,50 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)[:200]
 
 
-def _show(value: Any) -> str:
-    """A value as text that a learner reads: small ones whole, large ones by shape."""
-    if _is_array(value):
-        import numpy as np
+SHOWN = 64  # numbers of a value that are printed; larger ones are known by their shape
+MARK = ("▸", "◂")  # around the first difference
 
-        flat = _flat(value)
-        if flat.size > 24 or value.ndim > 3:
-            return f"{_type_name(value)[2:]} of shape {tuple(value.shape)}, {_dtype(value)}"
-        text = np.array2string(
-            flat.reshape(tuple(value.shape)), precision=4, suppress_small=True, separator=", ", max_line_width=90
-        )
-        return text if value.ndim or flat.size == 0 else f"{text} (a single number)"
+
+def _grid(texts: list[str], shape: tuple[int, ...]) -> str:
+    """Texts in nested brackets, one row a line."""
+    if not shape:
+        return texts[0]
+    if len(shape) == 1:
+        return f"[{', '.join(texts)}]"
+    step = len(texts) // shape[0]
+    rows = [_grid(texts[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])]
+    return "[" + (",\n" + "\n" * (len(shape) - 2)).join(rows).replace("\n", "\n ") + "]"
+
+
+def _numbers(value: Any, digits: int) -> tuple[list[str], tuple[int, ...]] | None:
+    """The entries of an array or of a list of plain values as texts, and the shape; None for anything else or large."""
+    if _is_array(value):
+        flat, shape = _flat(value).tolist(), tuple(value.shape)
+    elif isinstance(value, (list, tuple)) and all(isinstance(v, (int, float, str, type(None))) for v in value):
+        flat, shape = list(value), (len(value),)
+    else:
+        return None
+    if not 0 < len(flat) <= SHOWN:
+        return None
+    texts = [f"{v:.{digits}g}" if isinstance(v, float) else repr(v) for v in flat]
+    if _is_array(value) and _dtype(value).startswith(("float", "bfloat")):
+        texts = [t if set(t) & set(".en") else t + "." for t in texts]
+    wide = max(map(len, texts)) if len(shape) > 1 else 0
+    return [t.rjust(wide) for t in texts], shape
+
+
+def _show(value: Any, first: int | None = None, digits: int = 5) -> str:
+    """A value as text that a learner reads: small ones whole, with a mark at entry `first`; large ones by shape."""
+    if found := _numbers(value, digits):
+        texts, shape = found
+        if first is not None:
+            texts[first] = f"{MARK[0]}{texts[first].strip()}{MARK[1]}"
+        text = _grid(texts, shape)
+        if isinstance(value, tuple):
+            return f"({text[1:-1]}{',' if len(value) == 1 else ''})"
+        return text if shape else f"{text} (a single number)"
+    if _is_array(value):
+        return f"{_type_name(value)[2:]} of shape {tuple(value.shape)}, {_dtype(value)}"
     if isinstance(value, (list, tuple)) and any(_is_array(v) for v in value):
         return "\n".join(f"[{i}] {_show(v)}" for i, v in enumerate(value))
     if isinstance(value, dict):
@@ -704,16 +759,50 @@ def _show(value: Any) -> str:
     return text if len(text) <= 400 else text[:400] + " …"
 
 
+def _show_pair(want: Any, got: Any, c: Case) -> tuple[str, str]:
+    """Two values as text; the first entry in which they differ is marked, with digits enough to see it."""
+    several = lambda v: isinstance(v, (list, tuple)) and any(_is_array(part) for part in v)
+    if several(want) and several(got) and len(want) == len(got):
+        pairs = [_show_pair(w, g, c) for w, g in zip(want, got)]
+        return tuple("\n".join(f"[{i}] {p[side]}" for i, p in enumerate(pairs)) for side in (0, 1))
+    if isinstance(want, dict) and isinstance(got, dict) and set(want) == set(got):
+        pairs = {k: _show_pair(want[k], got[k], c) for k in want}
+        return tuple("\n".join(f"{k}: {p[side]}" for k, p in pairs.items()) for side in (0, 1))
+    for digits in (5, 7, 9, 17):
+        a, b = _numbers(want, digits), _numbers(got, digits)
+        if not a or not b or a[1] != b[1]:
+            break
+        if _is_array(want) and _is_array(got):
+            bad = _unequal(want, got, c)
+            first = int(bad.argmax()) if bad.any() else None
+        else:
+            first = next((i for i, (w, g) in enumerate(zip(a[0], b[0])) if w != g), None)
+        if first is not None and (a[0][first].strip() != b[0][first].strip() or digits == 17):
+            return _show(want, first, digits), _show(got, first, digits)
+    return _show(want), _show(got)
+
+
+def _show_both(want: dict, got: dict, c: Case) -> tuple[str, str]:
+    """What was expected and what came, as two texts."""
+    if want["kind"] != "value" or got["kind"] != "value":
+        return _show_outcome(want, c), _show_outcome(got, c)
+    texts = list(_show_pair(want["value"], got["value"], c))
+    for asked, w, g in zip(c.grads, want.get("gradients") or [], got.get("gradients") or []):
+        both = _show_pair(w, g, c) if w is not None and g is not None else (_show_gradient(w), _show_gradient(g))
+        texts = [f"{t}\ngradient of {c.called(asked)}: {s}" for t, s in zip(texts, both)]
+    return tuple(texts)
+
+
+def _show_gradient(value: Any) -> str:
+    return "none" if value is None else _show(value)
+
+
 def _show_outcome(outcome: dict, c: Case) -> str:
     if outcome["kind"] == "error":
         return f"{outcome['type']}: {outcome['message']}" if outcome["message"] else outcome["type"]
     if outcome["kind"] != "value":
         return "nothing: it was stopped"
-    text = _show(outcome["value"])
-    for asked, g in zip(c.grads, outcome.get("gradients") or []):
-        which = c.called(asked)
-        text += f"\ngradient with respect to {which}: {_show(g) if g is not None else 'none'}"
-    return text
+    return _show_pair(outcome["value"], outcome["value"], c)[0]
 
 
 def _argument_names(ex: Exercise, c: Case) -> tuple[str, ...]:
@@ -746,49 +835,58 @@ def judge(ex: Exercise, outcomes: list[dict], seconds: float = 0.0) -> Result:
     if not failing:
         return Result(**{**base, "points": ex.points}, status="passed", cases_passed=len(cases))
     shown = [i for i in failing if i < len(outcomes)]
-    stopped = [i for i in shown if outcomes[i]["kind"] not in ("value", "error")]
-    i = stopped[0] if stopped else min(shown, key=lambda i: (cases[i].size, i)) if shown else failing[0]
-    base |= dict(status="failed", cases_passed=len(cases) - len(failing), detail=problems[i], case=cases[i].name)
+    base |= dict(status="failed", cases_passed=len(cases) - len(failing))
     if not shown:
-        return Result(**base, sentence=problems[i])
+        i = failing[0]
+        return Result(**base, sentence=problems[i], detail=problems[i], case=cases[i].name)
+    wrong, explained = nearest(ex, outcomes, failing)
+    stopped = [i for i in shown if outcomes[i]["kind"] not in ("value", "error")]
+    # the case that is shown belongs to the sentence that is said; one with a result says more than one with an error
+    small = lambda i: (bool(cases[i].error), cases[i].size, i)
+    i = stopped[0] if stopped and not wrong else min(explained or shown, key=small)
+    sentence = problems[i]
+    if wrong:
+        sentence = ex.wrong_answers[wrong][0]
+        if len(explained) < len(shown):
+            sentence = f"In part: {sentence} (This explains {len(explained)} of the {len(shown)} cases that fail.)"
     c, got = cases[i], outcomes[i]
     given = tuple((n, _show(v)) for n, v in [*((c.called(i), v) for i, v in enumerate(c.args)), *c.kwargs.items()])
-    wrong = nearest(ex, outcomes, failing)
+    want_text, got_text = _show_both(expected[i], got, c)
     return Result(
         **base,
-        sentence=ex.wrong_answers[wrong][0] if wrong else problems[i],
+        sentence=sentence,
+        detail=problems[i],
+        case=c.name,
         wrong_answer=wrong,
         given=given,
-        expected=_a(" or ".join(c.error)) if c.error else _show_outcome(expected[i], c),
-        got=_show_outcome(got, c),
-        line=f"{got['lineno']}: {got['line']}" if got.get("line") else "",
+        expected=_a(" or ".join(c.error)) if c.error else "" if c.secret else want_text,
+        got="" if got["kind"] == "error" and not c.error else got_text,
+        line=f"{got['lineno']}: {got.get('line', '')}".rstrip(": ") if got.get("lineno") else "",
         printed=str(got.get("printed", "")),
     )
 
 
-def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> str:
-    """The name of the wrong answer that explains the outcomes best; empty when none does.
+def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str, list[int]]:
+    """The wrong answer that explains the outcomes best, and which of the failing cases it explains; `("", [])` if none.
 
     A wrong answer speaks for itself where it gives what the learner got, in a case that the learner fails, and against
     itself where it fails a case that the learner passes. It must explain at least half of what fails and more than it
     contradicts: a sentence about a mistake that was not made is worse than none.
     """
     cases, expected = ex.all_cases(), ex.expected()
-    best, best_score = "", 0.0
+    best, best_score, best_explained = "", 0.0, []
     for name in ex.wrong_answers:
         given = ex.given_by(name)
-        explained = against = 0.0
-        for i, outcome in enumerate(outcomes):
-            same = _same(given[i], outcome, cases[i])
-            if i in failing:
-                explained += same
-            elif same < 1 and _compare(expected[i], given[i], cases[i]):
-                against += 1
-        ran = sum(i < len(outcomes) for i in failing)
-        score = explained - against
-        if explained * 2 >= ran and score > best_score:
-            best, best_score = name, score
-    return best
+        same = [_same(given[i], outcome, cases[i]) for i, outcome in enumerate(outcomes)]
+        ran = [i for i in failing if i < len(outcomes)]
+        explained = sum(same[i] for i in ran)
+        against = sum(
+            s < 1 and bool(_compare(expected[i], given[i], cases[i])) for i, s in enumerate(same) if i not in failing
+        )
+        if explained * 2 >= len(ran) and explained - against > best_score:
+            best, best_score = name, explained - against
+            best_explained = [i for i in ran if same[i] == 1] or [i for i in ran if same[i]]
+    return best, best_explained
 
 
 def kill_matrix(ex: Exercise) -> tuple[list[dict], list[str]]:

@@ -33,7 +33,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from llmcourse.practice import checking
-from llmcourse.practice.worker import read_message, write_message
+from llmcourse.practice.worker import read_message, timeout_outcome, write_message
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
 __all__ = ["Limits", "SheetResult", "grade", "grade_file", "junit", "which_sheet"]
@@ -381,7 +381,7 @@ def _run_cells(
                     {"cell": cell.source, "name": f"<cell {cell.number}>"}, seconds=limits.cell_seconds
                 )
             except TimeoutError:
-                return (cell, checking.timeout_outcome(limits.cell_seconds)["message"]), errors
+                return (cell, timeout_outcome(limits.cell_seconds)["message"]), errors
             except Gone as e:
                 return (cell, str(e)), errors
             errors.pop(cell, None)
@@ -415,7 +415,7 @@ def _call(ex: checking.Exercise, child: Child, errors: dict[_Cell, dict], failed
                 ), e["type"] == "NameError"
             outcome = checking._read(_plain(reply), back, c)
         except TimeoutError:
-            outcome = checking.timeout_outcome(ex.time_limit)
+            outcome = timeout_outcome(ex.time_limit)
         except (Gone, ValueError, KeyError, TypeError) as e:
             outcome = {
                 "kind": "gone",
@@ -434,11 +434,11 @@ def _plain(reply: dict) -> dict:
         return reply
     if reply.get("kind") != "error":
         raise ValueError("not a reply")
-    texts = {k: str(reply.get(k, ""))[:500] for k in ("type", "message", "line", "printed")}
+    texts = {k: str(reply.get(k, ""))[:500] for k in ("type", "message", "line", "printed", "driver") if k in reply}
     types = [str(t) for t in reply.get("types", [])][:50] if isinstance(reply.get("types"), list) else []
     return {
         "kind": "error",
-        **texts,
+        **{"type": "", "message": "", **texts},
         "types": types,
         "lineno": reply.get("lineno", 0) if isinstance(reply.get("lineno"), int) else 0,
     }

@@ -15,8 +15,12 @@ import json
 import linecache
 import math
 import os
+import signal
 import struct
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 MAX_MESSAGE = 64 * 2**20  # bytes in one message: a learner's result that is larger is refused
@@ -24,6 +28,7 @@ MAX_ITEMS = 100_000  # entries of a nested result
 MAX_DEPTH = 20
 MAX_PRINTED = 2000  # characters of the learner's prints that are kept
 SEED = 0  # torch's seed before every call
+DRIVER = "<driver>"  # the file name of the checker's code around an answer
 
 
 class Rng:
@@ -224,6 +229,102 @@ class TimeLimit(BaseException):
     """Raised inside the learner's code when its time is up. Not an `Exception`: `except Exception` must not stop it."""
 
 
+TICK = 0.05  # seconds between two looks at the clock
+
+
+def _importing(frame: Any) -> bool:
+    """Whether a module is being imported, at any depth: PyTorch loads parts of itself when they are first used."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _Clock:
+    """The processor time of one thread without its imports; a limit of wall time stands behind it (sleep, input)."""
+
+    def __init__(self, seconds: float, now: Any):
+        self.seconds, self.now = seconds, now
+        self.used, self.last = 0.0, now()
+        self.end = time.monotonic() + 6 * seconds + 10
+
+    def is_up(self, frame: Any) -> bool:
+        now = self.now()
+        if not _importing(frame):
+            self.used += now - self.last
+        self.last = now
+        return self.used >= self.seconds or time.monotonic() > self.end
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeLimit` in the block when it has used more processor time, imports not counted.
+
+    In the main thread by a signal, elsewhere from a timer thread. The alarm repeats, so that code which catches
+    everything is stopped as well.
+    """
+    tick = min(TICK, seconds / 4)
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+        clock = _Clock(seconds, time.thread_time)
+
+        def ring(_: int, frame: Any) -> None:
+            if clock.is_up(frame):
+                raise TimeLimit
+
+        old = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, tick, tick)
+        try:
+            yield
+        finally:
+            while True:  # the repeating alarm may ring once more on the way out
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.signal(signal.SIGALRM, old)
+                    break
+                except TimeLimit:
+                    continue
+        return
+
+    import ctypes
+
+    done, me = threading.Event(), threading.get_ident()
+    now = time.monotonic
+    if hasattr(time, "pthread_getcpuclockid"):
+        number = time.pthread_getcpuclockid(me)
+        now = lambda: time.clock_gettime(number)
+    clock = _Clock(seconds, now)
+
+    def watch() -> None:
+        wait = tick
+        while not done.wait(wait):
+            if clock.is_up(sys._current_frames().get(me)):
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), ctypes.py_object(TimeLimit))
+                wait = 0.2
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        while True:
+            try:
+                done.set()
+                watcher.join()
+                # one that was sent and not yet delivered
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), None)
+                break
+            except TimeLimit:
+                continue
+
+
+def timeout_outcome(seconds: float) -> dict:
+    return {
+        "kind": "timeout",
+        "message": f"Your code was stopped after {seconds:g} seconds: is there a loop that never ends?",
+    }
+
+
 def _own_line(e: BaseException) -> dict:
     """The learner's own line in which `e` was raised: the deepest frame that is neither ours nor a library's."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -231,7 +332,7 @@ def _own_line(e: BaseException) -> dict:
     tb = e.__traceback__
     while tb:
         name = tb.tb_frame.f_code.co_filename
-        library = name.startswith((here, os.path.dirname(os.__file__), "<frozen", "<driver")) or "site-packages" in name
+        library = name.startswith((here, os.path.dirname(os.__file__), "<frozen")) or "site-packages" in name
         if not library:
             frames.append((name, tb.tb_lineno))
         tb = tb.tb_next
@@ -240,6 +341,8 @@ def _own_line(e: BaseException) -> dict:
     if not frames:
         return {}
     name, number = frames[-1]
+    if name == DRIVER:  # the checker used the answer, and that went wrong: no line of the learner's
+        return {"driver": linecache.getline(name, number).strip()[:200]}
     return {"line": linecache.getline(name, number).strip()[:200], "lineno": number}
 
 
@@ -284,7 +387,8 @@ def load_driver(source: str) -> Any:
 
     space = {"__name__": "driver", "torch": torch, "nn": torch.nn, "F": torch.nn.functional, "math": math, "np": np}
     tree = ast.parse(source)
-    exec(compile(tree, "<driver>", "exec"), space)
+    linecache.cache[DRIVER] = (len(source), None, source.splitlines(True), DRIVER)
+    exec(compile(tree, DRIVER, "exec"), space)
     return space[next(n.name for n in tree.body if isinstance(n, ast.FunctionDef))]
 
 
@@ -565,7 +669,6 @@ def _quiet_streams() -> None:
 
 def _nursery(control_fd: int) -> None:
     """Linux: import torch once, then fork one worker for each request. Trusted code only runs here."""
-    import signal
     import socket
 
     import torch  # noqa: F401
