@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .settings import require
+from .settings import number, one_of, require, whole
 
 # %% ../nbs/03_attention.ipynb #50ee511d
 def stable_softmax(x: Tensor, dim: int = -1) -> Tensor:
@@ -30,7 +30,8 @@ def stable_softmax(x: Tensor, dim: int = -1) -> Tensor:
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Shapes q (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, C), with Hk a divisor of H."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.ndim == 4 and x.numel() > 0, f"shape of {name}", tuple(x.shape), "four sizes (B, H, T, D), none of them zero")
+        require(isinstance(x, Tensor), name, type(x).__name__, "a tensor (B, H, T, d_h)")
+        require(x.ndim == 4 and x.numel() > 0, f"shape of {name}", tuple(x.shape), "four sizes (B, H, T, d_h), none of them zero")
         require(x.dtype == q.dtype, f"dtype of {name}", x.dtype, f"{q.dtype}, as q")
     require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], "shape of k", tuple(k.shape), f"({q.shape[0]}, heads, keys, {q.shape[3]}), to fit q")
     require(v.shape[:3] == k.shape[:3], "shape of v", tuple(v.shape), f"({', '.join(map(str, k.shape[:3]))}, any width), to fit k")
@@ -39,7 +40,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
     if mask is not None:
-        require(mask.dtype == torch.bool, "dtype of mask", mask.dtype, "torch.bool, where True means: may look")
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        require(found == torch.bool, "dtype of mask", found, "torch.bool, where True means: may look")
         fits = mask.ndim <= 4 and all(a in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1]))
         require(fits, "shape of mask", tuple(mask.shape), f"what broadcasts to (B, H, T, S) = {shape}")
 
@@ -64,7 +66,7 @@ def attention_weights(q: Tensor, k: Tensor, *, mask: Tensor | None = None, bias:
     _check(q, k, k)
     B, H, T, D = q.shape
     _check_mask(mask, (B, H, T, k.shape[2]))
-    scale = 1 / math.sqrt(D) if scale is None else scale
+    scale = 1 / math.sqrt(D) if scale is None else number("scale", scale)
     scores = q @ repeat_heads(k, H // k.shape[1]).mT * scale  # (B, H, T, S)
     if bias is not None:
         scores = scores + bias
@@ -85,15 +87,15 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = No
 # %% ../nbs/03_attention.ipynb #389037e8
 def causal_mask(T: int, S: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
     """(T, S) bool: query i, at position i + S - T, may look at the keys up to its own position."""
-    S = T if S is None else S
-    require(1 <= T <= S, "T", T, f"1 to S = {S}, since the queries are the last T of the S positions")
+    S = whole("T" if S is None else "S", T if S is None else S, 1)
+    whole("T", T, 1, S)  # the queries are the last T of the S positions
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def padding_mask(lengths: Tensor, S: int, *, side: str = "right") -> Tensor:
     """(B, 1, 1, S) bool: True for the `lengths` (B,) real positions of each text; `side` is where the padding is."""
-    require(side in ("left", "right"), "side", side, "left, right")
-    require(lengths.ndim == 1, "shape of lengths", tuple(lengths.shape), "(B,)")
+    one_of("side", side, ("left", "right"))
+    require(isinstance(lengths, Tensor) and lengths.ndim == 1, "lengths", lengths, "a tensor of shape (B,)")
     require(bool(((lengths >= 0) & (lengths <= S)).all()), "lengths", lengths.tolist(), f"0 to S = {S}")
     at = torch.arange(S, device=lengths.device)  # (S,)
     lengths = lengths[:, None]  # (B, 1)
@@ -103,15 +105,18 @@ def padding_mask(lengths: Tensor, S: int, *, side: str = "right") -> Tensor:
 # %% ../nbs/03_attention.ipynb #361c5385
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D)."""
-    require(x.ndim == 3, "shape of x", tuple(x.shape), "(B, T, width)")
-    require(n_heads >= 1 and x.shape[-1] % n_heads == 0, "n_heads", n_heads, f"a divisor of the width {x.shape[-1]}")
+    if x.ndim != 3:
+        require(False, "shape of x", tuple(x.shape), "(B, T, width)")
     B, T, width = x.shape
+    if width % whole("n_heads", n_heads, 1):
+        require(False, "n_heads", n_heads, f"a divisor of the width {width}")
     return x.reshape(B, T, n_heads, width // n_heads).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, T, D) -> (B, T, H * D), the inverse of `split_heads`."""
-    require(x.ndim == 4, "shape of x", tuple(x.shape), "(B, H, T, D)")
+    if x.ndim != 4:
+        require(False, "shape of x", tuple(x.shape), "(B, H, T, d_h)")
     B, H, T, D = x.shape
     return x.transpose(1, 2).reshape(B, T, H * D)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, H * D)
 
@@ -147,7 +152,8 @@ def multi_head_attention(
         attend: any attention function of this chapter; `options` are passed on to it.
     """
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-    require(n_kv_heads >= 1 and n_heads % n_kv_heads == 0, "n_kv_heads", n_kv_heads, f"a divisor of n_heads = {n_heads}")
+    divides = whole("n_heads", n_heads, 1) % whole("n_kv_heads", n_kv_heads, 1) == 0
+    require(divides, "n_kv_heads", n_kv_heads, f"a divisor of n_heads = {n_heads}")
     memory = x if memory is None else memory
     q = split_heads(F.linear(x, weights.q, weights.q_bias), n_heads)  # (B, H, T, D)
     k = split_heads(F.linear(memory, weights.k, weights.k_bias), n_kv_heads)  # (B, Hk, S, D)
@@ -253,16 +259,18 @@ def tiled_attention(
     B, H, T, D = q.shape
     S = k.shape[2]
     _check_mask(mask, (B, H, T, S))
-    require(block_q >= 1 and block_k >= 1, "block_q, block_k", (block_q, block_k), "whole numbers of at least 1")
+    block_q, block_k = whole("block_q", block_q, 1), whole("block_k", block_k, 1)
     require(not causal or T <= S, "number of queries", T, f"at most {S}, the number of keys, when causal")
     k, v = repeat_heads(k, H // k.shape[1]), repeat_heads(v, H // v.shape[1])
     mask = None if mask is None else mask.expand(B, H, T, S)  # a view: takes no memory
-    return _Tiled.apply(q, k, v, mask, causal, 1 / math.sqrt(D) if scale is None else scale, block_q, block_k)
+    return _Tiled.apply(q, k, v, mask, causal, 1 / math.sqrt(D) if scale is None else number("scale", scale), block_q, block_k)
 
 # %% ../nbs/03_attention.ipynb #f6bee1a0
 def sinusoidal_positions(T: int, dim: int, *, base: float = 10000.0) -> Tensor:
     """(T, dim): sin(t θᵢ) in the even columns, cos(t θᵢ) in the odd ones, θᵢ = base^(-2i/dim) [Vaswani et al. 2017, §3.5]."""
-    require(dim >= 2 and dim % 2 == 0, "dim", dim, "an even number of at least 2, since sines and cosines come in pairs")
+    whole("T", T, 0)
+    require(whole("dim", dim, 2) % 2 == 0, "dim", dim, "an even number: sines and cosines come in pairs")
+    number("base", base, above=0)
     theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)  # (dim / 2,)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * theta  # (T, dim / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(T, dim).float()
@@ -270,7 +278,8 @@ def sinusoidal_positions(T: int, dim: int, *, base: float = 10000.0) -> Tensor:
 # %% ../nbs/03_attention.ipynb #49bc90a1
 def rope_angles(positions: Tensor, dim: int, *, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, dim / 2) of position · θᵢ for `positions` (T,), counted from 0 [Su et al. 2021, eq. 15]."""
-    require(dim >= 2 and dim % 2 == 0, "dim", dim, "an even number of at least 2, since RoPE rotates pairs")
+    require(whole("dim", dim, 2) % 2 == 0, "dim", dim, "an even number: RoPE rotates pairs")
+    number("base", base, above=0)
     theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
     angle = positions.double()[:, None] * theta  # float64: position times angle must not lose the fast hand
     return angle.cos().float(), angle.sin().float()
@@ -283,8 +292,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> 
         layout: `half` pairs i with i + D/2 (Llama in transformers, GPT-NeoX); `interleaved` pairs 2i with 2i + 1 (the paper, GPT-J).
             A checkpoint works with the layout that it was trained with, and silently fails with the other.
     """
-    require(layout in ("half", "interleaved"), "layout", layout, "half, interleaved")
-    require(x.shape[-1] == 2 * cos.shape[-1], "last size of x", x.shape[-1], f"{2 * cos.shape[-1]}, twice that of cos")
+    if layout not in ("half", "interleaved") or x.shape[-1] != 2 * cos.shape[-1]:
+        one_of("layout", layout, ("half", "interleaved"))
+        require(False, "last size of x", x.shape[-1], f"{2 * cos.shape[-1]}, twice that of cos")
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1) if layout == "half" else (x[..., 0::2], x[..., 1::2])  # each (..., T, D / 2)
     turned = a * cos - b * sin, a * sin + b * cos
@@ -293,13 +303,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> 
 
 def rope_permutation(dim: int) -> Tensor:
     """(dim,) indices with `interleaved = half[..., index]`: reorders one head's rows of W_q and W_k between the layouts."""
-    require(dim >= 2 and dim % 2 == 0, "dim", dim, "an even number of at least 2, since RoPE rotates pairs")
+    require(whole("dim", dim, 2) % 2 == 0, "dim", dim, "an even number: RoPE rotates pairs")
     return torch.arange(dim).reshape(2, dim // 2).T.reshape(-1)  # 0, D/2, 1, D/2 + 1, ...
 
 # %% ../nbs/03_attention.ipynb #ae3b221f
 def alibi_slopes(n_heads: int) -> Tensor:
     """(n_heads,) slopes: geometric from 2^(-8/H) to 2^-8; between powers of two as in the authors' code [Press et al. 2022]."""
-    require(n_heads >= 1, "n_heads", n_heads, "a whole number of at least 1")
+    n_heads = whole("n_heads", n_heads, 1)
     power = 2 ** (n_heads.bit_length() - 1)  # the largest power of two that fits
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
     slopes += [2 ** (-4 * (h + 1) / power) for h in range(0, 2 * (n_heads - power), 2)]  # every second one for 2 · power heads
@@ -308,24 +318,24 @@ def alibi_slopes(n_heads: int) -> Tensor:
 
 def alibi_bias(n_heads: int, T: int, S: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
     """(n_heads, T, S): minus slope times distance, to be added to the scores; the queries are the last T of the S positions."""
-    S = T if S is None else S
+    S = whole("T", T, 1) if S is None else whole("S", S, T)
     distance = (torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)).abs()  # (T, S)
     return -alibi_slopes(n_heads).to(device)[:, None, None] * distance
 
 # %% ../nbs/03_attention.ipynb #df72ad16
 def sliding_window_mask(T: int, window: int, *, n_global: int = 0, device: torch.device | str | None = None) -> Tensor:
     """(T, T) bool: causal, the own position and the `window - 1` before it; and the first `n_global` positions."""
-    require(window >= 1, "window", window, "a whole number of at least 1")
-    require(n_global >= 0, "n_global", n_global, "a whole number of at least 0")
-    at = torch.arange(T, device=device)
+    whole("window", window, 1)
+    whole("n_global", n_global, 0)
+    at = torch.arange(whole("T", T, 1), device=device)
     distance = at[:, None] - at  # (T, T), positive to the left
     return (distance >= 0) & ((distance < window) | (at < n_global))
 
 
 def block_mask(T: int, block: int, *, device: torch.device | str | None = None) -> Tensor:
     """(T, T) bool: causal, within blocks of `block` positions."""
-    require(block >= 1, "block", block, "a whole number of at least 1")
-    at = torch.arange(T, device=device)
+    whole("block", block, 1)
+    at = torch.arange(whole("T", T, 1), device=device)
     return (at[:, None] >= at) & (at[:, None] // block == at // block)
 
 # %% ../nbs/03_attention.ipynb #dcb65356
@@ -335,7 +345,8 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: f
     Shapes: q (B, H, T, D), k (B, Hk, T, D), v (B, Hk, T, C) -> (B, H, T, C).
     """
     _check(q, k, v)
-    require(window >= 1, "window", window, "a whole number of at least 1")
+    whole("window", window, 1)
+    scale = None if scale is None else number("scale", scale)
     require(q.shape[2] == k.shape[2], "number of keys", k.shape[2], f"{q.shape[2]}, as many as queries")
     B, H, T, _ = q.shape
     k, v = repeat_heads(k, H // k.shape[1]), repeat_heads(v, H // v.shape[1])
@@ -367,7 +378,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, ch
         chunk: positions that are handled at once; the answer does not depend on it.
     """
     _check(q, k, v)
-    require(chunk >= 1, "chunk", chunk, "a whole number of at least 1")
+    whole("chunk", chunk, 1)
     require(not causal or q.shape[2] == k.shape[2], "number of keys", k.shape[2], f"{q.shape[2]}, as many as queries, when causal")
     n = q.shape[1] // k.shape[1]
     q, k, v = F.elu(q) + 1, repeat_heads(F.elu(k) + 1, n), repeat_heads(v, n)

@@ -44,16 +44,10 @@ def _ids(batch: Any) -> Tensor:
 def _losses_at(model: Any, ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """`token_losses` of `model` for labels that stand where they are predicted (no shift here)."""
     if isinstance(model, GPT):
-        pad = None
-        if attention_mask is not None and not bool(attention_mask.all()):
-            pad = (attention_mask == 0).sum(1)
-            left = torch.arange(ids.shape[1], device=ids.device) >= pad[:, None]
-            if not torch.equal(left, attention_mask != 0):  # padding on the right: later tokens, which a causal model does not see
-                require(model.config.causal, "attention_mask", "padding on the right", "padding on the left, for a GPT that sees both sides")
-                pad = None
         counted = labels != IGNORE
         # the head is the most expensive layer of a small model: it runs only where a label counts
-        return F.cross_entropy(model.head(model.hidden(ids, pad=pad)[counted]).float(), labels[counted], reduction="none")
+        x = model.hidden(ids, attention_mask=attention_mask)[counted]  # (n, D)
+        return F.cross_entropy(model.head(x).float(), labels[counted], reduction="none")
     out = model(ids) if attention_mask is None else model(ids, attention_mask=attention_mask)
     return token_losses(out if isinstance(out, Tensor) else out.logits, labels)
 

@@ -898,6 +898,7 @@ It has read the texts named above and nothing else. It knows no facts that can b
 ```
 """
     with atomic_folder(target) as partial:
+        model.stop = (data.separator,)  # a text ends where the next one begins
         model.save_pretrained(partial)
         for file in tokenizer.iterdir():
             shutil.copyfile(file, partial / file.name)

@@ -377,6 +377,53 @@ def test_bad_input_is_refused_in_one_sentence(call) -> None:
     assert "; allowed: " in message and message.endswith(".") and "\n" not in message
 
 
+WHOLE = {  # argument -> a call with it, for which 2 is fine and 0 is not
+    "T of causal_mask": lambda n: A.causal_mask(n),
+    "S of causal_mask": lambda n: A.causal_mask(1, n),
+    "n_heads of split_heads": lambda n: A.split_heads(zeros(1, 2, 12), n),
+    "n_heads of alibi_slopes": lambda n: A.alibi_slopes(n),
+    "T of alibi_bias": lambda n: A.alibi_bias(2, n),
+    "dim of rope_angles": lambda n: A.rope_angles(torch.arange(3), n),
+    "dim of rope_permutation": lambda n: A.rope_permutation(n),
+    "dim of sinusoidal_positions": lambda n: A.sinusoidal_positions(3, n),
+    "T of sliding_window_mask": lambda n: A.sliding_window_mask(n, 2),
+    "window of sliding_window_mask": lambda n: A.sliding_window_mask(5, n),
+    "block of block_mask": lambda n: A.block_mask(5, n),
+    "window of windowed_attention": lambda n: A.windowed_attention(*[zeros(1, 1, 5, 4)] * 3, window=n),
+    "chunk of linear_attention": lambda n: A.linear_attention(*[zeros(1, 1, 5, 4)] * 3, chunk=n),
+    "block_q of tiled_attention": lambda n: A.tiled_attention(*[zeros(1, 1, 5, 4)] * 3, block_q=n),
+    "block_k of tiled_attention": lambda n: A.tiled_attention(*[zeros(1, 1, 5, 4)] * 3, block_k=n),
+}
+
+
+@pytest.mark.parametrize("call", WHOLE.values(), ids=WHOLE)
+def test_a_whole_number_is_whole(call) -> None:
+    call(2)
+    for value in (0, -2, 2.0, 2.5, math.nan, math.inf, True, "2", None, [2]):
+        if value is None and call in (WHOLE["S of causal_mask"],):
+            continue  # the default
+        with pytest.raises(BadInput) as e:
+            call(value)
+        assert str(e.value).count("allowed:") == 1
+
+
+FINITE = {
+    "scale of naive_attention": lambda x: A.naive_attention(*[zeros(1, 1, 2, 4)] * 3, scale=x),
+    "scale of tiled_attention": lambda x: A.tiled_attention(*[zeros(1, 1, 2, 4)] * 3, scale=x),
+    "scale of windowed_attention": lambda x: A.windowed_attention(*[zeros(1, 1, 2, 4)] * 3, window=1, scale=x),
+    "base of rope_angles": lambda x: A.rope_angles(torch.arange(3), 4, base=x),
+    "base of sinusoidal_positions": lambda x: A.sinusoidal_positions(3, 4, base=x),
+}
+
+
+@pytest.mark.parametrize("call", FINITE.values(), ids=FINITE)
+def test_a_number_is_finite(call) -> None:
+    call(2.5)
+    for value in (math.nan, math.inf, True, "2"):
+        with pytest.raises(BadInput):
+            call(value)
+
+
 def test_inputs_are_not_changed() -> None:
     q, k, v = (x.detach() for x in tensors(8, *[(1, 2, 9, 4)] * 3))
     before = [x.clone() for x in (q, k, v)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from llmcourse.data import load_model
 from llmcourse.model import (
@@ -111,6 +114,22 @@ def test_rms_norm_in_bfloat16_sums_in_float32():
     assert torch.equal(norm.bfloat16()(x), rms_norm(x.float(), torch.ones(576)).bfloat16())
 
 
+@few
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(2, 40), st.integers(0, 10**6))
+def test_the_gradient_of_the_norm_is_that_of_the_formula(rows, width, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, weight, dy = torch.randn(*rows, width, generator=g), torch.rand(width, generator=g), torch.randn(*rows, width)
+    norm, results = RMSNorm(width, eps=1e-3), []
+    norm.weight.data = weight
+    for f in (lambda x: rms_norm(x, norm.weight, eps=1e-3), norm):
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        results.append((y, *torch.autograd.grad(y, (leaf, norm.weight), dy)))
+    assert torch.equal(results[0][0], results[1][0])  # the value: to the last bit
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------- configuration
 
 
@@ -137,6 +156,13 @@ def test_rms_norm_in_bfloat16_sums_in_float32():
         {"context": 0},
         {"d_ff": 0},
         {"norm_eps": "small"},
+        {"norm_eps": math.nan},
+        {"init_std": math.inf},
+        {"tied": "yes"},
+        {"causal": 1},
+        {"context": 40.0},
+        {"n_experts": 4, "experts_per_token": 2.0},
+        {"n_experts": 4, "capacity_factor": math.nan},
     ],
 )
 def test_impossible_configurations_are_refused_in_one_sentence(wish):
@@ -179,9 +205,9 @@ def test_flops_by_formula(model):
         model(ids)
     assert counter.get_total_flops() == model.config.flops(7)
     cache = KVCache(model.config.n_layers)
-    model(ids, cache=cache)
+    model(ids, past_key_values=cache)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
-        model(ids[:, :3], cache=cache)
+        model(ids[:, :3], past_key_values=cache)
     assert counter.get_total_flops() == model.config.flops(3, past=7)
 
 
@@ -223,7 +249,7 @@ def test_reading_in_pieces_with_a_cache(model, pieces):
     ids, cache, out = torch.randint(50, (2, 9)), KVCache(2, capacity=2), []
     with torch.no_grad():
         for part in ids.split(pieces, 1):
-            out.append(model(part, cache=cache))
+            out.append(model(part, past_key_values=cache))
         torch.testing.assert_close(torch.cat(out, 1), model(ids), rtol=1e-4, atol=1e-5)
     assert cache.length == 9
 
@@ -232,9 +258,9 @@ def test_cropping_a_cache_takes_tokens_back(model):
     torch.manual_seed(3)
     ids, cache = torch.randint(50, (1, 8)), KVCache(2)
     with torch.no_grad():
-        model(ids, cache=cache)
+        model(ids, past_key_values=cache)
         cache.crop(4)
-        torch.testing.assert_close(model(ids[:, 4:], cache=cache), model(ids)[:, 4:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids[:, 4:], past_key_values=cache), model(ids)[:, 4:], rtol=1e-4, atol=1e-5)
     with pytest.raises(BadInput, match="length"):
         cache.crop(99)
 
@@ -251,26 +277,69 @@ def test_layer_cache_is_concatenation(parts, capacity):
 
 def test_cache_bytes():
     cache = KVCache(2, capacity=30)
-    GPT(config())(torch.zeros(3, 5, dtype=torch.long), cache=cache)
+    GPT(config())(torch.zeros(3, 5, dtype=torch.long), past_key_values=cache)
     assert cache.bytes == 2 * 2 * 3 * 2 * 5 * 4 * 4  # keys and values, layers, rows, heads, tokens, columns, bytes
+
+
+def alone(model, tokens):
+    """Logits of one text without any padding."""
+    return model(torch.tensor([tokens]))[0]
 
 
 def test_left_padding_changes_nothing(model):
     torch.manual_seed(4)
     prompts = [torch.randint(50, (n,)).tolist() for n in (3, 7, 1)]
-    ids, pad = left_pad(prompts)
-    assert pad.tolist() == [4, 0, 6]
+    ids, real = left_pad(prompts)
+    assert real.sum(1).tolist() == [3, 7, 1] and left_pad([[1, 2], [3, 4]])[1] is None
     with torch.no_grad():
-        together, cache = model(ids, pad=pad), KVCache(2)
-        torch.testing.assert_close(model(ids, pad=pad, cache=cache), together)
+        together, cache = model(ids, attention_mask=real), KVCache(2)
+        torch.testing.assert_close(model(ids, attention_mask=real, past_key_values=cache), together)
         more = torch.randint(50, (3, 1))
-        step = model(more, cache=cache)
+        step = model(more, past_key_values=cache)
         for i, p in enumerate(prompts):
-            torch.testing.assert_close(together[i, -1], model(torch.tensor([p]))[0, -1], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(
-                step[i, 0], model(torch.tensor([[*p, int(more[i])]]))[0, -1], rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(together[i, -1], alone(model, p)[-1], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(step[i, 0], alone(model, [*p, int(more[i])])[-1], rtol=1e-4, atol=1e-5)
+        cache.crop(7)  # the padding is remembered, and that of forgotten tokens is forgotten
+        torch.testing.assert_close(model(more, past_key_values=cache), step)
     assert torch.isfinite(together).all()
+
+
+PADDED = {  # 1 where a token is real: one row each
+    "left beside right": ["0011111", "1111100"],
+    "right": ["1111000", "1111111"],
+    "both sides of one row": ["0111110", "1111111"],
+    "left, right, both, none": ["0000011", "1100000", "0011100", "1111111"],
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rows", PADDED.values(), ids=PADDED)
+def test_padding_on_any_side_changes_nothing(rows, causal):
+    for position in ("rope", "learned", "none"):
+        torch.manual_seed(0)
+        m = GPT(config(position=position, causal=causal)).eval()
+        real = torch.tensor([[c == "1" for c in row] for row in rows])
+        ids = torch.randint(50, real.shape)
+        with torch.no_grad():
+            for mask in (real, real.long()):
+                together = m(ids, attention_mask=mask)
+                for row, kept, got in zip(ids, real, together):
+                    torch.testing.assert_close(got[kept], alone(m, row[kept].tolist()), rtol=1e-4, atol=1e-5)
+            other = ids.where(real, (ids + 1) % 50)  # what stands in the padding does not matter
+            torch.testing.assert_close(m(other, attention_mask=real)[real], together[real], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_that_comes_later_than_the_cache():
+    torch.manual_seed(0)
+    m, ids, cache = GPT(config()).eval(), torch.randint(50, (2, 7)), KVCache(2)
+    real = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    with torch.no_grad():
+        m(ids[:, :3], past_key_values=cache)
+        got = m(ids[:, 3:], attention_mask=real[:, 3:], past_key_values=cache)
+        torch.testing.assert_close(got[0], alone(m, ids[0].tolist())[3:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[1, :1], alone(m, ids[1, :4].tolist())[3:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(BadInput, match="shape of attention_mask"):
+        m(ids[:, :2], attention_mask=torch.ones(2, 9), past_key_values=cache)
 
 
 def test_names_that_transformers_uses():
@@ -386,6 +455,30 @@ def test_mixture_equals_the_written_out_sum():
     assert len(seen) == 1 and layer._seen is None
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_capacity_drops_in_training_and_never_in_evaluation(top_k):
+    """With a limit, what a token gets depends on the other rows and even on later tokens of its own."""
+    torch.manual_seed(0)
+    m = GPT(config(n_experts=4, experts_per_token=top_k, capacity_factor=0.3)).eval()
+    ids = torch.randint(50, (6, 9))
+    with torch.no_grad():
+        together = m(ids)
+        for row, got in zip(ids, together):
+            torch.testing.assert_close(got, m(row[None])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(m(ids[:, :4]), together[:, :4], rtol=1e-4, atol=1e-5)
+        prompts = ids.tolist()
+        assert generate(m, prompts, max_new_tokens=6) == [generate(m, [p], max_new_tokens=6)[0] for p in prompts]
+        with watch_routing(m) as seen:
+            m.train()(ids)
+        assert not all(bool(r.kept.all()) for r in seen)
+
+
+def test_the_balance_loss_can_be_below_one():
+    """Each token's choice wins narrowly, and the probability that is left goes to the expert that nobody chooses."""
+    probabilities = torch.tensor([[0.4, 0.25, 0.35], [0.25, 0.4, 0.35]])
+    assert float(load_balance_loss(route(probabilities.log(), 1))) < 1
+
+
 def test_the_router_of_a_single_expert_gets_a_gradient():
     torch.manual_seed(0)
     layer = MoE(8, [torch.nn.Linear(8, 8) for _ in range(3)], top_k=1)
@@ -443,6 +536,15 @@ def test_stop_tokens_end_a_row_and_no_other():
         assert new == row[:cut]
 
 
+def test_a_model_stops_at_its_own_end_unless_told_otherwise():
+    torch.manual_seed(0)
+    m = GPT(config()).eval()
+    free = generate(m, [[1, 2]], max_new_tokens=10)[0]
+    m.stop = (free[3],)
+    assert generate(m, [[1, 2]], max_new_tokens=10)[0] == free[: free.index(free[3]) + 1]
+    assert generate(m, [[1, 2]], max_new_tokens=10, stop=[])[0] == free
+
+
 def test_sampling_repeats_with_the_generator_and_follows_the_distribution():
     torch.manual_seed(0)
     m = GPT(config()).eval()
@@ -469,13 +571,18 @@ def test_generate_leaves_the_model_as_it_was():
         {"max_new_tokens": 2, "temperature": -1},
         {"max_new_tokens": 2, "top_k": 0},
         {"max_new_tokens": 2, "top_p": 0.0},
+        {"max_new_tokens": 2, "top_p": math.nan},
+        {"max_new_tokens": 2, "top_k": 1.0},
+        {"max_new_tokens": 2, "temperature": math.nan},
+        {"max_new_tokens": True},
     ],
 )
 def test_generate_refuses(options):
     with pytest.raises(BadInput):
         generate(GPT(config()), [[1]], **options)
-    with pytest.raises(BadInput, match="prompts"):
-        generate(GPT(config()), [[1], []], max_new_tokens=2)
+    for prompts in ([[1], []], [], [[50]], [[-1, 3]], [[1.5]], [[True]]):
+        with pytest.raises(BadInput, match="prompts"):
+            generate(GPT(config()), prompts, max_new_tokens=2)
 
 
 # --------------------------------------------------------------------- with the other chapters' tools
@@ -573,28 +680,120 @@ def test_a_loaded_model_can_be_trained_and_its_file_stays_as_it_was(tiny_llama):
     assert not torch.equal(GPT.from_pretrained(folder, rt=rt).embed.weight, ours.embed.weight)
 
 
-def test_checkpoints_that_do_not_fit_are_refused(tiny_llama, tmp_path):
-    import json
-    import shutil
+def changed(folder, target, change=(), drop=(), weights=None):
+    """A copy of a model folder with other entries in its config.json, or with other weights."""
+    shutil.copytree(folder, target)
+    c = json.loads((target / "config.json").read_text())
+    c = {k: v for k, v in (c | dict(change)).items() if k not in drop}
+    (target / "config.json").write_text(json.dumps(c))
+    if weights is not None:
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
-    _, folder = tiny_llama
-    for change in (
-        {"model_type": "gpt2"},
-        {"hidden_act": "gelu"},
-        {"attention_bias": True},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-        {"num_hidden_layers": 4},
-        {"vocab_size": 61},
-        {"head_dim": 16},
-        {"quantization_config": {"quant_method": "gptq"}},
-    ):
-        copied = tmp_path / next(iter(change))
-        shutil.copytree(folder, copied)
-        c = json.loads((copied / "config.json").read_text())
-        (copied / "config.json").write_text(json.dumps(c | change))
-        with pytest.raises(BadInput):
-            GPT.from_pretrained(copied)
-    for name in (tmp_path / "nowhere", "gpt-5", "wikipedia"):
+
+NOT_UNDERSTOOD = {
+    "another architecture": {"model_type": "gpt2"},
+    "another activation": {"hidden_act": "gelu"},
+    "biases": {"attention_bias": True},
+    "biases in the mlp": {"mlp_bias": True},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    "scaling by the old name": {"rope_scaling": {"type": "linear", "factor": 4}},
+    "scaling by the new name": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "scaling beside plain parameters": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "a factor and no type": {"rope_scaling": {"factor": 4.0}},
+    "a part of the columns": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "a part of the columns, old": {"partial_rotary_factor": 0.5},
+    "rotations by kind of layer": {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+    "not a mapping": {"rope_scaling": 4},
+    "layers without positions": {"no_rope_layers": [1, 0, 1]},
+    "a sliding window": {"sliding_window": 8},
+    "scaled logits": {"logits_scaling": 8.0},
+    "capped logits": {"final_logit_softcapping": 30.0},
+    "a scaled embedding": {"embedding_multiplier": 12.0},
+    "a key nobody knows": {"attention_magic": "on"},
+    "more layers than weights": {"num_hidden_layers": 4},
+    "fewer layers than weights": {"num_hidden_layers": 2},
+    "another vocabulary": {"vocab_size": 61},
+    "wider heads": {"head_dim": 16},
+    "quantized": {"quantization_config": {"quant_method": "gptq"}},
+    "text for a number": {"hidden_size": "32"},
+    "half a layer": {"num_hidden_layers": 2.5},
+    "no epsilon in words": {"rms_norm_eps": "1e-5"},
+    "an end that is no token": {"eos_token_id": "</s>"},
+}
+
+
+@pytest.mark.parametrize("change", NOT_UNDERSTOOD.values(), ids=NOT_UNDERSTOOD)
+def test_a_configuration_that_is_not_understood_is_refused(change, tiny_llama, tmp_path):
+    with pytest.raises(BadInput) as e:
+        GPT.from_pretrained(changed(tiny_llama[1], tmp_path / "m", change))
+    assert str(e.value).count("allowed:") == 1 and "\n" not in str(e.value)
+
+
+UNDERSTOOD = {
+    "as saved": ({}, ()),
+    "a feature that is off": ({"sliding_window": None, "rope_interleaved": False, "quantization_config": None}, ()),
+    "who made it": ({"_name_or_path": "somebody/else", "transformers_version": "4.0.0", "is_llama_config": True}, ()),
+    "no epsilon": ({}, ("rms_norm_eps",)),
+    "no longest text": ({}, ("max_position_embeddings",)),
+    "neither": ({}, ("rms_norm_eps", "max_position_embeddings")),
+    "the base outside": ({"rope_theta": 500.0}, ("rope_parameters",)),
+    "a scaling of the default kind": ({"rope_theta": 500.0, "rope_scaling": {"type": "default"}}, ("rope_parameters",)),
+    "no rotation": ({}, ("rope_parameters", "rope_theta")),
+    "no key-value heads, which says as many": ({"num_attention_heads": 2}, ("num_key_value_heads", "head_dim")),
+    "several ends": ({"eos_token_id": [2, 7]}, ()),
+    "no end": ({"eos_token_id": None}, ()),
+}
+
+
+@pytest.mark.parametrize(("change", "drop"), UNDERSTOOD.values(), ids=UNDERSTOOD)
+def test_a_configuration_that_is_understood_computes_what_transformers_computes(change, drop, tiny_llama, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    theirs, folder = tiny_llama
+    weights = {k: v.clone().contiguous() for k, v in theirs.state_dict().items()}
+    if "num_attention_heads" in change:  # keys and values as wide as the queries
+        for key in [k for k in weights if ".k_proj." in k or ".v_proj." in k]:
+            weights[key] = torch.cat((weights[key], weights[key].flip(0)))
+    # tables of frequencies, as old files have them
+    weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    copied = changed(folder, tmp_path / "m", change, drop, weights)
+    ours = GPT.from_pretrained(copied, rt=Runtime(device=torch.device("cpu"), dtype=torch.float32))
+    theirs = LlamaForCausalLM.from_pretrained(copied).eval()
+    ids = torch.randint(60, (2, 33), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    ends = json.loads((copied / "config.json").read_text()).get("eos_token_id")
+    assert list(ours.stop) == ([] if ends is None else ends if isinstance(ends, list) else [ends])
+
+
+def without(weights, end):
+    return {k: v for k, v in weights.items() if not k.endswith(end)}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda w: {},
+        lambda w: without(w, "layers.1.mlp.up_proj.weight"),
+        lambda w: without(w, "embed_tokens.weight"),
+        lambda w: without(w, "lm_head.weight"),
+        lambda w: w | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)},
+        lambda w: w | {"model.norm.weight": torch.ones(31)},
+    ],
+    ids=["nothing", "a matrix missing", "no embedding", "no head", "a bias too many", "a wrong shape"],
+)
+def test_weights_that_do_not_fit_are_refused(broken, tiny_llama, tmp_path):
+    theirs, folder = tiny_llama
+    weights = broken({k: v.clone() for k, v in theirs.state_dict().items()})
+    with pytest.raises(BadInput, match="allowed: a plain Llama checkpoint"):
+        GPT.from_pretrained(changed(folder, tmp_path / "m", weights=weights))
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tiny_llama, tmp_path):
+    cut = changed(tiny_llama[1], tmp_path / "m")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:200])
+    for name in (cut, tmp_path / "nowhere", "gpt-5", "wikipedia"):
         with pytest.raises(BadInput):
             GPT.from_pretrained(name)
 
@@ -647,8 +846,8 @@ class TestOnAGpu:
         assert generate(m, [[1, 2, 3]], max_new_tokens=6, temperature=0.8, top_p=0.9, generator=g)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_model_of_ours_is_saved_as_a_plain_llama(tied, tmp_path):
+@pytest.mark.parametrize(("tied", "stop"), [(True, ()), (False, (7,)), (True, (0, 3))])
+def test_a_model_of_ours_is_saved_as_a_plain_llama(tied, stop, tmp_path):
     """transformers and `from_pretrained` read what `save_pretrained` wrote, and give the same logits."""
     import transformers
 
@@ -658,6 +857,7 @@ def test_a_model_of_ours_is_saved_as_a_plain_llama(tied, tmp_path):
             vocab_size=101, d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, context=64, rope_theta=5000.0, tied=tied
         )
     ).eval()
+    ours.stop = stop
     ours.save_pretrained(tmp_path / "saved")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     again = GPT.from_pretrained(tmp_path / "saved")
@@ -665,7 +865,8 @@ def test_a_model_of_ours_is_saved_as_a_plain_llama(tied, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-5, atol=1e-6)
         assert torch.equal(again(ids), ours(ids))
-    assert again.config == ours.config
+    assert again.config == ours.config and again.stop == ours.stop == stop
+    assert theirs.config.eos_token_id == (None if not stop else stop[0] if len(stop) == 1 else list(stop))
     assert {k: v.shape for k, v in theirs.state_dict().items()}.keys() == transformers.LlamaForCausalLM(
         theirs.config
     ).state_dict().keys()
