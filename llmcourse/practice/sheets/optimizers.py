@@ -7,6 +7,7 @@ CHAPTER = "06_optimizers"
 
 # %% setup
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,9 @@ def randn(*shape, seed=0):
 
 
 # %% solution momentum_path
-def momentum_path(param: Tensor, grads: Tensor, lr: float, momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Tensor:
+def momentum_path(
+    param: Tensor, grads: Tensor, lr: float, momentum: float, dampening: float = 0.0, nesterov: bool = False
+) -> Tensor:
     """The parameter after each of T steps: param (…), grads (T, …) -> (T, …)."""
     path, buffer = [], None
     for grad in grads:
@@ -53,6 +56,9 @@ def _():
     yield case("dampening", torch.tensor([0.0]), torch.tensor([[1.0], [1.0], [2.0]]), 0.1, 0.5, dampening=0.5)
     yield case("Nesterov", torch.tensor([0.0]), torch.tensor([[1.0], [-1.0], [2.0]]), 0.1, 0.9, nesterov=True)
     yield case("a matrix", randn(2, 2), randn(4, 2, 2, seed=1), 0.05, 0.8)
+    yield case("dampening and Nesterov", torch.tensor([0.0]), torch.tensor([[1.0], [-1.0], [2.0]]), 0.1, 0.9, dampening=0.25, nesterov=True)
+    yield case("a single number", torch.tensor(2.0), torch.tensor([3.0, 3.0, -1.0]), 0.5, 0.5)
+    yield case("half precision", torch.tensor([1.0, -2.0]).bfloat16(), torch.tensor([[1.0, 2.0], [3.0, -1.0]]).bfloat16(), 0.5, 0.5)
     yield case("no momentum", torch.tensor([1.0, 2.0]), torch.tensor([[1.0, -1.0], [1.0, 1.0]]), 0.5, 0.0)
 
 
@@ -118,8 +124,20 @@ def in_place(param, grads, lr, momentum, dampening=0.0, nesterov=False):
     return torch.stack([param] * len(grads))
 
 
+@ex.wrong("The learning rate comes in twice: your buffer holds η·g, and the step multiplies by η again. The buffer holds plain gradients.")
+def rate_in_the_buffer(param, grads, lr, momentum, dampening=0.0, nesterov=False):
+    return momentum_path(param, grads * lr, lr, momentum, dampening, nesterov)
+
+
+@ex.wrong("Your result has another dtype than the parameter. What goes in in bfloat16 comes out in bfloat16: a step must not change the format of the model.")
+def always_float32(param, grads, lr, momentum, dampening=0.0, nesterov=False):
+    return momentum_path(param.float(), grads.float(), lr, momentum, dampening, nesterov)
+
+
 # %% solution adam_path
-def adam_path(param: Tensor, grads: Tensor, lr: float, betas: tuple[float, float], eps: float) -> Tensor:
+def adam_path(
+    param: Tensor, grads: Tensor, lr: float, betas: tuple[float, float], eps: float
+) -> Tensor:
     """The parameter after each of Adam's first T steps: param (…), grads (T, …) -> (T, …)."""
     path, m, v = [], torch.zeros_like(param), torch.zeros_like(param)
     for t, grad in enumerate(grads, start=1):
@@ -152,6 +170,7 @@ def _():
     yield case("two different gradients", torch.tensor([0.0]), torch.tensor([[1.0], [-3.0]]), 0.1, (0.5, 0.75), 1e-8)
     yield case("a large ε", torch.tensor([0.0]), torch.tensor([[0.5], [0.25], [1.0]]), 0.1, (0.9, 0.99), 0.5)
     yield case("a matrix, four steps", randn(2, 2), randn(4, 2, 2, seed=1), 0.01, (0.9, 0.95), 1e-8)
+    yield case("half precision", torch.tensor([1.0, -2.0]).bfloat16(), torch.tensor([[1.0, 2.0], [3.0, -1.0]]).bfloat16(), 0.5, (0.5, 0.75), 1e-8)
     yield case("no averages", torch.tensor([0.0, 0.0]), torch.tensor([[2.0, -0.5], [-1.0, 3.0]]), 0.1, (0.0, 0.0), 1e-8)
     yield case("a gradient of zero", torch.tensor([1.0]), torch.tensor([[0.0], [1.0]]), 0.1, (0.9, 0.999), 1e-8)
 
@@ -218,8 +237,131 @@ def no_root(param, grads, lr, betas, eps):
     return _adam(param, grads, lr, betas, lambda m, v, c1, c2: m / c1 / (v / c2 + eps))
 
 
+@ex.wrong("Your v is an average of m², or of |g|: it is made from the square of each gradient itself, before anything is averaged. Where gradients change their sign, the two are far apart.")
+def square_of_the_mean(param, grads, lr, betas, eps):
+    path, m, v = [], torch.zeros_like(param), torch.zeros_like(param)
+    for t, grad in enumerate(grads, start=1):
+        m = betas[0] * m + (1 - betas[0]) * grad
+        v = betas[1] * v + (1 - betas[1]) * (m / (1 - betas[0] ** t)) ** 2
+        param = param - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        path.append(param)
+    return torch.stack(path)
+
+
+@ex.wrong("ε has no effect in your answer. It keeps the step of a number with tiny gradients small, and 0/0 from becoming nan.")
+def eps_forgotten(param, grads, lr, betas, eps):
+    return adam_path(param, grads, lr, betas, 0.0)
+
+
+@ex.wrong("Your correction is always that of the first step, 1 − β. The averages fill up with time, so the correction fades: it is 1 − βᵗ at step t.")
+def always_the_first(param, grads, lr, betas, eps):
+    return _adam(param, grads, lr, betas, lambda m, v, c1, c2: m / (1 - betas[0]) / ((v / (1 - betas[1])).sqrt() + eps))
+
+
+@ex.wrong("Your result has another dtype than the parameter. What goes in in bfloat16 comes out in bfloat16: a step must not change the format of the model.")
+def always_float32(param, grads, lr, betas, eps):
+    return adam_path(param.float(), grads.float(), lr, betas, eps)
+
+
+# %% solution adam_test
+def adam_test() -> tuple[Tensor, Tensor, float, tuple[float, float], float]:
+    """(param, grads, lr, betas, eps) of a short run in which each of the six bugs shows."""
+    grads = torch.tensor([[1.0], [-3.0], [0.5]])  # it changes size and sign
+    return torch.tensor([0.0]), grads, 0.1, (0.5, 0.9), 0.5
+
+
+# %% checker adam_test
+ex = exercise(
+    "optimizers.adam_test",
+    title="One run that catches six bugs",
+    minutes=15,
+    difficulty=3,
+    points=5,
+    hints=(
+        "Take the bugs one by one: what has to be different from step to step, or between the two betas, before this one can be seen?",
+        "At the first step the betas cancel, and nothing has been written back yet: you need at least two steps. With a constant gradient both corrected averages are the gradient and its square, whatever the betas are.",
+        "Gradients of different size and sign, such as 1, −3, 0.5; two different betas, neither of them 0; and an ε of about the size of the gradients. lr at its limit makes every difference large.",
+    ),
+)
+
+
+def caught(answer):
+    """Which of six broken versions of Adam the run tells from the right one."""
+
+    def adam(param, grads, lr, betas, eps, bug):
+        b1, b2 = betas[::-1] if bug == "betas swapped" else betas
+        m, v = torch.zeros_like(param), torch.zeros_like(param)
+        for t, g in enumerate(grads, start=1):
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            n = 1 if bug == "t never increased" else t
+            c1 = 1.0 if bug == "no correction" else 1 - b1**n
+            c2 = 1.0 if bug in ("no correction", "v not corrected") else 1 - b2**n
+            root = (v / c2 + eps).sqrt() if bug == "ε under the root" else (v / c2).sqrt() + eps
+            param = param - lr * (m / c1) / root
+            if bug == "corrected averages written back":
+                m, v = m / c1, v / c2
+        return param
+
+    given = answer()
+    if not isinstance(given, (tuple, list)) or len(given) != 5:
+        return "five things are wanted: param, grads, lr, betas, eps"
+    param, grads, lr, betas, eps = given
+    if not isinstance(param, torch.Tensor) or not isinstance(grads, torch.Tensor) or not grads.is_floating_point():
+        return "param and grads are tensors of floating-point numbers"
+    if param.dim() != 1 or grads.dim() != 2 or grads.shape[1] != len(param) or not 1 <= len(grads) <= 3 or not 1 <= len(param) <= 4:
+        return "the shapes are (D,) and (T, D), with D at most 4 and T at most 3"
+    if not bool((grads.abs() <= 10).all()) or not 0 <= lr <= 0.1 or not eps >= 0 or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        return "a limit of the statement is not kept"
+    param, grads = param.detach().double(), grads.detach().double()
+    right = adam(param, grads, lr, betas, eps, "")
+    bugs = ["no correction", "v not corrected", "ε under the root", "betas swapped", "corrected averages written back", "t never increased"]
+    return {bug: bool(((adam(param, grads, lr, betas, eps, bug) - right).abs() > 0.01).any()) for bug in bugs}
+
+
+@ex.cases
+def _():
+    yield case("which bugs your run catches").through(caught)
+
+
+@ex.wrong("Your run does not see swapped betas, averages that were written back, or a t that stands still. At the first step the betas cancel and nothing has been written back yet: a second step is needed.")
+def one_step():
+    return torch.tensor([0.0]), torch.tensor([[2.0]]), 0.1, (0.5, 0.9), 1.0
+
+
+@ex.wrong("Swapped betas go unseen. Either your two betas are equal, or the gradients hardly change: as long as a gradient stays the same, the corrected averages are the gradient and its square for every β.")
+def equal_betas():
+    return torch.tensor([0.0]), torch.tensor([[1.0], [-3.0], [0.5]]), 0.1, (0.9, 0.9), 0.5
+
+
+@ex.wrong("ε under the root goes unseen: beside gradients of your size your ε is too small to matter in either place. Nobody says that a test has to use the usual 1e-8.")
+def usual_eps():
+    return torch.tensor([0.0]), torch.tensor([[1.0], [-3.0], [0.5]]), 0.1, (0.5, 0.9), 1e-8
+
+
+@ex.wrong("Your run catches nothing at all: all seven versions end at the same place. Without a gradient, or with a learning rate near 0, there is no step to compare.")
+def nothing_moves():
+    return torch.tensor([1.0]), torch.zeros(3, 1), 0.1, (0.5, 0.9), 0.5
+
+
+@ex.wrong("With betas of 0 there are no averages: nothing has to be corrected, and nothing can be swapped. Only the place of ε is left to see.")
+def no_averages():
+    return torch.tensor([0.0]), torch.tensor([[1.0], [-3.0], [0.5]]), 0.1, (0.0, 0.0), 0.5
+
+
+@ex.wrong("Your run is longer or larger than the statement allows. A test that needs thousands of steps finds bugs by luck; three steps are enough for these six.")
+def too_long():
+    return torch.zeros(1), torch.randn(100, 1, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).repeat(1, 9), 0.1, (0.9, 0.999), 1e-8
+
+
+@ex.wrong("A limit of the statement is not kept: gradients of at most 10, a learning rate of at most 0.1, betas below 1. With a huge learning rate every bug is easy to see, and so is every rounding error.")
+def beyond_a_limit():
+    return torch.tensor([0.0]), torch.tensor([[1.0], [-3.0], [0.5]]), 1.0, (0.5, 0.9), 0.5
+
+
 # %% solution first_step
-def first_step(param: Tensor, grad: Tensor, lr: float, eps: float, weight_decay: float, decoupled: bool) -> Tensor:
+def first_step(
+    param: Tensor, grad: Tensor, lr: float, eps: float, weight_decay: float, decoupled: bool
+) -> Tensor:
     """The parameter after the first step of Adam with L2 decay, or of AdamW."""
     if decoupled:
         param = (1 - lr * weight_decay) * param
@@ -250,6 +392,9 @@ def _():
     yield case("decoupled by hand", p, g, 0.1, 0.0, 0.2, True)
     yield case("L2, a large ε", torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25]), 0.1, 0.5, 0.1, False)
     yield case("decoupled, a large ε", torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25]), 0.1, 0.5, 0.1, True)
+    yield case("L2 turns the step around", torch.tensor([4.0, -4.0, 0.5]), torch.tensor([-1.0, 1.0, -1.0]), 0.25, 1e-3, 0.5, False)
+    yield case("half precision", torch.tensor([1.0, -2.0]).bfloat16(), torch.tensor([0.5, 0.25]).bfloat16(), 0.5, 0.5, 0.5, True)
+    yield case("half precision, L2", torch.tensor([1.0, -2.0]).bfloat16(), torch.tensor([0.5, 0.25]).bfloat16(), 0.5, 0.5, 0.5, False)
     yield case("no decay", torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0, -4.0]]), 0.2, 1e-8, 0.0, True)
 
 
@@ -301,8 +446,103 @@ def eps_under_the_root(param, grad, lr, eps, weight_decay, decoupled):
     return param - lr * grad / (grad**2 + eps).sqrt()
 
 
+@ex.wrong("With L2 you added ηλθ to the gradient. The learning rate comes in later, with the step itself; what is added is λθ.")
+def rate_in_the_penalty(param, grad, lr, eps, weight_decay, decoupled):
+    return first_step(param, grad, lr, eps, weight_decay if decoupled else lr * weight_decay, decoupled)
+
+
+@ex.wrong("The decay has no effect in your answer. Both kinds pull the weight towards zero.")
+def decay_forgotten(param, grad, lr, eps, weight_decay, decoupled):
+    return first_step(param, grad, lr, eps, 0.0, decoupled)
+
+
+# %% solution resting_weight
+def resting_weight(grad: float, weight_decay: float, decoupled: bool) -> float:
+    """Where Adam with L2 decay, or AdamW, leaves a weight whose gradient never changes."""
+    if not weight_decay > 0:
+        raise ValueError(f"weight_decay is {weight_decay}; it must be above 0")
+    if decoupled:  # -eta lambda theta - eta sign(g) = 0
+        return -math.copysign(1.0, grad) / weight_decay if grad else 0.0
+    return -grad / weight_decay  # g + lambda theta = 0
+
+
+# %% checker resting_weight
+ex = exercise(
+    "optimizers.resting_weight",
+    title="Where does a weight come to rest?",
+    minutes=12,
+    difficulty=3,
+    points=4,
+    hints=(
+        "Write down the change of θ in one step, set it to zero, and solve for θ. The learning rate should fall out.",
+        "With L2 the step is zero when the sum that Adam sees is zero. With AdamW the step never becomes smaller: what is its size when ε is 0?",
+        "L2: g + λθ = 0. AdamW: the step is η times the sign of g, and the decay takes ηλθ: λθ = −sign(g). A gradient of 0 has the sign 0.",
+    ),
+)
+
+
+@ex.cases
+def _():
+    yield case("L2 by hand", -2.0, 0.1, False)
+    yield case("AdamW, the same numbers", -2.0, 0.1, True)
+    yield case("a tiny gradient", 0.001, 0.5, True)
+    yield case("a tiny gradient, L2", 0.001, 0.5, False)
+    yield case("a large gradient", 30.0, 0.25, True)
+    yield case("no gradient, AdamW", 0.0, 0.1, True)
+    yield case("no gradient, L2", 0.0, 0.1, False)
+    yield case("a weak decay", 5.0, 1e-3, False)
+    yield case("no decay", 1.0, 0.0, True).raises(ValueError)
+    yield case("no decay, L2", 1.0, 0.0, False).raises(ValueError)
+    yield case("a negative decay", 1.0, -0.1, True).raises(ValueError)
+
+
+def _decays(weight_decay):
+    if not weight_decay > 0:
+        raise ValueError("weight_decay")
+
+
+@ex.wrong("You let AdamW rest where L2 does. AdamW's step has the size η however small the gradient is, so the size of the gradient cannot be in the answer; only its sign can.")
+def always_l2(grad, weight_decay, decoupled):
+    return resting_weight(grad, weight_decay, False)
+
+
+@ex.wrong("You let L2 rest where AdamW does. With L2 Adam sees g + λθ, and that is zero at one place only, which depends on the size of g.")
+def always_decoupled(grad, weight_decay, decoupled):
+    return resting_weight(grad, weight_decay, True)
+
+
+@ex.wrong("The sign is the wrong way around. Training goes against the gradient: a weight with a negative gradient grows, and rests on the positive side.")
+def wrong_side(grad, weight_decay, decoupled):
+    return -resting_weight(grad, weight_decay, decoupled)
+
+
+@ex.wrong("Without a gradient there is nothing to balance the decay, and AdamW's weight goes to 0. Your formula gives a gradient of 0 the sign 1.")
+def sign_of_zero(grad, weight_decay, decoupled):
+    _decays(weight_decay)
+    return -math.copysign(1.0, grad) / weight_decay if decoupled else -grad / weight_decay
+
+
+@ex.wrong("You let the decay win: every weight ends at 0. The decay gets weaker as the weight gets smaller, and the gradient does not.")
+def always_zero(grad, weight_decay, decoupled):
+    _decays(weight_decay)
+    return 0.0
+
+
+@ex.wrong("You multiplied by λ where you have to divide: a stronger decay would let the weight grow further out.")
+def multiplied(grad, weight_decay, decoupled):
+    _decays(weight_decay)
+    return resting_weight(grad, 1 / weight_decay, decoupled)
+
+
+@ex.wrong("Without decay, or with a negative one, the weight never comes to rest. There is no number to return: raise a ValueError.")
+def infinity_without_decay(grad, weight_decay, decoupled):
+    return resting_weight(grad, weight_decay, decoupled) if weight_decay > 0 else math.inf
+
+
 # %% solution lion_change
-def lion_change(param: Tensor, grad: Tensor, memory: Tensor, lr: float, betas: tuple[float, float], weight_decay: float) -> tuple[Tensor, Tensor]:
+def lion_change(
+    param: Tensor, grad: Tensor, memory: Tensor, lr: float, betas: tuple[float, float], weight_decay: float
+) -> tuple[Tensor, Tensor]:
     """What Lion adds to the parameter, and its new memory."""
     direction = torch.sign(betas[0] * memory + (1 - betas[0]) * grad)
     return -lr * (direction + weight_decay * param), betas[1] * memory + (1 - betas[1]) * grad
@@ -330,6 +570,8 @@ def _():
     yield case("the first step", t([1.0, -1.0]), t([0.5, -2.0]), t([0.0, 0.0]), 0.1, (0.9, 0.99), 0.0)
     yield case("gradient against memory", t([0.0, 0.0, 0.0]), t([-6.0, 1.0, -20.0]), t([1.0, -1.0, 0.5]), 0.01, (0.9, 0.8), 0.1)
     yield case("a matrix", randn(2, 3), randn(2, 3, seed=1), randn(2, 3, seed=2), 0.01, (0.5, 0.9), 1.0)
+    yield case("a decay stronger than the mixture", t([10.0, -10.0, 10.0]), t([-1.0, 1.0, 1.0]), t([-1.0, 1.0, 1.0]), 0.1, (0.9, 0.99), 1.0)
+    yield case("half precision", t([1.0, -2.0]).bfloat16(), t([0.5, -2.0]).bfloat16(), t([-1.0, 0.0]).bfloat16(), 0.5, (0.5, 0.75), 0.5)
     yield case("nothing happens", t([1.0]), t([0.0]), t([0.0]), 0.1, (0.9, 0.99), 0.0)
 
 
@@ -378,6 +620,30 @@ def weights_swapped(param, grad, memory, lr, betas, weight_decay):
     return lion_change(param, grad, memory, lr, (1 - betas[0], 1 - betas[1]), weight_decay)
 
 
+@ex.wrong("The decay has no effect in your answer. Beside the sign stands λθ, which grows with the weight and pulls it back.")
+def no_decay(param, grad, memory, lr, betas, weight_decay):
+    return lion_change(param, grad, memory, lr, betas, 0.0)
+
+
+@ex.wrong("A mixture of exactly 0 moves in your answer. The sign of 0 is 0: a parameter without any gradient so far, such as an embedding that was never used, stays where it is.")
+def zero_has_a_sign(param, grad, memory, lr, betas, weight_decay):
+    mixture = betas[0] * memory + (1 - betas[0]) * grad
+    direction = torch.where(mixture >= 0, 1.0, -1.0).to(param.dtype)
+    return -lr * (direction + weight_decay * param), lion_change(param, grad, memory, lr, betas, weight_decay)[1]
+
+
+@ex.wrong("Your change has the wrong sign: the statement asks for what is added to the parameter, and a step goes against the gradient.")
+def uphill(param, grad, memory, lr, betas, weight_decay):
+    change, memory = lion_change(param, grad, memory, lr, betas, weight_decay)
+    return -change, memory
+
+
+@ex.wrong("You changed the memory that you were given. The new memory is returned; the caller's tensor stays as it was.")
+def memory_in_place(param, grad, memory, lr, betas, weight_decay):
+    change, new = lion_change(param, grad, memory, lr, betas, weight_decay)
+    return change, memory.copy_(new)
+
+
 # %% solution polar
 def polar(matrix: Tensor, steps: int) -> Tensor:
     """Newton–Schulz: (M, N) -> (M, N) with the same singular vectors and singular values near 1."""
@@ -409,6 +675,9 @@ def _():
     yield case("a matrix that is not symmetric", torch.tensor([[1.0, 2.0], [0.0, 3.0]]), 2).tolerance(rtol=1e-4, atol=1e-5)
     yield case("wide", randn(2, 3), 12).tolerance(rtol=1e-4, atol=1e-5)
     yield case("tall, large numbers", 100 * randn(3, 2, seed=1), 12).tolerance(rtol=1e-4, atol=1e-5)
+    yield case("smaller than the smallest norm", torch.tensor([[3e-8, 0.0], [0.0, 4e-8]]), 1)
+    yield case("a small norm", torch.tensor([[1.2e-7, 0.0], [0.0, 1.6e-7]]), 1)
+    yield case("half precision", torch.tensor([[3.0, 0.0], [0.0, 4.0]]).bfloat16(), 1)
     yield case("zeros", torch.zeros(2, 2), 3)
     yield case("double precision", randn(2, 2, seed=2).double(), 4)
 
@@ -463,6 +732,30 @@ def one_step_less(matrix, steps):
     return polar(matrix, steps - 1)
 
 
+@ex.wrong("These are the coefficients of Muon's own, quintic iteration (3.4445, −4.7750, 2.0315). It is faster and never settles: singular values end anywhere between about 0.7 and 1.2. The cubic one here has 3/2 and −1/2, and converges to 1.")
+def quintic(matrix, steps):
+    def step(X):
+        A = X @ X.mT
+        return 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+
+    return _iterate(_unit(matrix), steps, step)
+
+
+@ex.wrong("You divided by the largest singular value. That is a good start too, and a costly one: finding it is what the iteration wants to avoid. The statement divides by the root of the sum of all squares.")
+def spectral_norm(matrix, steps):
+    return _iterate(matrix / torch.linalg.matrix_norm(matrix.double(), 2).to(matrix.dtype).clamp(min=1e-7), steps, lambda X: 1.5 * X - 0.5 * X @ X.mT @ X)
+
+
+@ex.wrong("You added 1e-7 to the norm. It is a lower limit: a norm above 1e-7 is used as it is, one below counts as 1e-7.")
+def norm_plus(matrix, steps):
+    return _iterate(matrix / (matrix.norm() + 1e-7), steps, lambda X: 1.5 * X - 0.5 * X @ X.mT @ X)
+
+
+@ex.wrong("Your result has another dtype than the matrix. Muon's reference code goes to bfloat16 for speed; here the dtype of the matrix is kept.")
+def always_float32(matrix, steps):
+    return polar(matrix.float(), steps)
+
+
 # %% setup
 def uv(matrix: Tensor) -> Tensor:
     """U Vᵀ of matrix = U S Vᵀ."""
@@ -471,7 +764,9 @@ def uv(matrix: Tensor) -> Tensor:
 
 
 # %% solution muon_step
-def muon_step(param: Tensor, grad: Tensor, buffer: Tensor, lr: float, momentum: float, weight_decay: float) -> tuple[Tensor, Tensor]:
+def muon_step(
+    param: Tensor, grad: Tensor, buffer: Tensor, lr: float, momentum: float, weight_decay: float
+) -> tuple[Tensor, Tensor]:
     """The new parameter (M, N) and the new buffer (M, N)."""
     buffer = momentum * buffer + (1 - momentum) * grad
     direction = momentum * buffer + (1 - momentum) * grad
@@ -482,12 +777,12 @@ def muon_step(param: Tensor, grad: Tensor, buffer: Tensor, lr: float, momentum: 
 # %% checker muon_step
 ex = exercise(
     "optimizers.muon_step",
-    title="A step of Muon",
+    title="Muon with four mistakes",
     minutes=14,
     difficulty=3,
     points=5,
     hints=(
-        "Three lines, one for each line of the recipe. The order matters: what goes into `uv`?",
+        "Compare line by line with the recipe: each of the three lines has at least one mistake. One of them shows only for matrices that are not square, one only with weight decay.",
         "The same mixture with μ is taken twice, first with the old buffer and then with the new one. The scale needs rows over columns, but never less than 1.",
         "buffer, direction, then (1 − lr·λ)·param minus lr · sqrt(max(1, M / N)) · uv(direction). The buffer is returned without `uv`.",
     ),
@@ -559,6 +854,14 @@ def a_sum(param, grad, buffer, lr, momentum, weight_decay):
     return (1 - lr * weight_decay) * param - lr * math.sqrt(max(1, M / N)) * uv(grad + momentum * buffer), buffer
 
 
+@ex.wrong("This is the code as it was: a buffer that is a sum, no Nesterov, the scale upside down, and the scale in the decay as well.")
+def as_it_was(param, grad, buffer, lr, momentum, weight_decay):
+    buffer = momentum * buffer + grad
+    M, N = param.shape
+    scale = math.sqrt(max(1, N / M))
+    return param - lr * scale * (uv(buffer) + weight_decay * param), buffer
+
+
 # %% solution learning_rates
 def learning_rates(total: int, warmup: int, peak: float, final: float) -> list[float]:
     """The learning rate of each step: a line up to the peak, then half a cosine wave down to final · peak."""
@@ -593,7 +896,13 @@ def _():
     yield case("a final rate", 9, 3, 0.01, 0.1)
     yield case("a long run", 20, 4, 3e-4, 0.2).tolerance(rtol=1e-6, atol=1e-12)
     yield case("two steps left", 4, 2, 2.0, 0.25)
+    yield case("the shortest run", 2, 0, 3.0, 0.5)
+    yield case("a final rate of the peak", 5, 1, 0.02, 1.0)
+    yield case("a long warm-up", 12, 10, 5.0, 0.3)
     yield case("no room for the wave", 4, 3, 1.0, 0.1).raises(ValueError)
+    yield case("a warm-up as long as the run", 4, 4, 1.0, 0.1).raises(ValueError)
+    yield case("a single step", 1, 0, 1.0, 0.1).raises(ValueError)
+    yield case("no step at all", 0, 0, 1.0, 0.1).raises(ValueError)
     yield case("negative warm-up", 4, -1, 1.0, 0.1).raises(ValueError)
 
 
@@ -650,12 +959,32 @@ def whole_wave(total, warmup, peak, final):
     return _rates(total, warmup, peak, final, down=lambda s: final + (1 - final) * (1 + math.cos(2 * math.pi * (s - warmup) / (total - 1 - warmup))) / 2)
 
 
+@ex.wrong("Your warm-up divides by w + 1, so it never reaches the peak: (s + 1)/(w + 1) at step w − 1 is w/(w + 1). The statement divides by w.")
+def never_at_the_peak(total, warmup, peak, final):
+    return _rates(total, warmup, peak, final, up=lambda s: (s + 1) / (warmup + 1))
+
+
+@ex.wrong("A warm-up that leaves no room for the wave went through. Two steps have to be left: 0 ≤ warmup ≤ total − 2.")
+def another_limit(total, warmup, peak, final):
+    if not 0 <= warmup < total:
+        raise ValueError("warmup")
+    length = max(1, total - 1 - warmup)
+    return [peak * (s + 1) / warmup if s < warmup else peak * (final + (1 - final) * (1 + math.cos(math.pi * (s - warmup) / length)) / 2) for s in range(total)]
+
+
+@ex.wrong("A negative warm-up went through. It means nothing; whoever passes it has made a mistake that should be heard of.")
+def negative_accepted(total, warmup, peak, final):
+    return learning_rates(total, max(warmup, 0), peak, final)
+
+
 # %% solution clip_together
-def clip_together(grads: list[Tensor | None], max_norm: float) -> tuple[list[Tensor | None], float]:
+def clip_together(
+    grads: list[Tensor | None], max_norm: float
+) -> tuple[list[Tensor | None], float]:
     """Gradients with a joint norm of at most max_norm, and the norm before."""
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; it must be above 0")
-    norm = math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None))
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
     factor = max_norm / norm if math.isfinite(norm) and norm > max_norm else 1.0
     return [None if g is None else g * factor for g in grads], norm
 
@@ -663,14 +992,14 @@ def clip_together(grads: list[Tensor | None], max_norm: float) -> tuple[list[Ten
 # %% checker clip_together
 ex = exercise(
     "optimizers.clip_together",
-    title="Clip all gradients together",
+    title="Five mistakes in a clip",
     minutes=12,
     difficulty=2,
     points=4,
     hints=(
         "Think of all gradients as one long vector that was cut into pieces. One length, one factor.",
         "The squares of all pieces are added before the root. When is the factor max_norm / norm, and when is it 1?",
-        "norm = sqrt of the sum of all `g.square().sum()`; the factor is max_norm / norm only if the norm is finite and larger than max_norm; multiply each gradient by it.",
+        "norm = sqrt of the sum of all `g.double().square().sum()`; the factor is max_norm / norm only if the norm is finite and larger than max_norm; multiply each gradient by it.",
     ),
 )
 
@@ -685,7 +1014,15 @@ def _():
     yield case("all zero", [t([0.0, 0.0])], 1.0)
     yield case("no gradients", [None, None], 1.0)
     yield case("an infinite number", [t([math.inf, 1.0]), t([2.0])], 1.0)
+    yield case("nan", [t([math.nan, 1.0]), t([2.0])], 1.0)
+    yield case("nan beside inf", [t([-math.inf, 1.0]), t([math.nan])], 1.0)
+    yield case("exactly at the limit", [t([3.0]), None, t([4.0])], 5.0)
+    yield case("half precision", [t([300.0, 0.0]).half(), t([400.0]).half()], 100.0)
+    yield case("two formats", [t([3.0, -2.0]).bfloat16(), t([[6.0]])], 3.5)
+    yield case("no limit", [t([3.0]), t([400.0])], math.inf)
     yield case("max_norm of zero", [t([1.0])], 0.0).raises(ValueError)
+    yield case("a negative max_norm", [t([1.0])], -1.0).raises(ValueError)
+    yield case("max_norm is nan", [t([1.0])], math.nan).raises(ValueError)
 
 
 def _check_norm(max_norm):
@@ -759,6 +1096,33 @@ def in_place(grads, max_norm):
     return grads, norm
 
 
+@ex.wrong("The None entries are gone from your list, so the gradients no longer stand beside their parameters: the third one would be given to the second.")
+def none_dropped(grads, max_norm):
+    clipped, norm = clip_together(grads, max_norm)
+    return [g for g in clipped if g is not None], norm
+
+
+@ex.wrong("You squared in half precision: 300² is more than float16 can hold (65,504), the norm becomes inf, and nothing is clipped. Go to float32 or wider before you square.")
+def squared_in_half(grads, max_norm):
+    _check_norm(max_norm)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None))
+    factor = max_norm / norm if math.isfinite(norm) and norm > max_norm else 1.0
+    return [None if g is None else g * factor for g in grads], norm
+
+
+@ex.wrong("A max_norm that is nan went through: every comparison with nan is False, also `max_norm <= 0`. Ask the question the other way around: not max_norm > 0.")
+def nan_limit(grads, max_norm):
+    if max_norm <= 0:
+        raise ValueError("max_norm")
+    return clip_together(grads, max_norm if max_norm > 0 else math.inf)
+
+
+@ex.wrong("Your gradients have changed their format. Each keeps the dtype it came with; only the norm is computed wider.")
+def in_float32(grads, max_norm):
+    clipped, norm = clip_together(grads, max_norm)
+    return [None if g is None else g.float() for g in clipped], norm
+
+
 # %% solution decayed
 def decayed(model: nn.Module) -> list[str]:
     """The names of the parameters with weight decay: trained matrices that are no embedding table."""
@@ -782,35 +1146,49 @@ ex = exercise(
 
 
 def names_for(answer, layers):
-    """The answer for a model with these layers; `= name` shares the weight of an earlier or later layer."""
+    """The answer for a model with these layers; `shares name` shares the weight of an earlier or later layer."""
+
+    class Positions(nn.Embedding):
+        pass
+
+    def make(what):
+        kind, _, rest = what.partition(" ")
+        if kind == "embedding":
+            made = nn.Embedding(5, 3)
+        elif kind == "positions":
+            made = Positions(4, 3)
+        elif kind == "norm":
+            made = nn.LayerNorm(3)
+        elif kind == "convolution":
+            made = nn.Conv1d(3, 2, 2)
+        elif kind == "block":
+            made = nn.ModuleDict({"mix": nn.Linear(3, 3), "ln": nn.LayerNorm(3)})
+        else:
+            made = nn.Linear(3, 5, bias="bias" in rest)
+        return made.requires_grad_("frozen" not in rest)
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            shared = []
             for line in layers:
                 name, _, what = line.partition(": ")
-                kind, _, rest = what.partition(" ")
-                if kind == "parameter":
-                    self.register_parameter(name, nn.Parameter(torch.zeros(2, 3)))
-                    continue
-                if kind == "embedding":
-                    made = nn.Embedding(5, 3)
-                elif kind == "norm":
-                    made = nn.LayerNorm(3)
-                elif kind == "block":
-                    made = nn.ModuleDict({"mix": nn.Linear(3, 3), "ln": nn.LayerNorm(3)})
+                if what.startswith("parameter"):
+                    self.register_parameter(name, nn.Parameter(torch.zeros([2, 3, 2][: int(what.split()[1])])))
                 else:
-                    made = nn.Linear(3, 5, bias="bias" in rest)
-                if rest.startswith("shares "):
-                    shared.append((name, rest.split()[1]))
-                if "frozen" in rest:
-                    made.requires_grad_(False)
-                setattr(self, name, made)
-            for name, other in shared:
-                getattr(self, name).weight = getattr(self, other).weight
+                    setattr(self, name, make(what))
+            for line in layers:
+                name, _, other = line.partition(": ")
+                if " shares " in other:
+                    getattr(self, name).weight = getattr(self, other.split()[-1]).weight
 
-    return list(answer(Model()))
+    model = make(layers[0]) if len(layers) == 1 and ": " not in layers[0] else Model()
+    before = [(n, p, p.requires_grad, p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)]
+    names = answer(model)
+    after = list(model.named_parameters(remove_duplicate=False))
+    same = len(before) == len(after) and all(
+        n == m and p is q and p.requires_grad == r and torch.equal(q, v) for (n, p, r, v), (m, q) in zip(before, after)
+    )
+    return names if same else "the model was changed"
 
 
 @ex.cases
@@ -820,7 +1198,13 @@ def _():
     yield case("a tied head", ["words: embedding", "mix: linear", "head: linear shares words"]).through(names_for)
     yield case("the head comes first", ["head: linear", "mix: linear with bias", "words: embedding shares head"]).through(names_for)
     yield case("a frozen layer", ["a: linear with bias", "b: linear frozen", "ln: norm frozen"]).through(names_for)
-    yield case("a plain parameter", ["prefix: parameter", "bias_free: linear"]).through(names_for)
+    yield case("a plain parameter", ["prefix: parameter 2", "bias_free: linear"]).through(names_for)
+    yield case("three dimensions, one, none", ["cube: parameter 3", "row: parameter 1", "scale: parameter 0"]).through(names_for)
+    yield case("a convolution", ["conv: convolution", "ln: norm"]).through(names_for)
+    yield case("a single layer", ["linear with bias"]).through(names_for)
+    yield case("a class made from Embedding", ["words: embedding", "where: positions", "mix: linear"]).through(names_for)
+    yield case("not in alphabetical order", ["z: linear", "b: linear with bias", "a: linear"]).through(names_for)
+    yield case("nothing decays", ["words: embedding", "ln: norm"]).through(names_for)
     yield case("modules in modules", ["words: embedding", "layer: block", "normal: linear with bias"]).through(names_for)
 
 
@@ -862,7 +1246,7 @@ def frozen_too(model):
     return [name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tables]
 
 
-@ex.wrong("You looked at `nn.Linear` modules only. A matrix can also belong to another module, or be a plain `nn.Parameter` of the model.")
+@ex.wrong("You looked at `nn.Linear` modules only, as minGPT does. A matrix can also belong to another module, a convolution for example, or be a plain `nn.Parameter` of the model.")
 def linear_only(model):
     kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     return [name for name in decayed(model) if id(dict(model.named_parameters())[name]) in kept]
@@ -872,6 +1256,143 @@ def linear_only(model):
 def the_others(model):
     kept = set(decayed(model))
     return [name for name, p in model.named_parameters() if p.requires_grad and name not in kept]
+
+
+@ex.wrong("The right names in the wrong order: sorted, or from a set. The order is that of `named_parameters()`, by which an optimizer counts its states.")
+def alphabetical(model):
+    return sorted(decayed(model))
+
+
+@ex.wrong("You took exactly two dimensions for a matrix. Kernels of convolutions have three or more, and decay as well.")
+def two_dimensions(model):
+    return [name for name in decayed(model) if dict(model.named_parameters())[name].ndim == 2]
+
+
+@ex.wrong("You asked for the type nn.Embedding itself. A class made from it (a table of positions, say) is an embedding too: `isinstance` says so, `type(m) is` does not.")
+def exact_type(model):
+    tables = {id(p) for m in model.modules() if type(m) is nn.Embedding for p in m.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in tables]
+
+
+@ex.wrong("This is the code as it was. It knows `nn.Linear` only, does not see that a head shares its matrix with an embedding, lets frozen layers decay, sorts, and names the weight of a model that is one layer “.weight”.")
+def as_it_was(model):
+    names = set()
+    for module_name, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if name.endswith("weight") and isinstance(module, nn.Linear):
+                names.add(f"{module_name}.{name}")
+    return sorted(names)
+
+
+# %% solution which_rule
+def which_rule(run: Callable[[list[float]], list[float]]) -> str:
+    """sgd, momentum, sign, lion or adam: which rule makes these paths."""
+    path = run([1.0, 3.0, 0.0])
+    first, second, third = path[0], path[1] - path[0], path[2] - path[1]
+    alike = lambda x, y: math.isclose(x, y, rel_tol=1e-6)
+    if alike(third, 0):  # no gradient, no step: nothing is remembered
+        return "sign" if alike(first, second) else "sgd"
+    if alike(first, second):
+        return "lion"  # steps of one size, and it goes on without a gradient
+    return "momentum" if alike(run([2.0])[0], 2 * first) else "adam"
+
+
+# %% checker which_rule
+ex = exercise(
+    "optimizers.which_rule",
+    title="Which rule is in the box?",
+    minutes=18,
+    difficulty=4,
+    points=5,
+    hints=(
+        "Two questions sort the five rules: does the step grow with the gradient, and does the rule remember earlier gradients?",
+        "Memory shows when a gradient of 0 follows another one: without memory nothing moves. Size shows when you give gradients of different sizes.",
+        "Steps for the gradients 1, 3, 0. Third step 0: sgd if the second is three times the first, sign if they are equal. Otherwise lion if the first two are equal; and momentum if the first step doubles when its gradient does, else adam.",
+    ),
+)
+
+
+def named(answer, boxes):
+    """The answer for boxes given as (rule, lr, beta, beta2)."""
+
+    def box(rule, lr, b1, b2):
+        def run(grads):
+            theta, m, v, path = 0.0, 0.0, 0.0, []
+            sign = lambda x: (x > 0) - (x < 0)
+            for t, g in enumerate(grads, start=1):
+                g = float(g)
+                if rule == "sgd":
+                    step = g
+                elif rule == "momentum":
+                    step = m = g if t == 1 else b1 * m + g
+                elif rule == "sign":
+                    step = sign(g)
+                elif rule == "lion":
+                    step, m = sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
+                else:
+                    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+                    step = m / (1 - b1**t) / (math.sqrt(v / (1 - b2**t)) + 1e-12)
+                theta -= lr * step
+                path.append(theta)
+            return path
+
+        return run
+
+    return [answer(box(*b)) for b in boxes]
+
+
+@ex.cases
+def _():
+    yield case("two boxes", [("sgd", 0.1, 0.0, 0.0), ("momentum", 0.1, 0.9, 0.0)]).through(named)
+    yield case("steps of one size", [("sign", 0.1, 0.0, 0.0), ("lion", 0.1, 0.9, 0.99)]).through(named)
+    yield case("Lion and Adam", [("lion", 0.01, 0.95, 0.98), ("adam", 0.01, 0.9, 0.999)]).through(named)
+    yield case("Adam and momentum", [("adam", 0.1, 0.8, 0.95), ("momentum", 0.1, 0.5, 0.0)]).through(named)
+    yield case("tiny learning rates", [(r, 0.001, 0.9, 0.99) for r in ("sgd", "momentum", "sign", "lion", "adam")]).through(named)
+    yield case("large learning rates", [(r, 10.0, 0.93, 0.97) for r in ("adam", "lion", "sign", "momentum", "sgd")]).through(named)
+    yield case("odd settings", [("momentum", 0.37, 0.5, 0.0), ("momentum", 3.3, 0.99, 0.0), ("adam", 7.0, 0.8, 0.9), ("adam", 0.003, 0.95, 0.999), ("lion", 0.7, 0.8, 0.9), ("lion", 0.02, 0.8, 0.99), ("lion", 1.0, 0.95, 0.9)]).through(named)
+
+
+def _steps(path):
+    return [b - a for a, b in zip([0.0, *path], path)]
+
+
+@ex.wrong("One gradient is not enough: after a single step nothing has been remembered yet, so momentum looks like sgd, and Lion and Adam look like the sign.")
+def one_gradient(run):
+    first, double = run([1.0])[0], run([2.0])[0]
+    return "sgd" if math.isclose(double, 2 * first) else "sign"
+
+
+@ex.wrong("With equal gradients, sign, Lion and Adam take the same steps: Adam's two averages cancel, and every sign is the same. Let the gradients change.")
+def equal_gradients(run):
+    first, second = _steps(run([1.0, 1.0]))
+    return "momentum" if not math.isclose(first, second, rel_tol=1e-6) else "sgd" if math.isclose(run([2.0])[0], 2 * first) else "sign"
+
+
+@ex.wrong("Lion and the plain sign look alike in your experiment: their steps have one size. Lion remembers: after a gradient of 0, or a small one of the other sign, it goes on in the old direction.")
+def no_zero(run):
+    found = which_rule(run)
+    return "sign" if found == "lion" else found
+
+
+@ex.wrong("You took Adam for momentum, or momentum for Adam. Both remember; only momentum's step grows with the gradient. Multiply all gradients by two: what happens to the path?")
+def adam_is_momentum(run):
+    found = which_rule(run)
+    return "momentum" if found == "adam" else found
+
+
+@ex.wrong("You compared with numbers that hold for one learning rate, 0.1. The box does not tell you its learning rate: compare steps with each other, not with a number of your own.")
+def one_learning_rate(run):
+    found = which_rule(run)
+    return found if math.isclose(abs(run([1.0])[0]), 0.1, rel_tol=0.02) else "sgd"
+
+
+@ex.wrong("Your differences are too fine, or too coarse: two steps that should be equal differ by a rounding, and with a learning rate of 0.001 an absolute tolerance sees nothing. Use one that is relative to the steps.")
+def absolute_tolerance(run):
+    first, second, third = _steps(run([1.0, 3.0, 0.0]))
+    alike = lambda x, y: abs(x - y) < 0.005
+    if alike(third, 0):
+        return "sign" if alike(first, second) else "sgd"
+    return "lion" if alike(first, second) else "momentum" if alike(run([2.0])[0], 2 * first) else "adam"
 
 
 # %% solution smoothed_loss
@@ -905,6 +1426,9 @@ def _():
     logits = randn(4, 3)
     yield case("four positions", logits, t([0, 2, 1, 1]), 0.1)
     yield case("two positions do not count", logits, t([0, -100, -100, 2]), 0.3)
+    yield case("five tokens, one position counts", randn(3, 5, seed=3), t([-100, 4, -100]), 0.25)
+    yield case("double precision", randn(2, 4, seed=4).double(), t([3, 1]), 0.1)
+    yield case("half precision", t([[2.0, 0.0, 1.0], [0.5, -1.0, 0.0]]).bfloat16(), t([1, 0]), 0.5)
     yield case("no smoothing", logits, t([2, 0, -100, 1]), 0.0)
     yield case("nothing but smoothing", logits, t([2, 0, 1, 1]), 1.0)
     yield case("large logits", 200 * logits, t([0, 1, 2, 0]), 0.1)
@@ -966,6 +1490,104 @@ def summed(logits, targets, epsilon):
     return smoothed_loss(logits, targets, epsilon) * (targets != -100).sum()
 
 
+@ex.wrong("`nll_loss` leaves out the positions with −100, and your mean over the vocabulary does not: you averaged it over all positions. Both parts have to leave them out.")
+def mean_of_all_rows(logits, targets, epsilon):
+    _, right = _parts(logits, targets)
+    return (1 - epsilon) * right.mean() + epsilon * (-logits.log_softmax(-1)).mean()
+
+
+@ex.wrong("You took the target 0 for one that does not count. Only −100 does that; 0 is a token like any other.")
+def zero_left_out(logits, targets, epsilon):
+    kept = targets.masked_fill(targets == 0, -100)
+    return smoothed_loss(logits, kept if (kept != -100).any() else targets, epsilon)
+
+
+@ex.wrong("Your loss is in bits, with the logarithm to the base 2. Here, as in PyTorch, it is in nats.")
+def in_bits(logits, targets, epsilon):
+    return smoothed_loss(logits, targets, epsilon) / math.log(2)
+
+
+@ex.wrong("Your result has another dtype than the logits, or carries no gradient. It keeps their dtype.")
+def always_float32(logits, targets, epsilon):
+    return smoothed_loss(logits.float(), targets, epsilon)
+
+
+# %% solution lowest_loss
+def lowest_loss(V: int, epsilon: float) -> float:
+    """The smallest cross-entropy that any logits can reach against a smoothed target."""
+    target = [1 - epsilon + epsilon / V] + [epsilon / V] * (V - 1)
+    return -sum(t * math.log(t) for t in target if t > 0)  # p = target: its entropy
+
+
+# %% checker lowest_loss
+ex = exercise(
+    "optimizers.lowest_loss",
+    title="How low can it go?",
+    minutes=10,
+    difficulty=3,
+    points=4,
+    hints=(
+        "The cross-entropy of t and p is the entropy of t plus something that is never negative. When is that something 0?",
+        "It is lowest where p equals t. Which numbers stand in t: how large is the entry of the right token, and how large are the V − 1 others?",
+        "The entropy of (1 − ε + ε/V, ε/V, …, ε/V), in nats; a term with t = 0 counts 0.",
+    ),
+)
+
+
+@ex.cases
+def _():
+    yield case("by hand", 2, 0.2)
+    yield case("no smoothing", 7, 0.0)
+    yield case("nothing but smoothing", 8, 1.0)
+    yield case("five tokens", 5, 0.1)
+    yield case("a vocabulary of GPT-2's size", 50_257, 0.1)
+    yield case("little smoothing", 100, 0.001)
+
+
+def _entropy(target):
+    return -sum(t * math.log(t) for t in target if t > 0)
+
+
+@ex.wrong("You let the loss go to 0, as without smoothing. That would need the probability 1 for the right token, and then the others, which carry ε, would cost infinitely much.")
+def zero(V, epsilon):
+    return 0.0
+
+
+@ex.wrong("You counted the right token's own term only. The other V − 1 tokens are targets too, with ε/V each, and their terms do not vanish.")
+def own_term_only(V, epsilon):
+    return _entropy([1 - epsilon + epsilon / V])
+
+
+@ex.wrong("You gave the right token 1 − ε and the others ε/V: that does not add up to 1. ε is spread over all V tokens, so the right one has 1 − ε + ε/V.")
+def not_a_distribution(V, epsilon):
+    return _entropy([1 - epsilon] + [epsilon / V] * (V - 1))
+
+
+@ex.wrong("You spread ε over the V − 1 other tokens. As in the exercise before, and in PyTorch, it goes to all V.")
+def over_the_others(V, epsilon):
+    return _entropy([1 - epsilon] + [epsilon / (V - 1)] * (V - 1))
+
+
+@ex.wrong("Your answer is in bits. The loss is in nats, with the natural logarithm.")
+def in_bits(V, epsilon):
+    return lowest_loss(V, epsilon) / math.log(2)
+
+
+@ex.wrong("You took ε · ln V, the loss of the smoothing part for a model that knows nothing. A model that gives p = t does better than that.")
+def epsilon_ln_v(V, epsilon):
+    return epsilon * math.log(V)
+
+
+@ex.wrong("Without smoothing there are targets of exactly 0, and 0 · ln 0 counts as 0. Your code took the logarithm of 0.")
+def log_of_zero(V, epsilon):
+    return -sum(t * math.log(t) for t in [1 - epsilon + epsilon / V] + [epsilon / V] * (V - 1))
+
+
+@ex.wrong("You took the entropy of two outcomes, right and wrong, with ε and 1 − ε. The wrong tokens are V − 1 different ones, among which the target is spread further.")
+def two_outcomes(V, epsilon):
+    return _entropy([1 - epsilon, epsilon])
+
+
 # %% solution state_bytes
 state_bytes = None  # your number
 state_bytes = 2 * 4 * 134_515_008
@@ -985,9 +1607,10 @@ ex = exercise(
     ),
 )
 
-ex.wrong("You counted one average. AdamW keeps two: the mean of the gradient, as momentum does, and the mean of its square.", name="one_average", value=4 * 134_515_008)
+ex.wrong("Half of what it is. Either you counted one average, and AdamW keeps two (the mean of the gradient and the mean of its square); or you gave each number two bytes, and float32 has four.", name="one_average", value=4 * 134_515_008)
 ex.wrong("You counted the weights as well. They are the model, not the optimizer's memory; together they are three tensors for each parameter.", name="weights_too", value=12 * 134_515_008)
 ex.wrong("Twice too much. Either you counted weights and gradients as well, and the question is about the averages alone; or you took eight bytes for each number, which is float64.", name="everything_in_training", value=16 * 134_515_008)
 ex.wrong("You counted numbers, not bytes. A number in float32 has 32 bits, four bytes.", name="numbers", value=2 * 134_515_008)
+ex.wrong("This is in megabytes. The question asks for bytes, as a whole number.", name="megabytes", value=8 * 134_515_008 / 1e6)
 ex.wrong("You counted bits. Eight of them make a byte.", name="bits", value=64 * 134_515_008)
 ex.wrong("You counted the tied embedding a second time. The head uses the same tensor, so there is one state for it.", name="tied_twice", value=8 * (134_515_008 + 49_152 * 576))
