@@ -266,8 +266,8 @@ def always_float32(param, grads, lr, betas, eps):
 # %% solution adam_test
 def adam_test() -> tuple[Tensor, Tensor, float, tuple[float, float], float]:
     """(param, grads, lr, betas, eps) of a short run in which each of the six bugs shows."""
-    grads = torch.tensor([[1.0], [-3.0], [0.5]])  # it changes size and sign
-    return torch.tensor([0.0]), grads, 0.1, (0.5, 0.9), 0.5
+    grads = torch.tensor([[1.0], [4.0], [2.0]])  # the size changes, and ε = 1 is not small beside it
+    return torch.zeros(1), grads, 0.1, (0.5, 0.9), 1.0
 
 
 # %% checker adam_test
@@ -280,8 +280,17 @@ ex = exercise(
     hints=(
         "Take the bugs one by one: what has to be different from step to step, or between the two betas, before this one can be seen?",
         "At the first step the betas cancel, and nothing has been written back yet: you need at least two steps. With a constant gradient both corrected averages are the gradient and its square, whatever the betas are.",
-        "Gradients of different size and sign, such as 1, −3, 0.5; two different betas, neither of them 0; and an ε of about the size of the gradients. lr at its limit makes every difference large.",
+        "Gradients of different size, such as 1, 4, 2; two different betas, neither of them 0; and an ε of about the size of the gradients. lr at its limit makes every difference large.",
     ),
+    equivalent={
+        'grads = torch.tensor([[0.0], [4.0], [2.0]]) # the size changes, and ε = 1 is not small beside it': 'another run that catches all six',
+        'grads = torch.tensor([[1.0], [5.0], [2.0]]) # the size changes, and ε = 1 is not small beside it': 'another run that catches all six',
+        'grads = torch.tensor([[1.0], [3.0], [2.0]]) # the size changes, and ε = 1 is not small beside it': 'another run that catches all six',
+        'grads = torch.tensor([[1.0], [4.0], [3.0]]) # the size changes, and ε = 1 is not small beside it': 'another run that catches all six',
+        'grads = torch.tensor([[1.0], [8.0], [2.0]]) # the size changes, and ε = 1 is not small beside it': 'another run that catches all six',
+        'grads = torch.tensor([[1.0], [4.0], [4.0]]) # the size changes, and ε = 1 is not small beside it': 'another run that catches all six',
+        'return torch.ones(1), grads, 0.1, (0.5, 0.9), 1.0': 'another run that catches all six',
+    },
 )
 
 
@@ -325,27 +334,27 @@ def _():
 
 @ex.wrong("Your run does not see swapped betas, averages that were written back, or a t that stands still. At the first step the betas cancel and nothing has been written back yet: a second step is needed.")
 def one_step():
-    return torch.tensor([0.0]), torch.tensor([[2.0]]), 0.1, (0.5, 0.9), 1.0
+    return torch.tensor([0.0]), torch.tensor([[2.0]]), 0.1, (0.5, 0.9), 0.2
 
 
 @ex.wrong("Swapped betas go unseen. Either your two betas are equal, or the gradients hardly change: as long as a gradient stays the same, the corrected averages are the gradient and its square for every β.")
 def equal_betas():
-    return torch.tensor([0.0]), torch.tensor([[1.0], [-3.0], [0.5]]), 0.1, (0.9, 0.9), 0.5
+    return torch.tensor([0.0]), torch.tensor([[1.0], [4.0], [2.0]]), 0.1, (0.9, 0.9), 1.0
 
 
 @ex.wrong("ε under the root goes unseen: beside gradients of your size your ε is too small to matter in either place. Nobody says that a test has to use the usual 1e-8.")
 def usual_eps():
-    return torch.tensor([0.0]), torch.tensor([[1.0], [-3.0], [0.5]]), 0.1, (0.5, 0.9), 1e-8
+    return torch.tensor([0.0]), torch.tensor([[1.0], [4.0], [2.0]]), 0.1, (0.5, 0.9), 1e-8
 
 
 @ex.wrong("Your run catches nothing at all: all seven versions end at the same place. Without a gradient, or with a learning rate near 0, there is no step to compare.")
 def nothing_moves():
-    return torch.tensor([1.0]), torch.zeros(3, 1), 0.1, (0.5, 0.9), 0.5
+    return torch.tensor([1.0]), torch.zeros(3, 1), 0.1, (0.5, 0.9), 1.0
 
 
 @ex.wrong("With betas of 0 there are no averages: nothing has to be corrected, and nothing can be swapped. Only the place of ε is left to see.")
 def no_averages():
-    return torch.tensor([0.0]), torch.tensor([[1.0], [-3.0], [0.5]]), 0.1, (0.0, 0.0), 0.5
+    return torch.tensor([0.0]), torch.tensor([[1.0], [4.0], [2.0]]), 0.1, (0.0, 0.0), 1.0
 
 
 @ex.wrong("Your run is longer or larger than the statement allows. A test that needs thousands of steps finds bugs by luck; three steps are enough for these six.")
@@ -355,7 +364,7 @@ def too_long():
 
 @ex.wrong("A limit of the statement is not kept: gradients of at most 10, a learning rate of at most 0.1, betas below 1. With a huge learning rate every bug is easy to see, and so is every rounding error.")
 def beyond_a_limit():
-    return torch.tensor([0.0]), torch.tensor([[1.0], [-3.0], [0.5]]), 1.0, (0.5, 0.9), 0.5
+    return torch.tensor([0.0]), torch.tensor([[1.0], [4.0], [2.0]]), 1.0, (0.5, 0.9), 1.0
 
 
 # %% solution first_step
@@ -797,6 +806,7 @@ def _():
     yield case("a column", torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [4.0]]), torch.zeros(2, 1), 0.1, 0.9, 0.5).tolerance(**near)
     yield case("a row", torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), 0.1, 0.9, 0.5).tolerance(**near)
     yield case("tall", randn(4, 2), randn(4, 2, seed=1), randn(4, 2, seed=2), 0.1, 0.5, 0.2).tolerance(**near)
+    yield case("three by two", randn(3, 2), randn(3, 2, seed=1), randn(3, 2, seed=2), 0.1, 0.5, 0.2).tolerance(**near)
     yield case("wide", randn(2, 4), randn(2, 4, seed=1), randn(2, 4, seed=2), 0.1, 0.5, 0.2).tolerance(**near)
     yield case("square, strong decay", randn(3, 3), randn(3, 3, seed=4), randn(3, 3, seed=5), 0.1, 0.8, 2.0).tolerance(**near)
 
@@ -1001,6 +1011,10 @@ ex = exercise(
         "The squares of all pieces are added before the root. When is the factor max_norm / norm, and when is it 1?",
         "norm = sqrt of the sum of all `g.double().square().sum()`; the factor is max_norm / norm only if the norm is finite and larger than max_norm; multiply each gradient by it.",
     ),
+    equivalent={
+        'norm = math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None))': 'float32 is wide enough: the statement allows it',
+        'factor = max_norm / norm if math.isfinite(norm) and norm >= max_norm else 1.0': 'at the limit the factor is 1 either way',
+    },
 )
 
 
@@ -1121,6 +1135,15 @@ def nan_limit(grads, max_norm):
 def in_float32(grads, max_norm):
     clipped, norm = clip_together(grads, max_norm)
     return [None if g is None else g.float() for g in clipped], norm
+
+
+@ex.wrong("This is the code as it was: it loses the None entries, adds norms, makes short gradients longer, divides by a norm of 0 or inf, and changes the gradients of the caller.")
+def as_it_was(grads, max_norm):
+    grads = [g for g in grads if g is not None]
+    norm = float(sum(g.norm() for g in grads))
+    for g in grads:
+        g *= max_norm / norm
+    return grads, norm
 
 
 # %% solution decayed
@@ -1289,7 +1312,7 @@ def which_rule(run: Callable[[list[float]], list[float]]) -> str:
     """sgd, momentum, sign, lion or adam: which rule makes these paths."""
     path = run([1.0, 3.0, 0.0])
     first, second, third = path[0], path[1] - path[0], path[2] - path[1]
-    alike = lambda x, y: math.isclose(x, y, rel_tol=1e-6)
+    alike = lambda x, y: math.isclose(x, y, rel_tol=1e-6)  # rounding, whatever the rate
     if alike(third, 0):  # no gradient, no step: nothing is remembered
         return "sign" if alike(first, second) else "sgd"
     if alike(first, second):
@@ -1309,6 +1332,18 @@ ex = exercise(
         "Memory shows when a gradient of 0 follows another one: without memory nothing moves. Size shows when you give gradients of different sizes.",
         "Steps for the gradients 1, 3, 0. Third step 0: sgd if the second is three times the first, sign if they are equal. Otherwise lion if the first two are equal; and momentum if the first step doubles when its gradient does, else adam.",
     ),
+    equivalent={
+        'path = run([1.0, 4.0, 0.0])': 'another gradient of another size: the steps tell the same',
+        'path = run([1.0, 2.0, 0.0])': 'another gradient of another size: the steps tell the same',
+        'path = run([1.0, 6.0, 0.0])': 'another gradient of another size: the steps tell the same',
+        'alike = lambda x, y: math.isclose(x, y) # rounding, whatever the rate': 'a tolerance between the rounding and the smallest difference',
+        'alike = lambda x, y: math.isclose(x, y, rel_tol=2e-06) # rounding, whatever the rate': 'a tolerance between the rounding and the smallest difference',
+        'if alike(0, third): # no gradient, no step: nothing is remembered': 'two steps are compared, in either order',
+        'return "sign" if alike(second, first) else "sgd"': 'two steps are compared, in either order',
+        'if alike(second, first):': 'two steps are compared, in either order',
+        'return "momentum" if alike(run([2.0])[-1], 2 * first) else "adam"': 'a path of one step',
+        'return "momentum" if alike(2 * first, run([2.0])[0]) else "adam"': 'two steps are compared, in either order',
+    },
 )
 
 
@@ -1400,8 +1435,8 @@ def smoothed_loss(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
     """Mean cross-entropy with smoothed targets over the positions whose target is not -100: (N, V), (N,) -> ()."""
     counts = targets != -100
     surprise = -logits[counts].log_softmax(-1)  # (n, V)
-    right = surprise.gather(-1, targets[counts, None])[:, 0]
-    return ((1 - epsilon) * right + epsilon * surprise.mean(-1)).mean()
+    right = surprise.gather(-1, targets[counts, None])  # (n, 1)
+    return (1 - epsilon) * right.mean() + epsilon * surprise.mean()
 
 
 # %% checker smoothed_loss
@@ -1416,6 +1451,10 @@ ex = exercise(
         "First throw out the positions that do not count; then neither the mean nor the lookup of the target has to know about them.",
         "`-log_softmax` of the kept rows; `gather` picks the target's entry, `mean(-1)` is the other part; mix with 1 − ε and ε, and take the mean over the rows.",
     ),
+    equivalent={
+        'surprise = -logits[counts].log_softmax(1) # (n, V)': 'two axes: the last one is axis 1',
+        'right = surprise.gather(1, targets[counts, None]) # (n, 1)': 'two axes: the last one is axis 1',
+    },
 )
 
 
@@ -1605,6 +1644,7 @@ ex = exercise(
         "It keeps a mean of the gradient and a mean of its square. How many bytes has a number in float32?",
         "Two averages, four bytes for each number, as many numbers in each average as there are parameters.",
     ),
+    equivalent={"pass # state_bytes = None # your number": "the line is written over"},
 )
 
 ex.wrong("Half of what it is. Either you counted one average, and AdamW keeps two (the mean of the gradient and the mean of its square); or you gave each number two bytes, and float32 has four.", name="one_average", value=4 * 134_515_008)
