@@ -16,7 +16,7 @@ import typer
 
 from llmcourse import __version__
 from llmcourse.practice import commands as practice
-from llmcourse.settings import BadInput, course_root, load_settings, require
+from llmcourse.settings import BadInput, course_root, load_settings, plain, require
 
 app = typer.Typer(
     name="llmcourse",
@@ -24,12 +24,12 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Make a language model smaller, and measure what was lost. The course itself is in the notebooks: llmcourse start DIR.",
+    help="Make a language model smaller, and measure what was lost. The course itself: llmcourse start DIR.",
 )
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(plain(line), flush=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -39,31 +39,60 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+Data = Annotated[
+    str | None, typer.Option(help="Text that is measured: a name from `llmcourse data`, a file, a folder.")
+]
+Calib = Annotated[str | None, typer.Option(help="Text to calibrate on; by default the calibration part of the data.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+ScaleName = Annotated[str | None, typer.Option("--scale", help="How much is measured: a [scale.NAME] of settings.ini.")]
+Layers = Annotated[str | None, typer.Option(help="Treat only layers whose names match, e.g. '*.mlp.*'.")]
+Model = Annotated[str, typer.Argument(help="A name from `llmcourse data`, a folder, or a hub id.")]
+RecipeName = Annotated[str, typer.Option(help="A .toml file, or the name of a recipe that comes with the course.")]
+Out = Annotated[Path, typer.Option(help="A folder that does not exist yet, or an empty one.")]
+
+
 @app.command()
 def tour(
-    out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("build/tour"),
+    out: Out = Path("build/tour"),
     model: Annotated[str | None, typer.Option(help="Model to compress; by default the one of settings.ini.")] = None,
+    recipe: RecipeName = "w4",
+    data: Data = None,
+    calib: Calib = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    scale: ScaleName = None,
+    layers: Layers = None,
 ) -> None:
     """The main job in one go: measure the real model, compress it four ways, measure again, write a report."""
-    settings = load_settings()
-    _run(model or settings.model, "w4", out)
+    _run(model, recipe, out, calib, layers, {"data": data, "device": device, "dtype": dtype, "scale": scale})
 
 
 @app.command()
 def compress(
-    model: Annotated[str, typer.Argument(help="A name from `llmcourse data`, a folder, or a hub id.")],
-    recipe: Annotated[str, typer.Option(help="A .toml file, or the name of a recipe that comes with the course.")],
-    out: Annotated[Path, typer.Option(help="A folder that does not exist yet, or an empty one.")],
+    model: Model,
+    recipe: RecipeName,
+    out: Out,
+    data: Data = None,
+    calib: Calib = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    scale: ScaleName = None,
+    layers: Layers = None,
 ) -> None:
     """Run a recipe on a model: writes a model folder, passport.json, a Pareto figure and report.html."""
-    _run(model, recipe, out)
+    _run(model, recipe, out, calib, layers, {"data": data, "device": device, "dtype": dtype, "scale": scale})
 
 
-def _run(model: str, recipe: str, out: Path) -> None:
-    from llmcourse.jobs import find_recipe, load_recipe, print_table, run_job
+def _run(model: str | None, recipe: str, out: Path, calib: str | None, layers: str | None, given: dict) -> None:
+    settings = load_settings(overrides=given)  # a typing error is reported before torch is imported
+    from llmcourse.recipes import find_recipe, load_recipe
 
-    settings = load_settings()  # a typing error is reported before torch is imported
-    job = run_job(model, load_recipe(find_recipe(recipe, "compress")), out, settings=settings, say=_say)
+    chosen = load_recipe(find_recipe(recipe, "compress"))
+    from llmcourse.jobs import print_table, run_job
+
+    model = settings.model if model is None else model
+    job = run_job(model, chosen, out, settings=settings, calib=calib, layers=layers, say=_say)
     print_table(job)
     _say(f"Report: {out / 'report.html'}   model: {out} (loads with llmcourse.load_model)")
 
@@ -76,12 +105,10 @@ def pretrain(
     ],
 ) -> None:
     """Train a language model from nothing: tokenizer, weights, and a card with what was measured."""
-    from llmcourse.jobs import find_recipe
+    from llmcourse.recipes import find_recipe
 
-    settings, path = (
-        load_settings(),
-        find_recipe(recipe, "pretrain"),
-    )  # a typing error is reported before torch is imported
+    # a typing error is reported before torch is imported
+    settings, path = load_settings(), find_recipe(recipe, "pretrain")
     from llmcourse.training import load_pretrain_recipe
     from llmcourse.training import pretrain as run
 
@@ -103,8 +130,7 @@ def data(
     verify: Annotated[bool, typer.Option("--verify", help="Compare every prepared file with its digest.")] = False,
 ) -> None:
     """List the course's models and data with licence, origin, size and checksum; fetch or verify them."""
-    from llmcourse.store import CATALOG, asset_folder, is_prepared, prepare
-    from llmcourse.store import verify as verify_asset
+    from llmcourse.store import CATALOG, is_prepared, prepare
 
     settings = load_settings()
     names = list(CATALOG) if fetch and "all" in fetch else list(fetch or ())
@@ -121,11 +147,7 @@ def data(
     if names:
         return
     if verify:
-        for name in CATALOG:
-            if asset_folder(name, settings.home).exists():
-                verify_asset(name, settings.home)
-                _say(f"{name}: every file has its digest")
-        return
+        return _verify_all(settings.home)
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -151,6 +173,37 @@ def data(
     console.print(f"Kept in {settings.home}. Prepare with: llmcourse data --fetch all")
 
 
+def _verify_all(home: Path) -> None:
+    """Every fault of every asset, with the command that mends them; exit code 2 if there is one, or nothing at all."""
+    from llmcourse.store import CATALOG, asset_faults, asset_folder, manifest_faults
+
+    broken, missing = [], []
+    for name, asset in CATALOG.items():
+        folder = asset_folder(name, home)
+        faults = asset_faults(name, home)
+        if faults == ["is not prepared"] and not folder.exists():
+            missing.append(name)
+            _say(f"{name}: not prepared")
+            continue
+        if faults and not asset.bundled and faults[0].startswith("was prepared by another"):
+            faults += manifest_faults(folder)
+        broken += [name] * bool(faults)
+        for fault in faults:
+            _say(f"{name}: {fault}")
+        if not faults:
+            _say(f"{name}: every file has its digest")
+    known = {asset_folder(name, home) for name in CATALOG}
+    for folder in sorted(p for kind in ("models", "data") for p in (home / kind).glob("*") if p.is_dir()):
+        if folder not in known and not folder.name.startswith("."):
+            _say(f"{folder}: not of this version of the course (it may be removed)")
+    if len(missing) == sum(not asset.bundled for asset in CATALOG.values()):
+        raise BadInput(f"home is {str(home)!r}, where nothing is prepared; run: llmcourse data --fetch all.")
+    if broken:
+        again = " ".join(f"--fetch {name}" for name in broken if not CATALOG[name].bundled)
+        mend = f"run: llmcourse data {again}" if again else "install llmcourse again"
+        raise BadInput(f"{len(broken)} of {len(CATALOG)} are damaged: {', '.join(broken)}; {mend}.")
+
+
 @app.command()
 def start(
     directory: Annotated[
@@ -158,29 +211,33 @@ def start(
     ],
 ) -> None:
     """Unpack the notebooks, recipes and settings of the course into a folder of yours."""
-    from llmcourse.store import atomic_folder
+    from llmcourse.jobs import output_path
+    from llmcourse.store import atomic_folder, write_atomic
 
-    root, target = course_root(), directory.expanduser().absolute()
-    if target.exists():
-        require(
-            target.is_dir() and not any(target.iterdir()),
-            "DIR",
-            str(directory),
-            "a folder that does not exist yet, or an empty one",
-        )
+    root, target = course_root(), output_path(directory, "DIR")
+    allowed = "a folder that does not exist yet, or an empty one"
+    require(not target.exists() or (target.is_dir() and not any(target.iterdir())), "DIR", str(directory), allowed)
+    # the teachers' page names the mistakes and their sentences: it stays in the package
+    left_out = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_theme", "92_teaching.ipynb")
     with atomic_folder(target) as partial:
         for part in ("nbs", "exercises", "recipes"):
             if (root / part).is_dir():
-                shutil.copytree(
-                    root / part,
-                    partial / part,
-                    ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_*"),
-                )
+                shutil.copytree(root / part, partial / part, ignore=left_out)
         shutil.copyfile(root / "settings.ini", partial / "settings.ini")
-    _say(f"The course is in {directory}. Next: llmcourse data --fetch all, then: jupyter lab {directory}")
+        write_atomic(
+            partial / "README.md", (Path(__file__).parent / "templates" / "start.md").read_text(encoding="utf8")
+        )
+    _say(
+        f"The course is in {directory}. Next: llmcourse data --fetch all, then: jupyter lab {directory}/nbs/index.ipynb"
+    )
 
 
 practice.register(app)
+
+
+def _complain(sentence: object) -> None:
+    """One line on standard error: what came from outside cannot steer the terminal nor add lines."""
+    print(f"llmcourse: {plain(' '.join(str(sentence).split()))}", file=sys.stderr)
 
 
 def main() -> None:
@@ -195,19 +252,25 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code or 0)
     except BadInput as e:
-        print(f"llmcourse: {e}", file=sys.stderr)
+        _complain(e)
         sys.exit(2)
     except typer.Exit as e:
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("\nllmcourse: stopped. Finished steps are kept: run the same command to go on.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe has gone (llmcourse data | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
-        print(f"llmcourse: {e.strerror or e}{f': {e.filename}' if e.filename else ''}", file=sys.stderr)
+        _complain(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
         sys.exit(1)
     except Exception as e:
         # click's own complaints about the command line (unknown option, missing argument) know how to show themselves
-        if hasattr(e, "show") and hasattr(e, "exit_code"):
-            e.show()
+        if hasattr(e, "format_message") and hasattr(e, "exit_code"):
+            _complain(f"{e.format_message()} (llmcourse --help lists what there is)")
             sys.exit(e.exit_code)
+        if type(e).__name__ == "OutOfMemoryError" or isinstance(e, MemoryError):
+            _complain("there is not enough memory: a smaller scale, model or batch_size needs less.")
+            sys.exit(1)
         raise

@@ -2,7 +2,8 @@
 
 Hand-written: this is the machine around the lessons. A job is a list of steps. Each step writes its result atomically
 into a work folder beside the output, so an interrupted job goes on from its finished steps, and the output folder
-appears only when everything is there.
+appears only when everything is there. Everything that can be known before the work is checked before it, and before
+anything is written.
 """
 
 from __future__ import annotations
@@ -10,199 +11,175 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import inspect
 import io
 import json
 import os
 import shutil
-import sys
 import time
-import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from llmcourse import __version__
-from llmcourse.settings import BadInput, Settings, course_root, load_settings, require
-from llmcourse.store import CATALOG, MANIFEST, asset_folder, atomic_folder, verify
+from llmcourse.recipes import DENSE, Arm, Recipe, find_recipe, load_recipe
+from llmcourse.report import print_table, render_report
+from llmcourse.settings import BadInput, Scale, Settings, load_settings, require
+from llmcourse.store import (
+    CATALOG,
+    asset_folder,
+    atomic_folder,
+    digests,
+    held,
+    manifest_faults,
+    verify,
+    write_atomic,
+    write_manifest,
+)
 
-__all__ = ["Arm", "Recipe", "find_recipe", "load_recipe", "run_job"]
+__all__ = ["Arm", "Recipe", "find_recipe", "load_recipe", "print_table", "run_job"]
 
-DENSE = "dense"
-# method in a recipe -> (module, class). Named as text, so that reading a recipe needs no torch.
-METHODS = {
-    "rtn": ("llmcourse.quantization", "RTN"),
-    "gptq": ("llmcourse.quantization", "GPTQ"),
-    "rtn-embedding": ("llmcourse.quantization", "EmbeddingRTN"),
-    "noise": ("llmcourse.compression", "Noise"),
-}
-
-
-# ---------------------------------------------------------------------------------------------- recipes
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to compress the model: passes that are applied one after the other."""
-
-    name: str
-    passes: tuple[dict, ...]
-
-    @property
-    def slug(self) -> str:
-        return "".join(c if c.isalnum() else "-" for c in self.name.lower()).strip("-")
-
-    def build(self, settings: Settings) -> list:
-        """The pass objects, with the calibration size of the settings' scale where the recipe does not say."""
-        from importlib import import_module
-
-        built = []
-        for entry in self.passes:
-            options = dict(entry)
-            module, cls = METHODS[options.pop("method")]
-            pass_class = getattr(import_module(module), cls)
-            known = [n for n in inspect.signature(pass_class).parameters if n != "filter_fn"]
-            for key in options:
-                require(key in known, f"recipe key in arm {self.name!r}", key, ", ".join(["method", *known]))
-            defaults = {
-                "n_calib": settings.scale.calib_sequences,
-                "seq_len": settings.scale.calib_length,
-                "seed": settings.seed,
-            }
-            options = {k: v for k, v in defaults.items() if k in known} | options
-            try:
-                built.append(pass_class(**options))
-            except BadInput as e:
-                raise BadInput(f"arm {self.name!r}: {e}") from e
-            except TypeError as e:
-                raise BadInput(
-                    f"arm {self.name!r} has {options!r}; allowed: every option that the method needs ({e})."
-                ) from e
-        return built
+PROMPT = "The difference between a measurement and an opinion is"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a job does: the arms that are compared, and which one is delivered."""
-
-    name: str
-    description: str
-    deliver: str
-    arms: tuple[Arm, ...]
+# ---------------------------------------------------------------------------------------------- what goes in
 
 
-def find_recipe(name: str | Path, kind: str | None = None) -> Path:
-    """The recipe file: a path, or the name of one that comes with the course.
+def model_folder(model: str, settings: Settings) -> Path | None:
+    """The folder that a model name stands for, checked as far as it can be without loading; None for a hub id."""
+    from llmcourse.modelfolder import check_model_folder
 
-    Args:
-        kind: compress (in `recipes/`) or pretrain (in `recipes/pretrain/`); None looks for both.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    folders = {"compress": course_root() / "recipes", "pretrain": course_root() / "recipes" / "pretrain"}
-    shipped = [p for k, folder in folders.items() if kind in (None, k) for p in sorted(folder.glob("*.toml"))]
-    for candidate in shipped:
-        if str(name) in (candidate.stem, candidate.name, candidate.relative_to(course_root()).as_posix()):
-            return candidate
-    raise BadInput(
-        f"recipe is {str(name)!r}; allowed: the path of a .toml file, or one of {', '.join(p.stem for p in shipped)}."
-    )
+    require(bool(model) and model.isprintable(), "model", model, "a name from `llmcourse data`, a folder, or a hub id")
+    if model in CATALOG:
+        folder = verify(model, settings.home)
+    else:
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            return None
+    check_model_folder(folder)
+    return folder
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe. Every complaint names the key, the value and what is allowed."""
-    path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise BadInput(f"recipe is {str(path)!r}; allowed: TOML ({e}).") from None
-    for key in raw:
-        require(key in ("name", "description", "deliver", "arm"), "recipe key", key, "name, description, deliver, arm")
-    for key in ("name", "deliver", "arm"):
-        require(key in raw, "recipe key", f"{key} (missing)", "a recipe with name, deliver and at least one [[arm]]")
-    require(
-        isinstance(raw["arm"], list) and len(raw["arm"]) > 0,
-        "recipe key 'arm'",
-        raw["arm"],
-        "one or more [[arm]] tables",
-    )
-    arms = []
-    for entry in raw["arm"]:
-        for key in entry:
-            require(key in ("name", "passes"), "recipe key in [[arm]]", key, "name, passes")
-        require(
-            isinstance(entry.get("name"), str) and bool(entry.get("name")),
-            "recipe key 'name' in [[arm]]",
-            entry.get("name"),
-            "a text",
-        )
-        passes = entry.get("passes")
-        require(
-            isinstance(passes, list) and len(passes) > 0 and all(isinstance(p, dict) for p in passes),
-            f"recipe key 'passes' in arm {entry['name']!r}",
-            passes,
-            'a list of tables like {method = "gptq", bits = 4}',
-        )
-        for p in passes:
-            require(p.get("method") in METHODS, f"method in arm {entry['name']!r}", p.get("method"), ", ".join(METHODS))
-        arms.append(Arm(entry["name"], tuple(passes)))
-    slugs = [a.slug for a in arms]
-    require(
-        len(set(slugs)) == len(slugs) and DENSE not in slugs,
-        "recipe arm names",
-        [a.name for a in arms],
-        f"different names, none of them {DENSE!r}",
-    )
-    require(
-        raw["deliver"] in [a.name for a in arms],
-        "recipe key 'deliver'",
-        raw["deliver"],
-        ", ".join(a.name for a in arms),
-    )
-    return Recipe(str(raw["name"]), str(raw.get("description", "")), raw["deliver"], tuple(arms))
+def positions(config: Any) -> int | None:
+    """How many positions a model has, from its configuration; None where that is no limit or not said."""
+    config = config if isinstance(config, dict) else config.to_dict()
+    config = config.get("text_config") or config
+    known = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return next((n for n in known if isinstance(n, int) and n > 0), None)
 
 
-# ---------------------------------------------------------------------------------------------- steps
+def bounded(scale: Scale, limit: int | None) -> Scale:
+    """A preset cut to the positions of a model: windows and calibration sequences are not longer than it can read."""
+    if limit is None or (scale.context <= limit and scale.calib_length <= limit):
+        return scale
+    require(limit >= 2, "positions of the model", limit, "2 or more")
+    context = min(scale.context, limit)
+    stride = max(1, min(scale.stride, context * scale.stride // scale.context, context - 1))
+    return replace(scale, context=context, stride=stride, calib_length=min(scale.calib_length, limit))
 
 
-def _write_atomic(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _job_fingerprint(recipe: Recipe, model: str, settings: Settings) -> tuple[str, dict]:
-    """Everything that the results depend on; a step of another fingerprint is never reused."""
+def _inputs(
+    recipe: Recipe, model: str, folder: Path | None, settings: Settings, calib: str, layers: str | None
+) -> dict:
+    """Everything that the results depend on, files by their content. A step of other inputs is never reused."""
     import torch
     import transformers
 
-    about = {
+    from llmcourse.data import data_source
+
+    texts = {name: digests(data_source(name, settings=settings)) for name in {settings.data, calib} - {"python"}}
+    return {
         "recipe": asdict(recipe),
-        "model": model,
+        "model": model if folder is None or model in CATALOG else folder.name,
+        "files of the model": digests(folder) if folder else {},
         "data": settings.data,
+        "calib": calib,
+        "files of the data": texts,
+        "layers": layers,
         "scale": asdict(settings.scale),
         "seed": settings.seed,
         "device": settings.device,
         "dtype": settings.dtype,
-        "llmcourse": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "code": digests_of_code(),
+        "versions": {"llmcourse": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    if model in CATALOG:
-        about["weights"] = json.loads((asset_folder(model, settings.home) / MANIFEST).read_text(encoding="utf8"))[
-            "files"
-        ]
-    elif (folder := Path(model).expanduser()).is_dir():
-        about["model"] = str(folder.resolve())
-        about["weights"] = {
-            f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob("*.safetensors"))
-        }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(), about
+
+
+def digests_of_code() -> str:
+    """One digest over the modules of the package (not of its exercises): results of other code are other results."""
+    files = sorted(Path(__file__).parent.glob("*.py")) + sorted(Path(__file__).parent.glob("adapters/*.py"))
+    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
+
+
+def _fingerprint(inputs: dict) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- where it goes
+
+
+def output_path(out: str | Path, name: str = "out") -> Path:
+    """The absolute folder that an output argument means, links followed; refuses what can never become a folder."""
+    allowed = "a folder that does not exist yet, or an empty one"
+    require("\0" not in str(out) and str(out) != "", name, str(out), allowed)
+    try:
+        path = Path(out).expanduser().resolve()
+        parent = next(p for p in (path, *path.parents) if p.exists())
+    except (RuntimeError, OSError) as e:
+        reason = getattr(e, "strerror", None) or "no such user"
+        raise BadInput(f"{name} is {str(out)!r}; allowed: {allowed} ({reason}).") from None
+    require(
+        parent.is_dir() and (parent == path or os.access(parent, os.W_OK)),
+        name,
+        str(out),
+        f"{allowed}, where you may write",
+    )
+    return path
+
+
+def _finished(out: Path, fingerprint: str) -> dict | None:
+    """The job that is finished in `out`, if it is this one and whole; raises when something else is there."""
+    if not out.exists():
+        return None
+    require(out.is_dir(), "out", str(out), "a folder that does not exist yet, or an empty one")
+    try:
+        job = json.loads((out / "job.json").read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError):
+        job = None
+    if isinstance(job, dict) and job.get("fingerprint") == fingerprint:
+        faults = manifest_faults(out)
+        if faults:
+            raise BadInput(
+                f"out is {str(out)!r}, where this job was finished, but it {faults[0]}; allowed: a job's folder as it "
+                "was written (remove it to make it again), or another folder."
+            )
+        return job
+    if any(out.iterdir()):
+        raise BadInput(
+            f"out is {str(out)!r}, which is not empty and holds something else; allowed: a folder that does not exist "
+            "yet, an empty one, or the same job's (same inputs, same code)."
+        )
+    return None
+
+
+@contextmanager
+def _plain_errors(out: Path, work: Path) -> Iterator[None]:
+    """What the file system says while the job writes, as a sentence."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise BadInput(
+                f"out is {str(out)!r} and its disk is full; finished steps are kept in {str(work)!r}: make room and "
+                "run the same command again."
+            ) from e
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise BadInput(
+                f"out is {str(out)!r} and cannot be written ({e.strerror}: {e.filename}); allowed: a folder that you "
+                "can write to."
+            ) from e
+        raise
 
 
 class _Steps:
@@ -226,7 +203,7 @@ class _Steps:
         result = work()
         seconds = time.perf_counter() - start
         result["seconds"] = seconds
-        _write_atomic(path, json.dumps(result, indent=1).encode())
+        write_atomic(path, json.dumps(result, indent=1))
         self._spent += seconds
         self._spent_cost += cost
         left = self._spent / self._spent_cost * self.cost_left if self._spent_cost else 0
@@ -238,27 +215,18 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
-def _check_output(out: Path, fingerprint: str) -> bool:
-    """True when this very job is finished there; raises when something else is."""
-    if not out.exists():
-        return False
-    require(out.is_dir(), "out", str(out), "a folder that does not exist yet, or an empty one")
-    finished = out / "job.json"
-    if finished.is_file():
-        try:
-            if json.loads(finished.read_text(encoding="utf8"))["fingerprint"] == fingerprint:
-                return True
-        except (ValueError, KeyError):
-            pass
-    if any(out.iterdir()):
-        raise BadInput(
-            f"out is {str(out)!r}, which is not empty and holds something else; allowed: a folder that does not exist yet, an empty one, or the same job's."
-        )
-    return False
+# ---------------------------------------------------------------------------------------------- the job
 
 
 def run_job(
-    model: str, recipe: Recipe, out: str | Path, *, settings: Settings | None = None, say: Callable[[str], None] = print
+    model: str,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    settings: Settings | None = None,
+    calib: str | None = None,
+    layers: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict:
     """Run a recipe on a model and write `out`: a model folder that loads back, `passport.json`, figures and a report.
 
@@ -268,80 +236,106 @@ def run_job(
         model: a name of the catalog, a folder, or a hub id.
         recipe: from `load_recipe`.
         out: a folder that does not exist yet, or an empty one.
+        calib: text that the passes calibrate on, all of it but documents of the test part; by default the calibration
+            part of the settings' data.
+        layers: a glob over names of layers; passes that name none treat only these.
         say: called with one line per step.
     Returns:
         what is in `job.json`: the rows of the table, the protocol and where things are.
     Raises:
         BadInput: before anything is written.
     """
-    from filelock import FileLock, Timeout
-
     settings = settings or load_settings()
-    out = Path(out).expanduser().absolute()
-    arms = {arm.name: arm.build(settings) for arm in recipe.arms}  # all options are checked before any work
-    if model in CATALOG:
-        verify(model, settings.home)  # every digest, once per job
-    fingerprint, about = _job_fingerprint(recipe, model, settings)
-    if _check_output(out, fingerprint):
+    out = output_path(out)
+    require(out.parent != out, "out", str(out), "a folder below the root")
+    require(not out.exists() or out.is_dir(), "out", str(out), "a folder that does not exist yet, or an empty one")
+    model, calib = str(model), calib or settings.data
+    folder = model_folder(model, settings)
+    if folder is not None:
+        limit = positions(json.loads((folder / "config.json").read_text(encoding="utf8")))
+        scale = bounded(settings.scale, limit)
+        if scale != settings.scale:
+            say(
+                f"{model} has {limit} positions: windows of {scale.context} tokens, calibration of {scale.calib_length}"
+            )
+        settings = replace(settings, scale=scale)
+    arms = {arm.name: arm.build(settings, layers=layers) for arm in recipe.arms}
+    inputs = _inputs(recipe, model, folder, settings, calib, layers)
+    fingerprint, work = _fingerprint(inputs), out.parent / f".{out.name}.work"
+    if (job := _finished(out, fingerprint)) is not None:
+        _sweep_work(work)
         say(f"{out} already holds this job: nothing to do")
-        return json.loads((out / "job.json").read_text(encoding="utf8"))
-    job = _Job(model, recipe, arms, out, settings, fingerprint, about, say)
-    job.load_dense()  # complains about the model and the data before a folder is made
-    work = out.parent / f".{out.name}.work"
-    try:
+        return job
+    job = _Job(model, recipe, arms, out, settings, fingerprint, inputs, say)
+    job.load_dense(calib)  # complains about the model and the data before a folder is made
+    with _plain_errors(out, work):
         work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out.parent / f".{out.name}.lock")
-        try:
-            with lock.acquire(timeout=0):
-                result = job.run(work)
-        except Timeout:
-            raise BadInput(
-                f"out is {str(out)!r}, and another process is working on it; allowed: wait for it, or another folder."
-            ) from None
-        Path(lock.lock_file).unlink(missing_ok=True)
-        return result
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            raise BadInput(
-                f"out is {str(out)!r} and its disk is full; finished steps are kept in {str(work)!r}: make room and run the same command again."
-            ) from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise BadInput(
-                f"out is {str(out)!r} and cannot be written ({e.strerror}: {e.filename}); allowed: a folder that you can write to."
-            ) from e
-        raise
+        with held(work) as ours:
+            if not ours:
+                raise BadInput(
+                    f"out is {str(out)!r}, and another process is working on it; allowed: wait for it, or another "
+                    "folder."
+                )
+            if (other := _finished(out, fingerprint)) is not None:  # finished while we waited for the lock
+                shutil.rmtree(work, ignore_errors=True)
+                return other
+            try:
+                return job.run(work)
+            except BadInput:
+                if not list(work.glob("*.json")):  # refused before the first step was done: nothing is to be kept
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
+
+
+def _sweep_work(work: Path) -> None:
+    """Remove the work folder that a process left which was killed after it had delivered."""
+    if work.is_dir():
+        with held(work) as ours:
+            if ours:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 class _Job:
     """The steps of one run."""
 
     def __init__(
-        self, model: str, recipe: Recipe, arms: dict, out: Path, settings: Settings, fingerprint: str, about: dict, say
+        self, model: str, recipe: Recipe, arms: dict, out: Path, settings: Settings, fingerprint: str, inputs: dict, say
     ):
         from llmcourse.runtime import Runtime
 
         self.model_name, self.recipe, self.arms, self.out = model, recipe, arms, out
-        self.settings, self.fingerprint, self.about, self.say = settings, fingerprint, about, say
+        self.settings, self.fingerprint, self.inputs, self.say = settings, fingerprint, inputs, say
         self.rt = Runtime.auto(settings.device, settings.dtype)
 
-    def load_dense(self) -> None:
-        from llmcourse.data import load_model, token_data
+    def load_dense(self, calib: str) -> None:
+        """Model and text, and everything that the later steps ask of them."""
+        import torch
 
-        scale = self.settings.scale
+        from llmcourse.data import load_model
+
         self.model, self.tokenizer, self.card = load_model(self.model_name, rt=self.rt, settings=self.settings)
+        kind = type(self.model).__name__
+        causal = kind == "GPT" or kind.endswith(("ForCausalLM", "LMHeadModel"))
+        require(causal, f"model {self.model_name!r}", kind, "a causal language model: a job measures perplexity")
+        for name, tensor in self.model.named_parameters():
+            require(bool(torch.isfinite(tensor).all()), f"weights of {name}", "NaN or infinite", "finite weights")
+        limit = positions(self.model.config) if hasattr(self.model.config, "to_dict") else None
         for name, passes in self.arms.items():
             for p in passes:
                 try:
                     p.check(self.model)
+                    length = getattr(p, "seq_len", 0)
+                    require(
+                        limit is None or length <= limit, "seq_len", length, f"at most {limit}, the model's positions"
+                    )
                 except BadInput as e:
                     raise BadInput(f"arm {name!r}: {e}") from e
-        needed = {p.n_calib * p.seq_len for passes in self.arms.values() for p in passes if getattr(p, "stat", None)}
-        self.data = token_data(
-            self.tokenizer,
-            self.settings.data,
-            settings=self.settings,
-            limits={"test": scale.eval_tokens, "calib": max(needed, default=0)},
+        scale = self.settings.scale
+        require(
+            limit is None or scale.context <= limit, "context", scale.context, f"at most {limit}, the model's positions"
         )
+        needed = {p.n_calib * p.seq_len for passes in self.arms.values() for p in passes if getattr(p, "stat", None)}
+        self.data = job_data(self.tokenizer, self.settings, calib, scale.eval_tokens, max(needed, default=0))
 
     def _evaluate(self, model, folder: Path | None, packed=None) -> dict:
         """Perplexity of `model`, and the passport of the form it is stored in (`packed`, or the model itself)."""
@@ -360,20 +354,12 @@ class _Job:
             batch_size=scale.batch_size,
             rt=self.rt,
             seed=self.settings.seed,
-            model=self.model_name,
+            model=self.card.name,
             data=self.data.name,
             split="test",
             tokenizer=self.data.tokenizer,
         )
-        card = passport(
-            self.model_name,
-            packed if packed is not None else model,
-            self.rt,
-            perplexity=p,
-            folder=folder,
-            prefill_tokens=min(128, scale.context),
-            repeats=3,
-        )
+        card = passport(self.card.name, packed if packed is not None else model, self.rt, perplexity=p, folder=folder)
         buffer = io.BytesIO()
         np.save(buffer, p.nll.numpy())
         numbers = {f.name: getattr(p, f.name) for f in fields(p) if f.name not in ("nll", "protocol")}
@@ -382,7 +368,20 @@ class _Job:
             "perplexity": numbers,
             "protocol": asdict(p.protocol),
             "nll": base64.b64encode(buffer.getvalue()).decode(),
+            "writes": self._write(model),
         }
+
+    def _write(self, model, n: int = 24) -> str | None:
+        """What a model writes after a prompt, greedily; None where it cannot."""
+        import torch
+
+        try:
+            ids = self.rt.move(torch.tensor([self.tokenizer(PROMPT).input_ids]))
+            with torch.inference_mode():
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+            return self.tokenizer.decode(out[0], skip_special_tokens=True)
+        except Exception:  # an example for the reader: what goes wrong in it must not cost the measurements
+            return None
 
     def _compress_arm(self, arm: Arm, work: Path) -> dict:
         from llmcourse.compression import compress
@@ -401,13 +400,42 @@ class _Job:
         dense = dequantize_model(packed, dtype=self.rt.dtype)  # the same weights, without unpacking them at every step
         return self._evaluate(self.rt.move(dense), work / arm.slug, self.rt.move(packed))
 
+    def _load_arm(self, arm: Arm, work: Path):
+        from llmcourse.quantization import load_packed
+
+        return load_packed(work / arm.slug, dtype=self.rt.dtype)[0]
+
+    def _speed(self, arm: Arm, work: Path) -> dict:
+        """Reading a prompt and writing a token: the delivered model beside the dense one, in turn.
+
+        The control is the dense model a second time: a ratio that its interval reaches is noise.
+        """
+        from llmcourse.runtime import compare
+
+        models = {DENSE: self.model, "dense, again": self.model, arm.name: self.rt.move(self._load_arm(arm, work))}
+        tokens = min(128, self.settings.scale.context - 1)
+        calls = {name: _reading_and_writing(m, tokens, self.rt) for name, m in models.items()}
+        result: dict[str, Any] = {"tokens": tokens}
+        for i, (what, repeats) in enumerate((("read", 8), ("write", 16))):
+            found = compare({name: c[i] for name, c in calls.items()}, self.rt, warmup=1, repeats=repeats)
+            result[what] = {
+                name: {
+                    "median_s": c.timing.median,
+                    "q1_s": c.timing.quartiles[0],
+                    "q3_s": c.timing.quartiles[1],
+                    "n": c.timing.n,
+                    "ratio": c.ratio,
+                    "low": c.low,
+                    "high": c.high,
+                }
+                for name, c in found.items()
+            }
+        return result
+
     def run(self, work: Path) -> dict:
-        marker = work / "fingerprint"
-        if not marker.exists() or marker.read_text() != self.fingerprint:
-            shutil.rmtree(work)
-            work.mkdir()
-            _write_atomic(marker, self.fingerprint.encode())
-        scale = self.settings.scale
+        """All steps, those that are finished taken from `work`; then the delivery."""
+        self._begin(work)
+        scale, total = self.settings.scale, 2 * len(self.recipe.arms) + 3
         evaluation = scale.eval_tokens * scale.context / scale.stride
         costs = {
             arm.name: 2.0
@@ -417,38 +445,57 @@ class _Job:
             )
             for arm in self.recipe.arms
         }
-        steps = _Steps(work, 2 * len(self.recipe.arms) + 2, self.say)
-        steps.cost_left = evaluation * (1 + len(costs)) + sum(costs.values())
-        self.say(f"{self.recipe.name}: {self.model_name} on {self.rt.describe()}, scale {scale.name}")
+        steps = _Steps(work, total, self.say)
+        steps.cost_left = evaluation * (1.2 + len(costs)) + sum(costs.values())
+        self.say(f"{self.recipe.name}: {self.card.name} on {self.rt.describe()}, scale {scale.name}")
         results = {
             DENSE: steps(DENSE, "dense: evaluate", evaluation, lambda: self._evaluate(self.model, self._dense_folder()))
         }
         for arm in self.recipe.arms:
+            compress, evaluate = f"{arm.slug}-compress", f"{arm.slug}-evaluate"
             made = steps(
-                f"{arm.slug}-compress",
-                f"{arm.name}: compress",
-                costs[arm.name],
-                lambda arm=arm: self._compress_arm(arm, work),
+                compress, f"{arm.name}: compress", costs[arm.name], lambda arm=arm: self._compress_arm(arm, work)
             )
-            results[arm.name] = steps(
-                f"{arm.slug}-evaluate",
-                f"{arm.name}: evaluate",
-                evaluation,
-                lambda arm=arm: self._evaluate_arm(arm, work),
-            ) | {"made": made}
-        start = time.perf_counter()
-        job = self._summary(results)
+            measured = steps(
+                evaluate, f"{arm.name}: evaluate", evaluation, lambda arm=arm: self._evaluate_arm(arm, work)
+            )
+            results[arm.name] = measured | {"made": made}
         deliver = next(arm for arm in self.recipe.arms if arm.name == self.recipe.deliver)
-        with atomic_folder(self.out) as folder:
-            shutil.copytree(work / deliver.slug, folder, dirs_exist_ok=True)
-            figure = self._figures(job, folder)
-            passports = {name: r["passport"] for name, r in results.items()}
-            _write_atomic(folder / "passport.json", json.dumps(passports, indent=1).encode())
-            _write_atomic(folder / "report.html", _render_report(job, figure).encode())
-            _write_atomic(folder / "job.json", json.dumps(job, indent=1).encode())
+        speed = steps("speed", f"{deliver.name}: time", 0.2 * evaluation, lambda: self._speed(deliver, work))
+        start = time.perf_counter()
+        job = self._summary(results, speed)
+        self._deliver(job, results, work / deliver.slug)
         shutil.rmtree(work, ignore_errors=True)
-        self.say(f"[{steps.total}/{steps.total}] report: {time.perf_counter() - start:.0f} s")
+        self.say(f"[{total}/{total}] report: {time.perf_counter() - start:.0f} s")
         return job
+
+    def _begin(self, work: Path) -> None:
+        """Keep the finished steps of the same inputs; say what changed and begin anew otherwise."""
+        marker = work / "inputs"
+        try:
+            before = json.loads(marker.read_text(encoding="utf8"))
+        except (OSError, ValueError):
+            before = None
+        if isinstance(before, dict) and _fingerprint(before) == self.fingerprint:
+            return
+        if isinstance(before, dict):
+            changed = [k for k in self.inputs if before.get(k) != self.inputs[k]]
+            self.say(f"changed since the run that was interrupted: {', '.join(changed)}; its steps are not used")
+        for old in work.iterdir():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        write_atomic(marker, json.dumps(self.inputs))
+
+    def _deliver(self, job: dict, results: dict, made: Path) -> None:
+        passports = {name: r["passport"] for name, r in results.items()}
+        for name, row in passports.items():
+            row["prefill"], row["decode"] = (job["speed"][k].get(name) for k in ("read", "write"))
+        with atomic_folder(self.out) as folder:
+            shutil.copytree(made, folder, dirs_exist_ok=True)
+            figure = self._figures(job, folder)
+            write_atomic(folder / "passport.json", json.dumps(passports, indent=1))
+            write_atomic(folder / "report.html", render_report(job, figure))
+            write_atomic(folder / "job.json", json.dumps(job, indent=1))
+            write_manifest(folder, job=self.fingerprint)
 
     def _dense_folder(self) -> Path | None:
         if self.model_name in CATALOG:
@@ -456,18 +503,14 @@ class _Job:
         folder = Path(self.model_name).expanduser()
         return folder if folder.is_dir() else None
 
-    def _summary(self, results: dict) -> dict:
+    def _summary(self, results: dict, speed: dict) -> dict:
         from llmcourse.evaluation import compare_perplexity
 
         measured = {name: _perplexity_of(r) for name, r in results.items()}
         parameters = results[DENSE]["passport"]["parameters"]
         rows = []
         for name, r in results.items():
-            ratio, p, disk = (
-                compare_perplexity(measured[DENSE], measured[name]),
-                r["passport"],
-                r["passport"]["bytes_disk"],
-            )
+            ratio, disk = compare_perplexity(measured[DENSE], measured[name]), r["passport"]["bytes_disk"]
             rows.append(
                 {
                     "name": name,
@@ -479,23 +522,18 @@ class _Job:
                     "ratio_low": ratio.low,
                     "ratio_high": ratio.high,
                     "bytes_disk": disk,
-                    "bytes_memory": p["bytes_memory"],
+                    "bytes_memory": r["passport"]["bytes_memory"],
                     "smaller_than_float32": 4 * parameters / disk if disk else None,
                     "smaller_than_bfloat16": 2 * parameters / disk if disk else None,
-                    "prefill_s": p["prefill"] and p["prefill"]["median_s"],
-                    "decode_s": p["decode"] and p["decode"]["median_s"],
+                    "writes": r["writes"],
                     "reports": r.get("made", {}).get("reports", []),
                     "seconds": r["seconds"] + r.get("made", {}).get("seconds", 0),
                 }
             )
         pairs = []
-        for i, b in enumerate(
-            self.recipe.arms
-        ):  # arms that differ in the method only: which is better at the same cost?
-            for a in self.recipe.arms[i + 1 :]:
-                if _same_but_method(a, b):
-                    ratio = compare_perplexity(measured[b.name], measured[a.name])
-                    pairs.append({"a": a.name, "b": b.name, "ratio": ratio.value, "low": ratio.low, "high": ratio.high})
+        for a, b in self.recipe.pairs():  # arms that differ in the method only: which is better at the same cost?
+            ratio = compare_perplexity(measured[b.name], measured[a.name])
+            pairs.append({"a": a.name, "b": b.name, "ratio": ratio.value, "low": ratio.low, "high": ratio.high})
         packaged = CATALOG[self.model_name].carrier.size if self.model_name in CATALOG else None
         return {
             "fingerprint": self.fingerprint,
@@ -506,14 +544,17 @@ class _Job:
             "note": self.card.note,
             "parameters": parameters,
             "packaged_bytes": packaged,
+            "prompt": PROMPT,
             "rows": rows,
             "pairs": pairs,
+            "speed": speed,
             "protocol": str(measured[DENSE].protocol),
+            "calib": self.inputs["calib"],
             "device": self.rt.describe(),
             "scale": asdict(self.settings.scale),
             "seed": self.settings.seed,
-            "versions": {k: self.about[k] for k in ("llmcourse", "torch", "transformers")},
-            "seconds": sum(row["seconds"] for row in rows),
+            "versions": self.inputs["versions"],
+            "seconds": sum(row["seconds"] for row in rows) + speed["seconds"],
         }
 
     def _figures(self, job: dict, folder: Path) -> str:
@@ -522,14 +563,63 @@ class _Job:
         rows = [r for r in job["rows"] if r["bytes_disk"]]
         best = min(rows[1:], key=lambda r: r["perplexity"])
         alt = (
-            f"Perplexity against bytes on disk for {len(rows)} models. The dense model is the largest at {rows[0]['bytes_disk'] / 1e6:.0f} MB with perplexity "
-            f"{rows[0]['perplexity']:.1f}; of the compressed ones, {best['name']} has the lowest perplexity, {best['perplexity']:.1f}, at {best['bytes_disk'] / 1e6:.0f} MB."
+            f"Perplexity against bytes on disk for {len(rows)} models. The dense model is the largest at "
+            f"{rows[0]['bytes_disk'] / 1e6:.0f} MB with perplexity {rows[0]['perplexity']:.1f}; of the compressed "
+            f"ones, {best['name']} has the lowest perplexity, {best['perplexity']:.1f}, "
+            f"at {best['bytes_disk'] / 1e6:.0f} MB."
         )
         points = [plotting.Point(r["name"], r["bytes_disk"] / 1e6, r["perplexity"], r["low"], r["high"]) for r in rows]
         figure = plotting.pareto(points, xlabel="size on disk, MB", ylabel="perplexity", alt=alt)
         plotting.save(figure, folder / "pareto.png")
         plotting.save(figure, folder / "pareto.svg")
         return (folder / "pareto.svg").read_text(encoding="utf8")
+
+
+def job_data(tokenizer, settings: Settings, calib: str, test_tokens: int, calib_tokens: int):
+    """The test stream of the settings' data, and the calibration stream of the same data or of a text of its own."""
+    from llmcourse.data import document_hash, encode, load_records, token_data
+
+    require(
+        getattr(tokenizer, "is_fast", True),
+        "tokenizer",
+        type(tokenizer).__name__,
+        "a fast tokenizer (it knows offsets)",
+    )
+    wanted = {"test": test_tokens} | ({"calib": calib_tokens} if calib == settings.data else {})
+    data = token_data(tokenizer, settings.data, settings=settings, limits=wanted)
+    if calib == settings.data or not calib_tokens:
+        return data
+    tested = {document_hash(r["text"]) for r in load_records(settings.data, "test", settings=settings)}
+    texts = [r["text"] for r in load_records(calib, settings=settings) if document_hash(r["text"]) not in tested]
+    ids, sizes = encode(tokenizer, texts, limit=calib_tokens)
+    require(
+        len(ids) >= calib_tokens,
+        "calib",
+        calib,
+        f"text of at least {calib_tokens} tokens outside the test part; it has {len(ids)}",
+    )
+    return replace(data, calib=ids, bytes=data.bytes | {"calib": sizes})
+
+
+def _reading_and_writing(model, tokens: int, rt) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Two functions to be timed: read a prompt of `tokens` tokens, and write one more token after it with a cache."""
+    import torch
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = rt.move(torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)))
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+
+    @torch.inference_mode()
+    def read():
+        model(ids, use_cache=False)
+
+    @torch.inference_mode()
+    def write():
+        model(ids[:, -1:], past_key_values=cache, use_cache=True)
+        cache.crop(-1)  # forget the token again, so that every step starts from the same length
+
+    return read, write
 
 
 def _perplexity_of(result: dict):
@@ -541,63 +631,3 @@ def _perplexity_of(result: dict):
 
     nll = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(result["nll"])), allow_pickle=False))
     return Perplexity(**result["perplexity"], protocol=Protocol(**result["protocol"]), nll=nll)
-
-
-def _same_but_method(a: Arm, b: Arm) -> bool:
-    strip = lambda arm: [
-        {k: v for k, v in p.items() if k not in ("method", "act_order", "damping", "block_size")} for p in arm.passes
-    ]
-    return strip(a) == strip(b)
-
-
-# ---------------------------------------------------------------------------------------------- report
-
-
-def _render_report(job: dict, figure_svg: str) -> str:
-    """One HTML file without outside references."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    env = Environment(
-        loader=PackageLoader("llmcourse", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    svg = figure_svg[figure_svg.index("<svg") :]  # without the XML head, which HTML does not know
-    return env.get_template("report.html.j2").render(job=job, figure=svg)
-
-
-def print_table(job: dict) -> None:
-    """The job's table for a terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, title=f"{job['model']}: {job['recipe']}", title_justify="left")
-    for head, how in (
-        ("model", "left"),
-        ("perplexity (95 %)", "right"),
-        ("× dense, paired (95 %)", "right"),
-        ("on disk", "right"),
-        ("of float32", "right"),
-        ("of bfloat16", "right"),
-    ):
-        table.add_column(head, justify=how, no_wrap=True)
-    for r in job["rows"]:
-        disk = r["bytes_disk"]
-        table.add_row(
-            r["name"],
-            f"{r['perplexity']:.2f} ({r['low']:.2f}–{r['high']:.2f})",
-            "1" if r["name"] == DENSE else f"{r['ratio']:.3f} ({r['ratio_low']:.3f}–{r['ratio_high']:.3f})",
-            f"{disk / 1e6:.1f} MB" if disk else "?",
-            f"1/{r['smaller_than_float32']:.2f}" if disk else "?",
-            f"1/{r['smaller_than_bfloat16']:.2f}" if disk else "?",
-        )
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table)
-    for p in job["pairs"]:
-        verdict = "is better" if p["high"] < 1 else "is worse" if p["low"] > 1 else "cannot be told from the other"
-        console.print(
-            f"{p['a']} against {p['b']}: perplexity × {p['ratio']:.3f} (95 % interval {p['low']:.3f} to {p['high']:.3f}): {p['a']} {verdict} on these tokens."
-        )

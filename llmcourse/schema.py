@@ -101,6 +101,7 @@ def _sentence(errors: list[dict], table: Any, where: str, names: list[str]) -> s
             path, value = ((*path, step), value[step]) if inside else (path, value)
         return path, value
 
+    errors = sorted(errors, key=lambda e: e["type"] != "extra_forbidden")  # a slip in a key also makes one missing
     first = errors[0]
     path, value = found(first["loc"])
     if first["type"] == "extra_forbidden":

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 __all__ = [
-    "BadInput", "Scale", "Settings", "course_root", "environment_whole", "load_settings", "number", "one_of",
+    "BadInput", "Scale", "Settings", "course_root", "environment_whole", "load_settings", "number", "one_of", "plain",
     "read_text", "require", "whole",
 ]  # fmt: skip
 
@@ -28,6 +28,11 @@ _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 class BadInput(ValueError):
     """A value from outside that cannot be used; its text is one sentence for the person who gave it."""
+
+
+def plain(text: object) -> str:
+    """Text for a terminal: characters that would steer it (escape sequences, lone surrogates) are written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:

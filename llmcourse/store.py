@@ -37,7 +37,7 @@ from typing import Any
 from llmcourse.settings import BadInput, require
 
 __all__ = [
-    "CATALOG", "Asset", "Carrier", "asset_faults", "asset_folder", "atomic_folder", "digests", "is_prepared",
+    "CATALOG", "Asset", "Carrier", "asset_faults", "asset_folder", "atomic_folder", "digests", "held", "is_prepared",
     "manifest_faults", "prepare", "scratch_folder", "sha256", "sweep", "verify", "write_atomic", "write_manifest",
 ]  # fmt: skip
 
@@ -379,6 +379,16 @@ def _own(folder: str | Path, *, wait: bool) -> int | None:
 def _release(descriptor: int | None) -> None:
     if descriptor is not None and descriptor >= 0:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold the lock on a folder during the block; False, and nothing is held, when another process has it."""
+    descriptor = _own(folder, wait=False)
+    try:
+        yield descriptor is not None
+    finally:
+        _release(descriptor)
 
 
 def sweep(parent: Path, prefix: str) -> None:

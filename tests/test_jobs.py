@@ -18,13 +18,15 @@ import torch
 from conftest import ROOT, SMALL, clean_env, run_cli
 from safetensors.torch import load_file, save_file
 
-from llmcourse import jobs
 from llmcourse.cli import main
 from llmcourse.data import load_model
 from llmcourse.jobs import find_recipe, load_recipe, run_job
 from llmcourse.settings import BadInput
 
 QUIET = lambda line: None
+PASS = '{ method = "rtn", bits = 4, group_size = 64 }'
+GOOD = f'name = "x"\ndeliver = "a"\n[[arm]]\nname = "a"\npasses = [{PASS}]\n'
+GPTQ = '{ method = "gptq", bits = 4, group_size = 64, n_calib = 4 }'
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_the_output_is_complete_and_nothing_else_is_left(finished):
         "job.json",
     } <= {p.name for p in out.iterdir()}
     assert [p.name for p in out.parent.iterdir() if p.name != "home"] == ["out"]
-    assert sum(line.startswith("[") for line in lines) == 10 and lines[-1].startswith("[10/10] report")
+    assert sum(line.startswith("[") for line in lines) == 11 and lines[-1].startswith("[11/11] report")
 
 
 def test_the_table_has_the_five_models_with_intervals_and_real_bytes(finished):
@@ -89,7 +91,7 @@ def test_the_passport_file_has_every_model(finished):
     assert small["parameters"] == dense["parameters"] and small["flops_per_token"] == dense["flops_per_token"]
     assert (
         small["bytes_memory"] < dense["bytes_memory"]
-        and small["prefill"]["n"] == 3
+        and small["prefill"]["n"] == 8
         and small["perplexity"]["protocol"]["context"] == 64
     )
 
@@ -134,6 +136,29 @@ def test_a_second_call_does_nothing(finished, tiny_model):
         and "nothing to do" in lines[0]
         and before == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     )
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest"])
+def test_a_finished_job_that_was_changed_is_not_called_finished(finished, tiny_model, tmp_path, harm):
+    out, _, _, settings = finished
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    weights = copy / "packed.safetensors"
+    if harm == "flip":
+        content = bytearray(weights.read_bytes())
+        content[-5] ^= 4
+        weights.write_bytes(content)
+    elif harm == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif harm == "remove":
+        (copy / "report.html").unlink()
+    else:
+        (copy / "MANIFEST.json").unlink()
+    with pytest.raises(BadInput, match="this job was finished, but it "):
+        run_job(str(tiny_model), load_recipe(find_recipe("w4")), copy, settings=settings, say=QUIET)
+    if harm in ("flip", "cut"):
+        with pytest.raises(BadInput, match=r"packed\.safetensors"):
+            load_model(copy, settings=settings)
 
 
 def test_another_job_does_not_overwrite_a_finished_one(finished, tiny_model):
@@ -237,10 +262,155 @@ def test_a_full_disk_keeps_the_finished_steps(tiny_model, tmp_path, small_settin
 
 
 def test_two_processes_do_not_work_on_the_same_output(tiny_model, tmp_path, small_settings):
-    from filelock import FileLock
+    from llmcourse.store import held
 
-    with FileLock(tmp_path / ".out.lock"), pytest.raises(BadInput, match="another process is working on it"):
+    (tmp_path / ".out.work").mkdir()
+    with held(tmp_path / ".out.work"), pytest.raises(BadInput, match="another process is working on it"):
         run_job(str(tiny_model), load_recipe(find_recipe("w4")), tmp_path / "out", settings=small_settings, say=QUIET)
+
+
+def small_copy(tiny_model: Path, corpus: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A model and a text of the test's own, to be changed."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copy(corpus, tmp_path / "text.jsonl")
+    return tmp_path / "model", tmp_path / "text.jsonl"
+
+
+def other_weights(model: Path, text: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_tokenizer(model: Path, text: Path) -> None:
+    """The merges in the other order: the same vocabulary, other tokens."""
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf8"))
+    merges = tokenizer["model"]["merges"]
+    merges.reverse()
+    path.write_text(json.dumps(tokenizer), encoding="utf8")
+
+
+CHANGES = {  # every input of a job: what is changed, and how the job calls it
+    "weights": (other_weights, "files of the model"),
+    "configuration": (
+        lambda m, t: (m / "config.json").write_text(
+            (m / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1')
+        ),
+        "files of the model",
+    ),
+    "tokenizer": (other_tokenizer, "files of the model"),
+    "text": (lambda m, t: t.write_text(t.read_text().replace("ka", "ko")), "files of the data"),
+    "recipe": (None, "recipe"),
+    "settings": (None, "seed"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_input_that_changed_is_noticed_after_the_end_and_before_going_on(
+    tiny_model, corpus, tmp_path, small_settings, what, monkeypatch
+):
+    """Neither a finished job nor finished steps of other inputs are taken for this one's."""
+    from dataclasses import replace
+
+    import llmcourse.jobs as jobs
+
+    model, text = small_copy(tiny_model, corpus, tmp_path)
+    path = tmp_path / "recipe.toml"
+    path.write_text(GOOD, encoding="utf8")
+    settings = replace(small_settings, data=str(text))
+
+    def run(out, **more):
+        lines: list[str] = []
+        job = run_job(str(model), load_recipe(path), out, settings=replace(settings, **more), say=lines.append)
+        return job, lines
+
+    before, _ = run(tmp_path / "done")
+
+    def killed(self, arm, work):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(jobs._Job, "_evaluate_arm", killed)
+        run(tmp_path / "half")
+    change, name = CHANGES[what]
+    more = {"seed": 1} if what == "settings" else {}
+    if what == "recipe":
+        path.write_text(GOOD.replace("bits = 4", "bits = 3"), encoding="utf8")
+    elif change:
+        change(model, text)
+    with pytest.raises(BadInput, match="holds something else"):
+        run(tmp_path / "done", **more)
+    resumed, lines = run(tmp_path / "half", **more)
+    assert any("changed since the run that was interrupted" in line and name in line for line in lines)
+    assert not any("done before" in line for line in lines)
+    anew, _ = run(tmp_path / "anew", **more)
+    numbers = lambda job: [(r["name"], r["perplexity"], r["bytes_disk"]) for r in job["rows"]]
+    assert numbers(resumed) == numbers(anew)
+    if what != "settings":
+        assert numbers(resumed) != numbers(before)
+
+
+def test_a_file_of_the_user_at_the_place_of_delivery_is_kept(tiny_model, tmp_path, small_settings, monkeypatch):
+    import llmcourse.jobs as jobs
+
+    path, out = tmp_path / "recipe.toml", tmp_path / "out"
+    path.write_text(GOOD, encoding="utf8")
+    real = jobs._Job._summary
+
+    def meanwhile(self, *args):
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+        return real(self, *args)
+
+    with monkeypatch.context() as m, pytest.raises(BadInput, match="holds something else by now"):
+        m.setattr(jobs._Job, "_summary", meanwhile)
+        run_job(str(tiny_model), load_recipe(path), out, settings=small_settings, say=QUIET)
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"] and (out / "thesis.txt").read_text() == "years of work"
+    (out / "thesis.txt").unlink()  # the person moves it: the finished steps are still there
+    lines: list[str] = []
+    run_job(str(tiny_model), load_recipe(path), out, settings=small_settings, say=lines.append)
+    assert sum("done before" in line for line in lines) == 4 and (out / "report.html").is_file()
+
+
+def test_a_work_folder_that_a_killed_clean_up_left_is_swept(tiny_model, tmp_path, small_settings):
+    path, out = tmp_path / "recipe.toml", tmp_path / "out"
+    path.write_text(GOOD, encoding="utf8")
+    run_job(str(tiny_model), load_recipe(path), out, settings=small_settings, say=QUIET)
+    (tmp_path / ".out.work" / "arm-a").mkdir(parents=True)
+    run_job(str(tiny_model), load_recipe(path), out, settings=small_settings, say=QUIET)
+    assert not (tmp_path / ".out.work").exists()
+
+
+def test_windows_and_calibration_are_bounded_by_the_positions_of_the_model(tiny_model, tmp_path, small_settings):
+    """The shipped presets are longer than what this model can read (256 positions)."""
+    from dataclasses import replace
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(GOOD.replace(PASS, GPTQ.replace("n_calib = 4", "n_calib = 2")), encoding="utf8")
+    scale = replace(small_settings.scale, context=512, stride=384, eval_tokens=1024, calib_length=512)
+    lines: list[str] = []
+    settings = replace(small_settings, scale=scale)
+    job = run_job(str(tiny_model), load_recipe(path), tmp_path / "out", settings=settings, say=lines.append)
+    assert "256 positions" in lines[0] and "context 256, stride 192" in job["protocol"]
+    assert job["scale"]["calib_length"] == 256 and "seq_len=256" in job["rows"][1]["reports"][0].replace(" ", "")
+
+
+def test_calibration_on_a_text_of_its_own_leaves_the_test_part_out(tiny_model, corpus, tmp_path, small_settings):
+    from llmcourse.data import load_records
+    from llmcourse.jobs import job_data
+
+    tokenizer = load_model(tiny_model).tokenizer
+    tested = [r["text"] for r in load_records(corpus, "test", settings=small_settings)]
+    other = tmp_path / "calib.jsonl"
+    fresh = [f"fresh text number {i} about nothing at all" for i in range(50)]
+    other.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*tested, *fresh]), encoding="utf8")
+    data = job_data(tokenizer, small_settings, str(other), 512, 256)
+    said = tokenizer.decode(data.calib)
+    assert "fresh text" in said and not any(text[:40] in said for text in tested)
+    assert torch.equal(data.test, job_data(tokenizer, small_settings, small_settings.data, 512, 256).test)
+    with pytest.raises(BadInput, match=r"calib is .*tokens outside the test part"):
+        job_data(tokenizer, small_settings, str(other), 512, 10**6)
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -320,29 +490,85 @@ def test_an_unknown_model(cli, tmp_path, name, words):
     assert_refused(cli("compress", name, "--recipe", "w4", "--out", tmp_path / "out"), tmp_path, *words)
 
 
-GOOD = 'name = "x"\ndeliver = "a"\n[[arm]]\nname = "a"\npasses = [{ method = "rtn", bits = 4, group_size = 64 }]\n'
+MISTAKES = [  # (what stands in the good recipe, what a person wrote instead, words of the refusal)
+    # the right key with a wrong value
+    ("bits = 4", "bits = 0", ("bits", "0", "2 to 8", "arm 'a'")),
+    ("bits = 4", "bits = 9", ("bits", "9", "2 to 8")),
+    ("bits = 4", "bits = 1.5", ("bits", "1.5", "whole number")),
+    ("bits = 4", "bits = 4.0", ("bits", "4.0", "whole number")),
+    ("bits = 4", 'bits = "4"', ("bits", "'4'", "whole number")),
+    ("bits = 4", "bits = true", ("bits", "True", "whole number")),
+    ("bits = 4", "bits = [4]", ("bits", "[4]", "whole number")),
+    ("bits = 4", "bits = nan", ("bits", "nan", "whole number")),
+    ("bits = 4", "bits = 2020-01-01", ("bits", "2020", "whole number")),
+    ("bits = 4", "bits = 99999999999999999999", ("bits", "2 to 8")),
+    ("group_size = 64", "group_size = 48", ("group_size", "48")),
+    ("group_size = 64", "group_size = 0", ("group_size", "0")),
+    ("group_size = 64", "group_size = 64.0", ("group_size", "64.0")),
+    ("group_size = 64", "group_size = true", ("group_size", "True")),
+    ("group_size = 64", 'group_size = "row"', ("group_size", "'row'")),
+    ("group_size = 64", 'symmetric = "false"', ("symmetric", "'false'", "true or false")),
+    ("group_size = 64", "symmetric = 0", ("symmetric", "0", "true or false")),
+    (PASS, GPTQ.replace("n_calib = 4", 'n_calib = "16"'), ("n_calib", "'16'", "whole number")),
+    (PASS, GPTQ.replace("n_calib = 4", "n_calib = 2.5"), ("n_calib", "2.5", "whole number")),
+    (PASS, GPTQ.replace("n_calib = 4", "n_calib = 0"), ("n_calib", "0")),
+    (PASS, GPTQ.replace("n_calib = 4", "n_calib = -1"), ("n_calib", "-1")),
+    (PASS, GPTQ.replace("n_calib = 4", "n_calib = 1000000"), ("calib", "tokens")),
+    (PASS, GPTQ.replace("n_calib = 4", "seq_len = 0"), ("seq_len", "0")),
+    (PASS, GPTQ.replace("n_calib = 4", "seq_len = 100000"), ("seq_len", "100000", "positions")),
+    (PASS, GPTQ.replace("n_calib = 4", 'act_order = "no"'), ("act_order", "'no'", "true or false")),
+    (PASS, GPTQ.replace("n_calib = 4", "damping = nan"), ("damping", "nan", "finite")),
+    (PASS, GPTQ.replace("n_calib = 4", "damping = inf"), ("damping", "inf", "finite")),
+    (PASS, GPTQ.replace("n_calib = 4", "damping = -0.1"), ("damping", "-0.1")),
+    (PASS, GPTQ.replace("n_calib = 4", 'damping = "0.01"'), ("damping", "'0.01'", "number")),
+    (PASS, GPTQ.replace("n_calib = 4", "seed = -1"), ("seed", "-1")),
+    # a wrong key, or none
+    ("bits = 4", "bitz = 4", ("'bitz'", "bits")),
+    ('method = "rtn"', 'method = "magic"', ("'magic'", "gptq")),
+    ('method = "rtn"', 'method = ["rtn"]', ("method", "['rtn']", "gptq")),
+    ('method = "rtn", ', "", ("method", "None", "gptq")),
+    ('deliver = "a"', 'deliver = "b"', ("'b'", "a")),
+    ('deliver = "a"', "deliver = 1", ("deliver", "1", "text")),
+    ('deliver = "a"\n', "", ("deliver (missing)",)),
+    ('name = "x"', 'nome = "x"', ("'nome'", "name")),
+    # what holds the arms
+    ("[[arm]]", "[arm]", ("arm", "list")),
+    (f"passes = [{PASS}]", "passes = []", ("passes", "[]")),
+    (f"passes = [{PASS}]", f"passes = {PASS}", ("passes", "list")),
+    (f"passes = [{PASS}]", 'passes = ["rtn"]', ("passes", "table")),
+    (f"passes = [{PASS}]", "", ("passes (missing)",)),
+    (GOOD[GOOD.index("[[arm]]") :], "arm = []\n", ("arm", "[]")),
+    ('[[arm]]\nname = "a"', '[[arm]]\nname = ""', ("name", "''")),
+    ('[[arm]]\nname = "a"', '[[arm]]\nname = "."', ("name", "'.'", "letter")),
+    ('[[arm]]\nname = "a"', '[[arm]]\nname = "../../x"\n#', ("deliver",)),
+    ('[[arm]]\nname = "a"', '[[arm]]\nname = "Dense"', ("name", "'Dense'")),
+    ('[[arm]]\nname = "a"', '[[arm]]\nname = "<b>a</b>"', ("name", "<b>a</b>")),
+    ('[[arm]]\nname = "a"', '[[arm]]\nname = "a\\u001b[31m"', ("name", "control characters")),
+    ('[[arm]]\nname = "a"', f'[[arm]]\nname = "{"a" * 61}"', ("name", "60 characters")),
+    ("[[arm]]", f'[[arm]]\nname = "A!"\npasses = [{PASS}]\n[[arm]]', ("names", "differ")),
+    ('name = "x"', 'name = "\\u001b]0;title\\u0007"', ("name", "control characters")),
+    ('name = "x"', 'name = "x"\ndescription = 3', ("description", "3", "text")),
+    # the file
+    ('name = "x"', "name = x", ("TOML",)),
+    ('name = "x"', "\xff", ("TOML",)),
+    ('name = "x"', "a = " + "[" * 5000, ("TOML",)),
+    ('name = "x"', "a = " + "9" * 5000, ("TOML",)),
+]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("bits = 4", "bits = 0", ("bits", "0", "2 to 8", "arm 'a'")),
-        ("bits = 4", "bits = 1.5", ("bits", "1.5", "2 to 8")),
-        ("group_size = 64", "group_size = 48", ("group_size", "48")),
-        ("group_size = 64", "group_size = 0", ("group_size", "0")),
-        ("bits = 4", "bitz = 4", ("'bitz'", "bits")),
-        ('method = "rtn"', 'method = "magic"', ("'magic'", "gptq")),
-        ('deliver = "a"', 'deliver = "b"', ("'b'", "a")),
-        ('name = "x"', 'nome = "x"', ("'nome'", "name")),
-        ("[[arm]]", "[arm]", ("arm",)),
-        ('name = "x"', "name = x", ("TOML",)),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "words"), MISTAKES)
 def test_a_mistake_in_a_recipe(cli, tiny_model, tmp_path, old, new, words):
     assert old in GOOD
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(GOOD.replace(old, new, 1), encoding="utf8")
     assert_refused(cli("compress", tiny_model, "--recipe", recipe, "--out", tmp_path / "out"), tmp_path, *words)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\x89PNG", GOOD.replace('"x"', '"é"').encode("latin-1")])
+def test_a_recipe_that_is_no_text(cli, tiny_model, tmp_path, content):
+    (tmp_path / "recipe.toml").write_bytes(content)
+    result = cli("compress", tiny_model, "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "out")
+    assert_refused(result, tmp_path, "UTF-8")
 
 
 def test_the_good_recipe_is_good(tmp_path):
@@ -444,4 +670,3 @@ def test_every_shipped_recipe_is_valid():
     for path in (ROOT / "recipes").glob("*.toml"):
         for arm in load_recipe(path).arms:
             arm.build(settings)
-    assert set(jobs.METHODS) >= {"rtn", "gptq"}
