@@ -342,22 +342,18 @@ class _Job:
         import numpy as np
 
         from llmcourse.compression import passport
-        from llmcourse.evaluation import perplexity
+        from llmcourse.evaluation import Bootstrap, perplexity
 
         scale = self.settings.scale
         p = perplexity(
             model,
-            self.data.test,
+            self.data,
             context=scale.context,
             stride=scale.stride,
-            token_bytes=self.data.bytes["test"],
             batch_size=scale.batch_size,
             rt=self.rt,
-            seed=self.settings.seed,
             model=self.card.name,
-            data=self.data.name,
-            split="test",
-            tokenizer=self.data.tokenizer,
+            bootstrap=Bootstrap(seed=self.settings.seed),
         )
         card = passport(self.card.name, packed if packed is not None else model, self.rt, perplexity=p, folder=folder)
         buffer = io.BytesIO()

@@ -835,10 +835,9 @@ def pretrain(recipe: PretrainRecipe, out: str | Path, *, settings: Settings | No
     say(f"measuring on the test part, beside an interpolated Kneser–Ney {order}-gram over the same tokens")
     counted = KneserNey(data.train, recipe.vocab_size, order=order)
     context = min(recipe.model.context, len(data.test) // 2)
-    names = {"data": data.name, "split": "test", "tokenizer": recipe.name}
     measured = {}
     for what, lm in ((recipe.name, model), (f"Kneser–Ney {order}-gram", counted)):
-        measured[what] = perplexity(lm, data.test, context=context, stride=context * 3 // 4, token_bytes=sizes["test"], batch_size=8, model=what, **names)
+        measured[what] = perplexity(lm, data, context=context, stride=context * 3 // 4, batch_size=8, model=what)
         say(f"{what}: {measured[what]}")
     return _write_model(recipe, target, model, out / "tokenizer", data, result, measured, command, rt)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llmcourse import evaluation as ev
-from llmcourse.data import windows
+from llmcourse.data import TokenData, windows
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
 
@@ -61,9 +61,8 @@ shapes = st.integers(2, 9).flatmap(lambda c: st.tuples(st.integers(c, 40), st.ju
 def test_by_hand():
     """Two symbols: p(b|a) = 1/2, p(a|b) = 1/4, so the perplexity of 'a b a' is sqrt(8)."""
     table = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
-    p = ev.perplexity(
-        lambda ids: table[ids], torch.tensor([0, 1, 0]), context=3, stride=2, token_bytes=torch.tensor([9, 1, 1])
-    )
+    text = ev.Text(tokens=torch.tensor([0, 1, 0]), token_bytes=torch.tensor([9, 1, 1]))
+    p = ev.perplexity(lambda ids: table[ids], text, context=3, stride=2)
     assert p.value == pytest.approx(math.sqrt(8), rel=1e-6)
     assert p.bits_per_byte == pytest.approx(1.5, rel=1e-6)  # (1 + 2) bits for two bytes; the first token's do not count
 
@@ -140,7 +139,8 @@ def test_logits_of_earlier_windows_are_dropped():
         kept.append(weakref.ref(logits))
         return logits
 
-    ev.token_nll(model, text(50), context=10, stride=5, batch_size=2)
+    # without the look at later tokens, which compares the logits of two short texts
+    ev.token_nll(model, text(50), context=10, stride=5, batch_size=2, bidirectional=True)
     assert len(kept) > 3
 
 
@@ -175,7 +175,7 @@ def test_parametrized_weights_are_computed_once():
 def test_inputs_are_not_changed():
     model, tokens = Recurrent(), text(30)
     before, weights = tokens.clone(), copy.deepcopy(model.state_dict())
-    ev.perplexity(model, tokens, context=10, stride=3, token_bytes=torch.ones_like(tokens))
+    ev.perplexity(model, ev.Text(tokens=tokens, token_bytes=torch.ones_like(tokens), separator=3), context=10, stride=3)
     assert torch.equal(tokens, before) and all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
@@ -227,17 +227,169 @@ def test_autocorrelation():
     assert ev.autocorrelation([1.0, -1.0, 1.0, -1.0], [0, 1, 2]) == [1.0, -0.75, 0.5]
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 99))
+def test_document_bootstrap_is_the_written_out_one(lengths, seed):
+    rng = np.random.default_rng(seed)
+    n, k = sum(lengths), len(lengths)
+    values, weights = rng.normal(size=n), rng.integers(1, 9, n)
+    edges = np.cumsum(lengths)[:-1]
+    want = []
+    for counts in np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=20):
+        pick = lambda x, counts=counts: np.concatenate([np.tile(d, c) for d, c in zip(np.split(x, edges), counts)])
+        want.append(pick(values).sum() / pick(weights).sum())
+    got = ev.document_bootstrap(values, lengths, weights, n_boot=20, seed=seed).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_documents_of_one_token_are_the_ordinary_bootstrap():
+    x = np.random.default_rng(0).normal(size=400)
+    one, other = ev.document_bootstrap(x, [1] * 400, n_boot=4000), ev.block_bootstrap(x, block=1, n_boot=4000)
+    assert abs(float(one.std() / other.std()) - 1) < 0.08
+
+
+def test_documents_see_what_is_shared_by_a_whole_document_and_blocks_that_cut_it_see_less():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 60, 200)
+    x = np.repeat(rng.normal(size=200), lengths) + rng.normal(size=lengths.sum())
+    exact = math.sqrt((lengths**2).sum() + lengths.sum()) / lengths.sum()  # of the mean, the lengths given
+    documents, blocks = (
+        ev.document_bootstrap(x, lengths, n_boot=2000).std().item(),
+        ev.block_bootstrap(x, block=8, n_boot=2000).std().item(),
+    )
+    assert abs(documents / exact - 1) < 0.15 and blocks < 0.75 * exact
+
+
+# ------------------------------------------------------------------------------- the text and its documents
+
+SEP = 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "want"),
+    [
+        ([0, 5, 6, 0, 7], (2, 2)),
+        ([5, 6, 0, 7], (1, 2)),  # the text begins in the middle of a document
+        ([0, 0, 7], (2,)),  # the first document is one separator, which is not scored
+        ([0, 7, 0], (1, 1)),
+        ([5, 6, 7], (2,)),
+    ],
+)
+def test_scored_tokens_of_each_document(tokens, want):
+    text = ev.Text(tokens=torch.tensor(tokens), separator=SEP)
+    assert text.documents() == want and sum(want) == len(tokens) - 1
+    assert dataclasses.replace(text, separator=None).documents() is None
+
+
+def test_documents_are_drawn_where_enough_are_known():
+    tokens = torch.cat([torch.tensor([SEP, *range(1, 4 + i % 5)]) for i in range(30)])
+    known = measure(Recurrent(), tokens=tokens, separator=SEP)
+    assert known.protocol.block is None and known.protocol.n_units == 30 == len(known.documents)
+    assert "bootstrap of 30 documents (few" in str(known.protocol)
+    few = measure(Recurrent(), tokens=tokens[:90], separator=SEP)
+    assert len(few.documents) < ev.Bootstrap.FEW and few.protocol.block == 89 // 8
+    by_hand = ev.document_bootstrap(known.nll, known.documents, n_boot=200).exp()
+    ends = torch.quantile(by_hand, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert [known.low, known.high] == pytest.approx(ends)
+    assert measure(Recurrent(), tokens=tokens, separator=SEP, bootstrap={"block": 5}).protocol.block == 5
+    other = copy.deepcopy(Recurrent())
+    other.head.data += 0.1
+    ratio = ev.compare_perplexity(known, measure(other, tokens=tokens, separator=SEP))
+    assert ratio.low < ratio.value < ratio.high
+
+
+def test_a_token_data_is_its_test_part():
+    stream = torch.cat([torch.tensor([SEP, *range(1, 9)]) for _ in range(25)])
+    sizes = torch.ones_like(stream)
+    data = TokenData(
+        train=stream[:0], val=stream[:0], test=stream, calib=stream[:0], bytes={"test": sizes}, name="counting",
+        tokenizer="digits", separator=SEP,
+    )  # fmt: skip
+    go = {"context": 20, "stride": 10}
+    p = ev.perplexity(Recurrent(), data, **go)
+    assert p == ev.perplexity(Recurrent(), ev.Text.of(data), **go) and p.protocol.block is None
+    assert p.value == ev.perplexity(Recurrent(), stream, **go).value
+    for words in ("counting, part test", "digits", "token 0) before each", "25 documents"):
+        assert words in str(p.protocol), words
+    assert ev.perplexity(Recurrent(), ev.Text.of(data, limit=50), **go).protocol.n_tokens == 50
+    without = dataclasses.replace(data, bytes={})
+    assert ev.perplexity(Recurrent(), without, **go).bits_per_byte is None
+
+
+# --------------------------------------------------------------------------------- models that see the answer
+
+
+def shifted(ids):  # reads off the next token
+    return 9.0 * torch.nn.functional.one_hot(ids.roll(-1, 1), V).float()
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=V, **shape)).eval()
+
+
+def gpt(**options):
+    from llmcourse.model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=V, d_model=16, n_layers=2, n_heads=2, context=64, **options)).eval()
+
+
+SEES = {
+    "the next token itself": lambda: shifted,
+    "an encoder": bert,
+    "our model without its mask": lambda: gpt(causal=False),
+    "in half precision": lambda: gpt(causal=False, init_std=0.3).bfloat16(),
+}
+DOES_NOT = {
+    "a table": lambda: lambda ids: torch.eye(V)[ids],
+    "our model": gpt,
+    "our model in half precision": lambda: gpt(init_std=0.3).bfloat16(),
+    "experts with a capacity": lambda: gpt(n_experts=4, capacity_factor=0.5, init_std=0.3),
+    "a Llama": lambda: llama(),
+    "counting": lambda: ev.KneserNey(text(200), V, order=3),
+    "dropout, which is off": lambda: Recurrent(dropout=0.5).train(),
+    "the same for every text": lambda: lambda ids: torch.zeros(*ids.shape, V),
+}
+
+
+@pytest.mark.parametrize("make", SEES.values(), ids=SEES)
+def test_a_model_that_sees_the_answer_is_refused(make):
+    model, go = make(), {"context": 20, "stride": 10}
+    for measure in (ev.token_nll, ev.perplexity):
+        with pytest.raises(BadInput, match="sees later tokens"):
+            measure(model, text(50), **go)
+    p = ev.perplexity(model, text(50), **go, bidirectional=True)
+    assert "SEES THE ANSWER" in str(p.protocol)
+
+
+@pytest.mark.parametrize("make", DOES_NOT.values(), ids=DOES_NOT)
+def test_a_causal_model_is_not_accused(make):
+    for context, stride in ((20, 10), (2, 1), (3, 1)):
+        p = ev.perplexity(make(), text(50), context=context, stride=stride)
+        assert "SEES" not in str(p.protocol)
+
+
 # -------------------------------------------------------------------------------------------- perplexity
 
 
-def measure(lm, /, n=300, **kw):
-    kw = {"context": 20, "stride": 10, "n_boot": 200, **kw}
-    return ev.perplexity(lm, text(n), **kw)
+def measure(lm, /, n=300, *, bootstrap=None, **text_or_options):
+    """Perplexity on `n` random tokens; `Text`'s fields and `perplexity`'s options by name."""
+    about = {f.name for f in dataclasses.fields(ev.Text)}
+    of_text = {k: v for k, v in text_or_options.items() if k in about}
+    options = {k: v for k, v in text_or_options.items() if k not in about}
+    bootstrap = ev.Bootstrap(**{"n_boot": 200, **(bootstrap or {})})
+    options = {"context": 20, "stride": 10, "bootstrap": bootstrap, **options}
+    return ev.perplexity(lm, ev.Text(**{"tokens": text(n), **of_text}), **options)
 
 
 def test_perplexity_and_its_card():
     sizes = torch.arange(300) % 3
-    p = measure(Recurrent(), token_bytes=sizes, model="toy", data="dice", split="test", tokenizer="digits")
+    p = measure(
+        Recurrent(), token_bytes=sizes, model="toy", data="dice", split="test", tokenizer="digits", joining="as thrown"
+    )
     assert p.value == pytest.approx(p.nll.mean().exp().item()) and p.low < p.value < p.high
     assert p.bits_per_byte == pytest.approx(p.nll.sum().item() / math.log(2) / sizes[1:].sum().item())
     assert p.bits_per_byte_low < p.bits_per_byte < p.bits_per_byte_high
@@ -252,12 +404,14 @@ def test_perplexity_and_its_card():
         "300 tokens",
         "299 scored",
         "float32",
-        "blocks of 37",
+        "9 blocks of 37 tokens (few",
+        "as thrown",
         "95 %",
         "200 replicates",
     ):
         assert words in card, words
-    assert measure(Recurrent(), level=0.5).high - measure(Recurrent(), level=0.5).low < p.high - p.low
+    half = measure(Recurrent(), bootstrap={"level": 0.5})
+    assert half.high - half.low < p.high - p.low
     assert measure(Recurrent()).bits_per_byte is None
 
 
@@ -297,7 +451,7 @@ def test_pairing_separates_what_separate_intervals_do_not():
 
 def test_paired_interval_contains_one_when_the_true_ratio_is_one():
     """Null control: differences with mean 0 that are correlated over runs of 8 tokens; 95 % of the intervals should contain 1."""
-    a, hits = measure(Recurrent(), n=1601, block=64), 0
+    a, hits = measure(Recurrent(), n=1601, bootstrap={"block": 64}), 0
     for seed in range(100):
         noise = torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).repeat_interleave(
             8
@@ -311,6 +465,10 @@ def test_paired_interval_contains_one_when_the_true_ratio_is_one():
 
 m, t = Recurrent(), text(30)
 go = {"context": 10, "stride": 5}
+
+
+def sized(token_bytes):
+    return ev.Text(tokens=t, token_bytes=token_bytes)
 
 
 def nan_at(position):
@@ -352,19 +510,38 @@ def nan_at(position):
             ),
             "is inf",
         ),
-        (lambda: ev.perplexity(m, t, token_bytes=torch.ones(29), **go), "shape of token_bytes is (29,)"),
-        (lambda: ev.perplexity(m, t, token_bytes=torch.zeros(30), **go), "token_bytes"),
-        (lambda: ev.perplexity(m, t, level=0.0, **go), "level is 0.0"),
-        (lambda: ev.perplexity(m, t, level=1.0, **go), "level is 1.0"),
-        (lambda: ev.perplexity(m, t, level=95, **go), "level is 95"),
-        (lambda: ev.perplexity(m, t, block=30, **go), "block is 30"),
-        (lambda: ev.perplexity(m, t, n_boot=0, **go), "n_boot is 0"),
+        (lambda: ev.perplexity(m, sized(torch.ones(29, dtype=torch.long)), **go), "shape of token_bytes is (29,)"),
+        (lambda: ev.perplexity(m, sized([1] * 30), **go), "shape of token_bytes is 'list'"),
+        (lambda: ev.perplexity(m, sized(torch.zeros(30, dtype=torch.long)), **go), "token_bytes"),
+        (lambda: ev.perplexity(m, sized(-torch.ones(30, dtype=torch.long)), **go), "token_bytes"),
+        (lambda: ev.perplexity(m, sized(torch.full((30,), math.nan)), **go), "dtype of token_bytes is 'torch.float32'"),
+        (lambda: ev.perplexity(m, t[:1], **go), "tokens is 1"),
+        (lambda: ev.perplexity(m, "some text", **go), "tokens is 'str'"),
+        (lambda: ev.Bootstrap(level=0.0), "level is 0.0"),
+        (lambda: ev.Bootstrap(level=1.0), "level is 1.0"),
+        (lambda: ev.Bootstrap(level=95), "level is 95"),
+        (lambda: ev.Bootstrap(level=math.nan), "level is nan"),
+        (lambda: ev.Bootstrap(seed=-1), "seed is -1"),
+        (lambda: ev.Bootstrap(seed=1.0), "seed is 1.0"),
+        (lambda: ev.Bootstrap(n_boot=0), "n_boot is 0"),
+        (lambda: ev.perplexity(m, t, bootstrap=ev.Bootstrap(block=30), **go), "block is 30"),
+        (lambda: ev.perplexity(m, t, bootstrap=ev.Bootstrap(block=2.0), **go), "block is 2.0"),
+        (lambda: ev.token_nll(m, t, batch_size=1.5, **go), "batch_size is 1.5"),
+        (lambda: ev.block_bootstrap([1.0], block=1, seed=-1), "seed is -1"),
+        (lambda: ev.block_bootstrap([1.0], block=True), "block is True"),
+        (lambda: ev.block_bootstrap([1.0, 2.0], [1.0, math.nan], block=1), "denominators"),
+        (lambda: ev.document_bootstrap([1.0, 2.0], [1]), "lengths is '1 documents'"),
+        (lambda: ev.document_bootstrap([1.0, 2.0], [2, 0]), "lengths"),
+        (lambda: ev.document_bootstrap([1.0, 2.0], []), "lengths"),
+        (lambda: ev.document_bootstrap([1.0, 2.0], [1, 1], seed=-1), "seed is -1"),
+        (lambda: ev.document_bootstrap([1.0, 2.0], [1, 1], n_boot=2.0), "n_boot is 2.0"),
         (lambda: ev.block_bootstrap([], block=1), "shape of values is (0,)"),
         (lambda: ev.block_bootstrap([1.0, math.nan], block=1), "values is"),
         (lambda: ev.block_bootstrap([1.0, 2.0], block=3), "block is 3"),
         (lambda: ev.block_bootstrap([1.0, 2.0], [1.0], block=1), "shape of denominators is (1,)"),
         (lambda: ev.block_bootstrap([1.0, 2.0], [0.0, 0.0], block=1), "denominators"),
         (lambda: ev.autocorrelation([1.0, 2.0], [2]), "lag is 2"),
+        (lambda: ev.autocorrelation([1.0, 2.0], [0.5]), "lag is 0.5"),
         (lambda: ev.autocorrelation([1.0, 1.0], [1]), "all equal"),
         (
             lambda: ev.compare_perplexity(ev.perplexity(m, t, **go), ev.perplexity(m, t.flip(0), **go)),
