@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .runtime import Runtime
 from .modelfolder import check_model_folder, from_pretrained
-from .settings import BadInput, Settings, load_settings, require
+from .settings import BadInput, Settings, expanded, load_settings, require
 from .store import CATALOG, verify
 
 # %% ../nbs/02_data.ipynb #44f13475
@@ -88,7 +88,7 @@ def load_model(name: str | Path, *, rt: Runtime | None = None, settings: Setting
         require(asset.kind == "models", "model", name, ", ".join(a.name for a in CATALOG.values() if a.kind == "models"))
         source = verify(name, settings.home)
         card = ModelCard(name=name, source="cache", licence=asset.licence, note=asset.note)
-    elif (folder := Path(name).expanduser()).is_dir():
+    elif (folder := expanded("model", name)).is_dir():
         source, card = folder, ModelCard(name=folder.name, source="folder", licence="as its owner says", note="")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         if settings.offline:
@@ -206,9 +206,9 @@ def data_source(name: str | Path, *, settings: Settings | None = None) -> Path:
     if (name := str(name)) in _DATA:
         asset = _DATA[name][0]
         return verify(asset, (settings or load_settings()).home) if asset else Path(json.__file__).parents[1]
-    path = Path(name).expanduser()
+    path = expanded("data", name)
     allowed = f"{', '.join(_DATA)}, or a .txt, .jsonl or .csv file, or a folder of .txt files"
-    require("\0" not in name and path.exists(), "data", name, allowed)
+    require(bool(name) and path.exists(), "data", name, allowed)
     return path
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from llmcourse import __version__
 from llmcourse.recipes import DENSE, Arm, Recipe, find_recipe, load_recipe
 from llmcourse.report import print_table, render_report
-from llmcourse.settings import BadInput, Scale, Settings, load_settings, require
+from llmcourse.settings import BadInput, Scale, Settings, expanded, load_settings, require
 from llmcourse.store import (
     CATALOG,
     asset_folder,
@@ -54,7 +54,7 @@ def model_folder(model: str, settings: Settings) -> Path | None:
     if model in CATALOG:
         folder = verify(model, settings.home)
     else:
-        folder = Path(model).expanduser()
+        folder = expanded("model", model)
         if not folder.is_dir():
             return None
     check_model_folder(folder)
@@ -122,13 +122,12 @@ def _fingerprint(inputs: dict) -> str:
 def output_path(out: str | Path, name: str = "out") -> Path:
     """The absolute folder that an output argument means, links followed; refuses what can never become a folder."""
     allowed = "a folder that does not exist yet, or an empty one"
-    require("\0" not in str(out) and str(out) != "", name, str(out), allowed)
+    require(str(out) != "", name, str(out), allowed)
     try:
-        path = Path(out).expanduser().resolve()
+        path = expanded(name, out).resolve()
         parent = next(p for p in (path, *path.parents) if p.exists())
-    except (RuntimeError, OSError) as e:
-        reason = getattr(e, "strerror", None) or "no such user"
-        raise BadInput(f"{name} is {str(out)!r}; allowed: {allowed} ({reason}).") from None
+    except (RuntimeError, OSError) as e:  # a name that is too long, links that go in a circle
+        raise BadInput(f"{name} is {str(out)!r}; allowed: {allowed} ({getattr(e, 'strerror', e)}).") from None
     require(
         parent.is_dir() and (parent == path or os.access(parent, os.W_OK)),
         name,
@@ -397,7 +396,7 @@ class _Job:
         return self._evaluate(self.rt.move(dense), work / arm.slug, self.rt.move(packed))
 
     def _load_arm(self, arm: Arm, work: Path):
-        from llmcourse.quantization import load_packed
+        from llmcourse.packed import load_packed
 
         return load_packed(work / arm.slug, dtype=self.rt.dtype)[0]
 
@@ -583,7 +582,7 @@ def job_data(tokenizer, settings: Settings, calib: str, test_tokens: int, calib_
     )
     wanted = {"test": test_tokens} | ({"calib": calib_tokens} if calib == settings.data else {})
     data = token_data(tokenizer, settings.data, settings=settings, limits=wanted)
-    if calib == settings.data or not calib_tokens:
+    if calib == settings.data:
         return data
     tested = {document_hash(r["text"]) for r in load_records(settings.data, "test", settings=settings)}
     texts = [r["text"] for r in load_records(calib, settings=settings) if document_hash(r["text"]) not in tested]

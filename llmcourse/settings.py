@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 __all__ = [
-    "BadInput", "Scale", "Settings", "course_root", "environment_whole", "load_settings", "number", "one_of", "plain",
+    "BadInput", "Scale", "Settings", "course_root", "environment_whole", "expanded", "load_settings", "number", "one_of", "plain",
     "read_text", "require", "whole",
 ]  # fmt: skip
 
@@ -228,11 +228,13 @@ def read_text(path: Path, what: str) -> str:
         raise BadInput(f"{what} is {str(path)!r}; allowed: a file that can be read ({e.strerror}).") from None
 
 
-def _absolute(name: str, path: str | Path) -> Path:
+def expanded(name: str, path: str | Path) -> Path:
+    """The path with ~ replaced; refuses what is no path at all."""
+    require("\0" not in str(path), name, str(path), "a path")
     try:
-        return Path(path).expanduser().absolute()
+        return Path(path).expanduser()
     except RuntimeError:  # ~somebody who has no home here
-        raise BadInput(f"{name} is {str(path)!r}; allowed: a folder; there is no such user.") from None
+        raise BadInput(f"{name} is {str(path)!r}; allowed: a path; there is no such user.") from None
 
 
 def load_settings(
@@ -305,7 +307,7 @@ def load_settings(
         data=value("llmcourse", "data"),
         scale=Scale(name=chosen, **{k: _whole(k, value(f"scale.{chosen}", k), 1, LARGEST) for k in scale_keys}),
         seed=_whole("seed", value("llmcourse", "seed"), 0, 2**32 - 1),
-        home=_absolute("home", home),
+        home=expanded("home", home).absolute(),
         offline=offline in _TRUE,
         device=value("llmcourse", "device"),
         dtype=value("llmcourse", "dtype"),

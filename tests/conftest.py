@@ -110,6 +110,26 @@ def small_settings(corpus, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def cli(monkeypatch, capsys, corpus, tmp_path):
+    """The command line in this process: (exit code, standard output, standard error)."""
+
+    from llmcourse.cli import main
+
+    def run(*args, **env):
+        for key, value in (
+            SMALL | {"LLMCOURSE_DATA": str(corpus), "LLMCOURSE_HOME": str(tmp_path / "home")} | env
+        ).items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr(sys, "argv", ["llmcourse", *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            main()
+        captured = capsys.readouterr()
+        return e.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
 def no_network(monkeypatch):
     """Any attempt to connect from this process fails the test."""
     import socket

@@ -18,7 +18,6 @@ import torch
 from conftest import ROOT, SMALL, clean_env, run_cli
 from safetensors.torch import load_file, save_file
 
-from llmcourse.cli import main
 from llmcourse.data import load_model
 from llmcourse.jobs import find_recipe, load_recipe, run_job
 from llmcourse.settings import BadInput
@@ -414,24 +413,6 @@ def test_calibration_on_a_text_of_its_own_leaves_the_test_part_out(tiny_model, c
 
 
 # ------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys, corpus, tmp_path):
-    """The command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*args, **env):
-        for key, value in (
-            SMALL | {"LLMCOURSE_DATA": str(corpus), "LLMCOURSE_HOME": str(tmp_path / "home")} | env
-        ).items():
-            monkeypatch.setenv(key, value)
-        monkeypatch.setattr(sys, "argv", ["llmcourse", *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            main()
-        captured = capsys.readouterr()
-        return e.value.code, captured.out, captured.err
-
-    return run
 
 
 def broken_folder(tiny_model: Path, tmp_path: Path, how: str) -> Path:

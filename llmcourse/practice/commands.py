@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from llmcourse.settings import BadInput, course_root
+from llmcourse.settings import BadInput, course_root, number
 
 __all__ = ["app", "register"]
 
@@ -98,7 +98,7 @@ def check(
         files, only = _sheet_files(what)
         if not files:
             raise BadInput(f"folder is {what!r}; allowed: a folder with notebooks in it.")
-        limits = grading.Limits(cell_seconds=seconds)
+        limits = grading.Limits(cell_seconds=number("seconds", seconds, above=0))
         results = []
         for file in files:
             try:
@@ -304,8 +304,8 @@ def classroom(
         if folder not in folders.values():
             raise BadInput(f"sheet is {sheet!r}; allowed: {', '.join(folders)}.")
     print("Once: pip install 'llmcourse[classroom]', in a clone of the course. Then, in its top folder:\n")
-    for number, (command, what) in enumerate(COMMANDS, 1):
-        print(f"{number}. {command.format(folder)}\n   {what.format(folder)}")
+    for i, (command, what) in enumerate(COMMANDS, 1):
+        print(f"{i}. {command.format(folder)}\n   {what.format(folder)}")
 
 
 def register(target: typer.Typer) -> None:
