@@ -21,6 +21,35 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def alone(answer, *args, **kwargs):
+    """Call the answer; a call of the chapter's functions or of PyTorch's attention inside it is not accepted."""
+    import sys
+
+    found = []
+
+    def watch(frame, event, what):
+        if event == "call":
+            module = frame.f_globals.get("__name__") or ""
+            if module.startswith("llmcourse.") and not module.startswith("llmcourse.practice"):
+                found.append(f"{module}.{frame.f_code.co_name}")
+        elif event == "c_call" and "scaled_dot_product" in getattr(what, "__name__", ""):
+            found.append(what.__name__)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        result = answer(*args, **kwargs)
+    finally:
+        sys.setprofile(before)
+    if found:
+        raise RuntimeError(f"{found[0]} was called; this exercise asks you to write that part yourself")
+    return result
+
+
+def apart(*cases):
+    return [c.through(alone) for c in cases]
+
+
 # %% solution softmax_stable
 def softmax_stable(x: Tensor, dim: int = -1) -> Tensor:
     """Softmax along `dim`; a slice of -inf only gives zeros. Same shape and dtype as x."""
@@ -43,20 +72,63 @@ ex = exercise(
         "Subtract the largest score of each slice, along `dim` and with `keepdim=True`. Then think of the slice whose largest score is -inf.",
         "Where the largest score is -inf, subtract 0 instead; where the sum of the exponentials is 0, divide by 1 instead.",
     ),
+    equivalent={
+        'top = x.amax(dim, keepdim=True)': 'the gradient through the subtracted number cancels',
+        'top = top.masked_fill(top == -math.inf, 1.0)': 'whatever finite number is subtracted, exp(-inf) is 0',
+        'top = top.masked_fill(top == -math.inf, -1.0)': 'whatever finite number is subtracted, exp(-inf) is 0',
+        'return e / total.masked_fill(total == 0, 2.0)': '0 divided by any number is 0',
+    },
 )
+
+
+def no_softmax(answer, *args, **kwargs):
+    """Call the answer; a softmax of PyTorch or of the chapter inside it is not accepted."""
+    import sys
+
+    found = []
+
+    def watch(frame, event, what):
+        module = (frame.f_globals.get("__name__") or "") if event == "call" else ""
+        if module.startswith("llmcourse.") and not module.startswith("llmcourse.practice"):
+            found.append(f"{module}.{frame.f_code.co_name}")
+        elif event == "c_call" and "softm" in getattr(what, "__name__", ""):
+            found.append(what.__name__)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        result = answer(*args, **kwargs)
+    finally:
+        sys.setprofile(before)
+    if found:
+        raise RuntimeError(f"{found[0]} was called; this exercise asks you to write that part yourself")
+    return result
 
 
 @ex.cases
 def _():
     g = seeded()
-    yield case("two by two", torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]))
-    yield case("along the columns", torch.tensor([[math.log(3), 1.0], [0.0, 1.0]]), dim=0)
-    yield case("large scores", torch.tensor([[1000.0, 999.0, 998.0], [-1000.0, -999.0, -998.0]]))
-    yield case("one row far below the other", torch.tensor([[500.0, 499.0], [1.0, 0.0]]))
-    yield case("one score hidden", torch.tensor([[0.0, -math.inf, 1.0]]))
-    yield case("all scores hidden", torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]]))
-    yield case("gradient", torch.randn(2, 3, generator=g)).gradients(0)
-    yield case("half precision", torch.tensor([[1.0, 2.0]], dtype=torch.float16)).tolerance(rtol=2e-3, atol=1e-3)
+    inf = math.inf
+    x = torch.randn(2, 3, 4, generator=g)
+    made = [
+        case("two by two", torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])),
+        case("one slice, no batch", torch.tensor([1.0, -2.0, 0.5])),
+        case("along the columns", torch.tensor([[math.log(3), 1.0], [0.0, 1.0]]), dim=0),
+        case("along the middle axis", x, dim=1),
+        case("along the middle axis, counted from the end", x, dim=-2),
+        case("large scores", torch.tensor([[1000.0, 999.0, 998.0], [-1000.0, -999.0, -998.0]])),
+        case("one row far below the other", torch.tensor([[500.0, 499.0], [1.0, 0.0]])),
+        case("one score hidden", torch.tensor([[0.0, -inf, 1.0]])),
+        case("all scores hidden", torch.tensor([[0.0, 1.0], [-inf, -inf]])),
+        case("a hidden column", torch.tensor([[0.0, -inf], [2.0, -inf]]), dim=0),
+        case("gradient", torch.randn(2, 3, generator=g)).gradients(0),
+        case("gradient with a hidden slice", torch.tensor([[0.0, 1.0], [-inf, -inf], [2.0, -inf]])).gradients(0),
+        case("double precision", x.double()),
+        case("half precision", torch.tensor([[1.0, 2.0]], dtype=torch.float16)).tolerance(rtol=2e-3, atol=1e-3),
+        case("half precision, large scores", torch.tensor([[30000.0, 30000.0, -60000.0]], dtype=torch.float16)),
+        case("bfloat16, a hidden slice", torch.tensor([[1.0, 2.0], [-inf, -inf]], dtype=torch.bfloat16)).tolerance(rtol=2e-2, atol=1e-2),
+    ]
+    yield from (c.through(no_softmax) for c in made)
 
 
 @ex.wrong("You took exp of the scores as they are: exp(89) is already larger than the largest float32 number, and inf / inf is nan. Subtract the largest score of the slice first.")
@@ -102,6 +174,45 @@ def logarithm(x, dim=-1):
     return softmax_stable(x, dim).log()
 
 
+@ex.wrong("The values are right, but the gradient of the hidden slice is nan: 0 / 0 was computed first and its result replaced afterwards (`nan_to_num`, `where`). The gradient still goes through the division; make the divisor 1 before it.")
+def replaced_afterwards(x, dim=-1):
+    top = x.detach().amax(dim, keepdim=True)
+    e = (x - top.masked_fill(top == -math.inf, 0.0)).exp()
+    return (e / e.sum(dim, keepdim=True)).nan_to_num(0.0)
+
+
+@ex.wrong("Your result has another dtype than x. Converting inside is fine; convert back at the end (`y.to(dtype)` on a line of its own changes nothing, it returns a new tensor).")
+def other_dtype(x, dim=-1):
+    return softmax_stable(x.float(), dim)
+
+
+@ex.wrong("The result carries no gradient: something was detached that must not be. Only the largest score may be detached, it cancels out.")
+def detached(x, dim=-1):
+    return softmax_stable(x, dim).detach()
+
+
+@ex.wrong("You divided by the sum of the whole tensor. Every slice along `dim` has to sum to one by itself.")
+def one_sum(x, dim=-1):
+    top = x.detach().amax(dim, keepdim=True)
+    e = (x - top.masked_fill(top == -math.inf, 0.0)).exp()
+    return e / e.sum().clamp_min(1e-30)
+
+
+@ex.wrong("You subtracted the smallest score, or the mean. Large scores stay large then, and exp overflows: only the largest score makes every exponent at most 0.")
+def smallest_subtracted(x, dim=-1):
+    low = x.detach().masked_fill(x == -math.inf, 0.0).amin(dim, keepdim=True)
+    e = (x - low).exp()
+    total = e.sum(dim, keepdim=True)
+    return e / total.masked_fill(total == 0, 1.0)
+
+
+@ex.wrong("You cut the scores off at some bound before exp (clamp). Different large scores become equal, and their shares too.")
+def clamped(x, dim=-1):
+    e = x.clamp(max=80.0).exp()
+    total = e.sum(dim, keepdim=True)
+    return e / total.masked_fill(total == 0, 1.0)
+
+
 # %% solution scaled_dot_product
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v. Shapes: q (…, T, D), k (…, S, D), v (…, S, C) -> (…, T, C)."""
@@ -129,14 +240,25 @@ ex = exercise(
 @ex.cases
 def _():
     eye = torch.eye(2)
-    yield case("two by two", eye, eye, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     g = seeded()
     q, k, v = (torch.randn(2, n, d, generator=g) for n, d in ((3, 4), (5, 4), (5, 6)))
-    yield case("more keys than queries", q, k, v)
-    yield case("gradient", q, k, v).gradients(0, 1, 2)
-    yield case("large scores", 200 * q, k, v)
-    yield case("double precision", q.double(), k.double(), v.double())
-    yield case("sizes that do not fit", q, k[..., :3], v).raises(ValueError)
+    r = lambda *n: torch.randn(*n, generator=g)
+    yield from apart(
+        case("two by two", eye, eye, torch.tensor([[1.0, 2.0], [3.0, 4.0]])),
+        case("one query, two keys, no batch", torch.tensor([[2.0, 0.0]]), eye, torch.tensor([[1.0], [5.0]])),
+        case("more keys than queries", q, k, v),
+        case("more queries than keys", k, q, v[:, :3]),
+        case("one vector of width one each", torch.tensor([[3.0]]), torch.tensor([[2.0]]), torch.tensor([[7.0]])),
+        case("as many queries, keys and columns", r(2, 4, 4), r(2, 4, 4), r(2, 4, 4)),
+        case("heads and batch", r(2, 3, 4, 8), r(2, 3, 5, 8), r(2, 3, 5, 2)),
+        case("gradient", q, k, v).gradients(0, 1, 2),
+        case("large scores", 200 * q, k, v),
+        case("double precision", q.double(), k.double(), v.double()),
+        case("half precision", q.half(), k.half(), v.half()).tolerance(rtol=5e-3, atol=5e-3),
+        case("bfloat16", q.bfloat16(), k.bfloat16(), v.bfloat16()).tolerance(rtol=4e-2, atol=4e-2),
+        case("sizes that do not fit", q, k[..., :3], v).raises(ValueError),
+        case("a key of width one", q, k[..., :1], v).raises(ValueError),
+    )
 
 
 @ex.wrong("This is what you get when the scores are not divided by √D: with a wide head the softmax is nearly one-hot before it has learned anything.")
@@ -180,6 +302,59 @@ def detached(q, k, v):
     return scaled_dot_product(q, k, v).detach()
 
 
+@ex.wrong("Your attention is causal: later keys are hidden. The statement does not ask for a mask; every query sees every key.")
+def causal(q, k, v):
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+
+
+@ex.wrong("You returned the output together with the weights. The statement asks for the output only.")
+def with_weights(q, k, v):
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError("sizes")
+    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+    return weights @ v, weights
+
+
+@ex.wrong("You returned the weights, not the mixture of the values: the last product with v is missing.")
+def weights_only(q, k, v):
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError("sizes")
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+@ex.wrong("There is no softmax: you mixed the values with the scores themselves, which can be negative and do not sum to one.")
+def no_softmax_at_all(q, k, v):
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError("sizes")
+    return q @ k.mT / math.sqrt(q.shape[-1]) @ v
+
+
+@ex.wrong("You took the width of the values for the scale. The scores are sums over the columns of q and k: their number is D.")
+def scale_by_values(q, k, v):
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError("sizes")
+    return (q @ k.mT / math.sqrt(v.shape[-1])).softmax(-1) @ v
+
+
+@ex.wrong("Your axes are fixed: the softmax, or the transpose, names axis 1 or 2 from the front. It works for one number of axes only; count from the end (-1, -2).")
+def fixed_axis(q, k, v):
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError("sizes")
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(1) @ v
+
+
+@ex.wrong("The result is always float32. Attention in half precision returns half precision: give the result the dtype of the inputs.")
+def always_float32(q, k, v):
+    return scaled_dot_product(q.float(), k.float(), v.float())
+
+
+@ex.wrong("Sizes that do not fit end in PyTorch's own error, or are not noticed at all (a key of width one is stretched when you multiply elementwise). Compare the two last sizes and raise a ValueError.")
+def not_checked(q, k, v):
+    scores = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) if k.shape[-1] == 1 else q @ k.mT
+    return (scores / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
 # %% solution causal_bias
 def causal_bias(T: int, S: int) -> Tensor:
     """(T, S) float32: 0 where query i, at position i + S - T, may look, -inf elsewhere."""
@@ -205,12 +380,17 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("two by two", 2, 2)
-    yield case("one token", 1, 1)
-    yield case("one query after two cached keys", 1, 3)
-    yield case("two queries, four keys", 2, 4)
-    yield case("five by five", 5, 5)
-    yield case("more queries than keys", 3, 2).raises(ValueError)
+    yield from apart(
+        case("two by two", 2, 2),
+        case("one token", 1, 1),
+        case("one query after two cached keys", 1, 3),
+        case("two queries, three keys", 2, 3),
+        case("two queries, four keys", 2, 4),
+        case("three queries, seven keys", 3, 7),
+        case("five by five", 5, 5),
+        case("one query too many", 3, 2).raises(ValueError),
+        case("many queries too many", 7, 1).raises(ValueError),
+    )
 
 
 @ex.wrong("You aligned the first query with the first key. With a cache, the queries are the last positions: the newest token would see only the oldest one.")
@@ -254,11 +434,52 @@ def one_ahead(T, S):
     return torch.full((T, S), -math.inf).triu(S - T + 2)
 
 
+@ex.wrong("You used a large negative number in place of −∞. After the softmax it is nearly the same, until a whole row is hidden or the dtype is half; the statement asks for −∞.")
+def large_negative(T, S):
+    return causal_bias(T, S).clamp(min=-1e9)
+
+
+@ex.wrong("You returned a boolean mask. Added to a score, True is 1 and False is 0: that hides nothing. The matrix to add holds 0 and −∞.")
+def boolean(T, S):
+    return causal_bias(T, S) == 0
+
+
+@ex.wrong("Nothing is hidden: `masked_fill` (without the underscore) and `triu` return a new matrix, and yours was thrown away.")
+def thrown_away(T, S):
+    if T > S:
+        raise ValueError
+    return torch.zeros(T, S)
+
+
+@ex.wrong("Your matrix is nan where a query may look: 0 · (−∞) is nan, so a mask cannot be multiplied by −∞. Fill with it.")
+def multiplied(T, S):
+    return (causal_bias(T, S) != 0).float() * -math.inf
+
+
+@ex.wrong("More queries than positions are not refused. Some queries would stand before position 0.")
+def not_refused(T, S):
+    return torch.full((T, S), -math.inf).triu(S - T + 1)
+
+
+@ex.wrong("You refuse T = S. That is the ordinary case without a cache: all positions are queries.")
+def equal_refused(T, S):
+    if T >= S:
+        raise ValueError
+    return causal_bias(T, S)
+
+
+@ex.wrong("Your matrix is (S, S). There are only T queries: keep the last T rows.")
+def square(T, S):
+    if T > S:
+        raise ValueError
+    return torch.full((S, S), -math.inf).triu(1)
+
+
 # %% solution decoder_mask
 def decoder_mask(ids: Tensor, pad_id: int) -> Tensor:
     """(B, 1, T, T) bool from ids (B, T): causal, and no key that is padding. True means: may look."""
     T = ids.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()  # (T, T)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()  # (T, T)
     real = (ids != pad_id)[:, None, None, :]  # (B, 1, 1, T): along the keys
     return causal & real
 
@@ -271,7 +492,7 @@ ex = exercise(
     difficulty=2,
     points=4,
     hints=(
-        "Two masks, combined. Which of them depends on the text, and which only on the length?",
+        "Print the mask of one text that is padded on the left. Which row or column is hidden, and which should be?",
         "`ids != pad_id` has the shape (B, T). The T of it are keys: put the two missing axes in the right places, so that it broadcasts to (B, 1, T, T).",
         "`(ids != pad_id)[:, None, None, :]` and a lower triangle, joined with `&`.",
     ),
@@ -280,11 +501,18 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("two by two", torch.tensor([[7, 0]]), 0)
-    yield case("padding on the left", torch.tensor([[0, 0, 7]]), 0)
-    yield case("two texts", torch.tensor([[5, 6, 0], [7, 8, 9]]), 0)
-    yield case("another padding token", torch.tensor([[5, 0, 2, 2], [2, 5, 0, 1]]), 2)
-    yield case("nothing padded", torch.tensor([[1, 2], [3, 4]]), 0)
+    yield from apart(
+        case("two by two", torch.tensor([[7, 0]]), 0),
+        case("padding on the left", torch.tensor([[0, 0, 7]]), 0),
+        case("one token", torch.tensor([[7]]), 0),
+        case("two texts", torch.tensor([[5, 6, 0], [7, 8, 9]]), 0),
+        case("left and right in one batch", torch.tensor([[5, 6, 7, 3, 3], [3, 3, 3, 8, 9]]), 3),
+        case("another padding token", torch.tensor([[5, 0, 2, 2], [2, 5, 0, 1]]), 2),
+        case("padding is number 50256, and 0 is a token", torch.tensor([[0, 50256], [0, 0]]), 50256),
+        case("a negative padding number", torch.tensor([[-100, 4, 5]]), -100),
+        case("nothing padded", torch.tensor([[1, 2], [3, 4]]), 0),
+        case("as many texts as tokens", torch.tensor([[0, 1, 2], [0, 0, 3], [4, 5, 6]]), 0),
+    )
 
 
 @ex.wrong("Your mask is inverted: True marks what is hidden. In this course, and in F.scaled_dot_product_attention, True means: may look. nn.MultiheadAttention has it the other way around.")
@@ -325,6 +553,177 @@ def zero_is_padding(ids, pad_id):
     return decoder_mask(ids, 0)
 
 
+@ex.wrong("Nothing has changed yet: this is the function with its faults.")
+def as_given(ids, pad_id):
+    T = ids.shape[1]
+    return torch.ones(T, T, dtype=torch.bool).tril() & (ids > 0)[:, None, :, None]
+
+
+@ex.wrong("`ids > 0` is still there: padding is whatever `pad_id` says, and 0 is an ordinary token in many tokenizers.")
+def above_zero(ids, pad_id):
+    T = ids.shape[1]
+    return torch.ones(T, T, dtype=torch.bool).tril() & (ids > 0)[:, None, None, :]
+
+
+@ex.wrong("You read the padding the wrong way round: `ids == pad_id` is True where there is padding, and only padding can be seen now.")
+def only_padding(ids, pad_id):
+    T = ids.shape[1]
+    return torch.ones(T, T, dtype=torch.bool).tril() & (ids == pad_id)[:, None, None, :]
+
+
+@ex.wrong("You hid rows and columns. A padded query may look at real keys (a row of nothing becomes nan in a softmax); the rule is about keys only.")
+def rows_and_columns(ids, pad_id):
+    T = ids.shape[1]
+    real = ids != pad_id
+    return torch.ones(T, T, dtype=torch.bool).tril() & real[:, None, None, :] & real[:, None, :, None]
+
+
+@ex.wrong("The future is open and the past is hidden: your triangle is the upper one.")
+def upper_triangle(ids, pad_id):
+    T = ids.shape[1]
+    return torch.ones(T, T, dtype=torch.bool).triu() & (ids != pad_id)[:, None, None, :]
+
+
+@ex.wrong("Your mask is not boolean. Numbers 0 and 1 would be added to the scores by some functions; the statement asks for bool.")
+def as_numbers(ids, pad_id):
+    return decoder_mask(ids, pad_id).float()
+
+
+@ex.wrong("You gave padding the diagonal, so that no row is empty. A useful trick, but the rule of the statement hides every padded key.")
+def diagonal_open(ids, pad_id):
+    return decoder_mask(ids, pad_id) | torch.eye(ids.shape[1], dtype=torch.bool)
+
+
+@ex.wrong("The batch axis is missing or in the wrong place: a mask of its own for every text, (B, 1, T, T).")
+def heads_first(ids, pad_id):
+    return decoder_mask(ids, pad_id).transpose(0, 1).contiguous()
+
+
+# %% solution exposing_input
+def exposing_input(T: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (T, D) for which the function above is finite and wrong."""
+    q, k, v = torch.zeros(T, D), torch.zeros(T, D), torch.zeros(T, D)
+    q[:, 0] = 1.0
+    # The scores with key 0 are not zero: no row is hidden as a whole.
+    k[0, 0] = 1.0
+    # All other keys are zero, and so are their scores: hidden by mistake.
+    v[1:] = 1.0
+    return q, k, v
+
+
+# %% checker exposing_input
+ex = exercise(
+    "attention.exposing_input",
+    title="The input that gives it away",
+    minutes=15,
+    difficulty=3,
+    points=4,
+    hints=(
+        "The function hides every score that is exactly zero. When is a score zero in the future, and when can one be zero in the past?",
+        "A query and an earlier key that are orthogonal have the score 0, and should get a share of the attention. But each row needs one score that is not zero.",
+        "Let all queries be (1, 0, …) and key 0 too; let the other keys be orthogonal to that, (0, 1, 0, …) or zero, and let the values of key 0 and of the others differ.",
+    ),
+    equivalent={
+        'q[:, 0] = 2.0': 'another input that exposes the fault as well',
+        'q, k, v = torch.ones(T, D), torch.zeros(T, D), torch.zeros(T, D)': 'another input that exposes the fault as well',
+        'k[0, 0] = 2.0': 'another input that exposes the fault as well',
+        'v[1:] = 2.0': 'another input that exposes the fault as well',
+    },
+)
+
+
+def examined(answer, T, D):
+    """What the statement asks for, one by one."""
+    result = answer(T, D)
+    if not isinstance(result, (tuple, list)) or len(result) != 3 or not all(isinstance(t, torch.Tensor) for t in result):
+        return {"three tensors": "no"}
+    if any(tuple(t.shape) != (T, D) for t in result):
+        return {"shapes": [list(t.shape) for t in result]}
+    if any(t.dtype != torch.float32 for t in result):
+        return {"dtypes": [t.dtype for t in result]}
+    if not all(t.isfinite().all() for t in result):
+        return {"finite inputs": "no"}
+    q, k, v = (t.detach() for t in result)
+    scores = q @ k.mT / math.sqrt(D)
+    past = torch.ones(T, T, dtype=torch.bool).tril()
+    low = scores.tril()
+    given = low.masked_fill(low == 0, -math.inf).softmax(-1) @ v
+    true = scores.masked_fill(~past, -math.inf).softmax(-1) @ v
+    if not given.isfinite().all():
+        return {"the function is finite": "no: in some row all scores are zero"}
+    zeros = bool((scores[past] == 0).any())
+    away = float((given - true).abs().max())
+    small = bool((scores[past].abs() < 1e-3).any())
+    future = bool((scores[~past] == 0).any())
+    none = "are near zero, and not zero" if small else "are zero in the future only" if future else "are never zero"
+    why = "" if away > 0.1 else f"no: the scores {none}" if not zeros else "no: the values hardly differ" if (v - v[0]).abs().max() <= 0.1 else "no: less than 0.1"
+    return {"the function is finite": "yes", "more than 0.1 away": why or "yes"}
+
+
+@ex.cases
+def _():
+    for T, D in ((2, 2), (3, 2), (5, 4), (8, 16), (4, 4)):
+        yield case(f"{T} tokens of width {D}", T, D).through(examined)
+
+
+def _made(T, D):
+    return torch.zeros(T, D), torch.zeros(T, D), torch.zeros(T, D)
+
+
+@ex.wrong("No score of yours is exactly zero (with random numbers none ever is), and the function is right for such inputs. The fault needs a query that is orthogonal to a key.")
+def random_numbers(T, D):
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(T, D, generator=g) for _ in range(3))
+
+
+@ex.wrong("In some row all scores are zero, so the function hides everything there and returns nan. That would have been noticed at once; each query needs one key with another score.")
+def all_zero(T, D):
+    return torch.zeros(T, D), torch.zeros(T, D), torch.ones(T, D)
+
+
+@ex.wrong("Your scores are zero in the future only, where the function is right to hide them. Put the orthogonal key before the query.")
+def zeros_in_the_future(T, D):
+    q, k, v = _made(T, D)
+    q[0, 0], q[1:, :2] = 1.0, 1.0
+    k[0, 0], k[1:, 1] = 1.0, 1.0
+    v[1:] = 1.0
+    return q, k, v
+
+
+@ex.wrong("The right keys are hidden, but nobody can see it: the values (nearly) agree, so any mixture of them does too. Give the hidden key another value.")
+def equal_values(T, D):
+    q, k, v = exposing_input(T, D)
+    return q, k, torch.ones(T, D)
+
+
+@ex.wrong("The difference is there and too small: the values hardly differ, or the hidden key has a tiny share. More than 0.1 is asked for.")
+def tiny_difference(T, D):
+    q, k, v = exposing_input(T, D)
+    return 20 * math.sqrt(D) * q, k, v
+
+
+@ex.wrong("You took infinite or nan inputs. Then anything comes out; the inputs have to be finite.")
+def infinite(T, D):
+    q, k, v = exposing_input(T, D)
+    return q, k, v * math.inf
+
+
+@ex.wrong("Your example has a fixed size. It has to work for any T and D from 2 on.")
+def fixed_size(T, D):
+    return exposing_input(3, 2)
+
+
+@ex.wrong("The scores are near zero and not zero: `== 0` asks for exactly 0. Use entries whose products are exact, such as 0 and 1.")
+def nearly_zero(T, D):
+    q, k, v = exposing_input(T, D)
+    return q, k + 1e-6, v
+
+
+@ex.wrong("Your tensors are not float32: float64, or whole numbers (`torch.eye` and `torch.zeros` give float32, `torch.tensor([1, 0])` does not).")
+def whole_numbers(T, D):
+    return tuple(t.long() for t in exposing_input(T, D))
+
+
 # %% solution split_qkv
 def split_qkv(x: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3 * H * D) -> q, k, v, each (B, H, T, D)."""
@@ -346,17 +745,30 @@ ex = exercise(
         "A reshape may only cut the last axis, to (B, T, H, D). How do H and T get into each other's place afterwards?",
         "`x.chunk(3, dim=-1)`, each part reshaped to (B, T, n_heads, D) and then `transpose(1, 2)`.",
     ),
+    equivalent={
+        'return tuple(part.reshape(B, T, n_heads, -1).transpose(2, 1) for part in x.chunk(3, dim=-1))': 'the order of two axes that are exchanged does not matter',
+    },
 )
 
 
 @ex.cases
 def _():
-    yield case("one token, two heads", torch.tensor([[[1.0, 2, 3, 4, 5, 6]]]), 2)
-    yield case("two tokens, one head", torch.arange(6.0).reshape(1, 2, 3), 1)
-    yield case("two tokens, two heads of width two", torch.arange(24.0).reshape(1, 2, 12), 2)
-    yield case("a batch, three heads", torch.arange(2 * 4 * 18.0).reshape(2, 4, 18), 3)
-    yield case("gradient", torch.randn(1, 2, 12, generator=seeded()), 2).gradients(0)
-    yield case("columns that do not fit", torch.zeros(1, 2, 10), 2).raises(ValueError)
+    x = torch.arange(24.0).reshape(1, 2, 12)
+    yield from apart(
+        case("one token, two heads", torch.tensor([[[1.0, 2, 3, 4, 5, 6]]]), 2),
+        case("two tokens, one head", torch.arange(6.0).reshape(1, 2, 3), 1),
+        case("two tokens, two heads", x[..., :6].contiguous(), 2),
+        case("two tokens, two heads of width two", x, 2),
+        case("as many heads as tokens and columns", torch.arange(27.0).reshape(1, 3, 9)[:, :2].repeat(1, 1, 2), 2),
+        case("a batch, three heads", torch.arange(2 * 4 * 18.0).reshape(2, 4, 18), 3),
+        case("an input that is not contiguous", torch.arange(24.0).reshape(1, 12, 2).mT, 2),
+        case("half precision", x.half(), 2),
+        case("gradient", torch.randn(1, 2, 12, generator=seeded()), 2).gradients(0),
+        case("columns that do not fit", torch.zeros(1, 2, 10), 2).raises(ValueError),
+        case("a multiple of three, not of three times the heads", torch.zeros(1, 2, 9), 2).raises(ValueError),
+        case("a multiple of the heads, not of three", torch.zeros(1, 2, 4), 2).raises(ValueError),
+        case("no heads", torch.zeros(1, 2, 6), 0).raises(ValueError),
+    )
 
 
 @ex.wrong("You reshaped straight to (B, H, T, D). The shape is right and the numbers are not: your head 0 holds the first tokens whole, instead of the first part of every token. Cut the last axis only, then swap two axes.")
@@ -395,67 +807,29 @@ def every_third(x, n_heads):
     return tuple(x[..., i::3].reshape(B, T, n_heads, -1).transpose(1, 2) for i in range(3))
 
 
-# %% solution merge_heads
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B, T, H * D)."""
-    B, H, T, D = x.shape
-    return x.transpose(1, 2).reshape(B, T, H * D)
+@ex.wrong("Nothing has changed yet: this is the function as it was found. Its reshape mixes tokens with heads, and it cuts q, k and v out of each head.")
+def as_given(x, n_heads):
+    B, T, width = x.shape
+    return tuple(x.reshape(B, n_heads, T, -1).chunk(3, dim=-1))
 
 
-# %% checker merge_heads
-ex = exercise(
-    "attention.merge_heads",
-    title="Put the heads together again",
-    minutes=6,
-    difficulty=1,
-    points=2,
-    hints=(
-        "It is the way back from the split: what was done last has to be undone first.",
-        "The answers of one token must lie next to each other before you may join the last two axes.",
-        "Swap the axes of heads and tokens, then reshape to (B, T, H * D).",
-    ),
-)
+@ex.wrong("Sizes that do not fit are not refused with a ValueError: PyTorch's own error, or columns that are silently left out. Check before you cut.")
+def not_checked(x, n_heads):
+    B, T, width = x.shape
+    D = width // (3 * max(n_heads, 1))
+    x = x[..., : 3 * max(n_heads, 1) * D]
+    return tuple(part.reshape(B, T, max(n_heads, 1), D).transpose(1, 2) for part in x.chunk(3, dim=-1))
 
 
-@ex.cases
-def _():
-    yield case("two by two", torch.tensor([[[[1.0], [2.0]], [[3.0], [4.0]]]]))
-    yield case("one head", torch.arange(6.0).reshape(1, 1, 2, 3))
-    yield case("two heads, three tokens, width two", torch.arange(12.0).reshape(1, 2, 3, 2))
-    yield case("a batch", torch.arange(48.0).reshape(2, 2, 3, 4))
-    yield case("gradient", torch.randn(1, 2, 3, 2, generator=seeded())).gradients(0)
+@ex.wrong("You returned one tensor with three parts. The statement asks for a tuple (q, k, v).")
+def one_tensor(x, n_heads):
+    return torch.stack(split_qkv(x, n_heads))
 
 
-@ex.wrong("You reshaped without swapping the axes: neighbors in memory are tokens of the same head, and they ended up in one row.")
-def no_transpose(x):
-    B, H, T, D = x.shape
-    return x.reshape(B, T, H * D)
-
-
-@ex.wrong("You added the heads up. Each head has its own part of the width; the output projection mixes them later.")
-def summed(x):
-    return x.sum(1)
-
-
-@ex.wrong("You took the mean of the heads. Their answers have to stand side by side, or the output projection cannot tell them apart.")
-def averaged(x):
-    return x.mean(1)
-
-
-@ex.wrong("The widths of the heads are shuffled into each other: the columns go number 0 of every head, number 1 of every head … Head 0 has to come first, in one piece.")
-def interleaved(x):
-    B, H, T, D = x.shape
-    return x.permute(0, 2, 3, 1).reshape(B, T, H * D)
-
-
-@ex.wrong("The heads stand in reverse order: head 0 has to come first.")
-def reversed_heads(x):
-    return merge_heads(x.flip(1))
-
-
-@ex.wrong("You kept only the first head. All of them have to be there: the last axis has H · D numbers.")
-def first_only(x):
-    return x[:, 0].clone()
+@ex.wrong("Your keys come out transposed, (B, H, D, T), ready for the product. All three have the shape (B, H, T, D).")
+def keys_transposed(x, n_heads):
+    q, k, v = split_qkv(x, n_heads)
+    return q, k.mT.contiguous(), v
 
 
 # %% solution grouped_query
@@ -476,7 +850,7 @@ ex = exercise(
     difficulty=3,
     points=4,
     hints=(
-        "Make keys and values as many as the queries, then it is ordinary attention. In which order do the copies have to stand?",
+        "Run the given function with two query heads on two key-value heads, then with four on two. Which copies does each query head read? And by what are the scores divided?",
         "With 4 query heads and 2 key-value heads, the copies have to stand in the order 0 0 1 1.",
         "`repeat_interleave` along axis 1 puts copies next to each other; `repeat` puts the whole list behind itself.",
     ),
@@ -489,13 +863,22 @@ def _():
     q = torch.eye(2).reshape(1, 1, 2, 2).repeat(1, 4, 1, 1)
     k = torch.stack([torch.eye(2), 2 * torch.eye(2)])[None]
     v = torch.tensor([[[1.0, 0], [0, 1]], [[5.0, 0], [0, 5]]])[None]
-    yield case("four heads share two", q, k, v)
     r = lambda h, n: torch.randn(2, h, n, 4, generator=g)
-    yield case("six heads share three", r(6, 3), r(3, 5), r(3, 5))
-    yield case("all share one (multi-query)", r(2, 2), r(1, 3), r(1, 3))
-    yield case("one each (multi-head)", r(2, 2), r(2, 3), r(2, 3))
-    yield case("gradient", r(4, 2), r(2, 2), r(2, 2)).gradients(0, 1, 2)
-    yield case("three heads cannot share two", r(3, 2), r(2, 2), r(2, 2)).raises(ValueError)
+    six = r(6, 3), r(3, 5), r(3, 5)
+    yield from apart(
+        case("four heads share two", q, k, v),
+        case("six heads share three", *six),
+        case("six heads share two", r(6, 3), r(2, 5), r(2, 5)),
+        case("the test that passes", r(4, 2), r(1, 4), r(1, 4)),
+        case("all share one (multi-query)", r(2, 2), r(1, 3), r(1, 3)),
+        case("one each (multi-head)", r(2, 2), r(2, 3), r(2, 3)),
+        case("as many heads as columns", r(4, 3), r(2, 6), r(2, 6)),
+        case("a long text", r(4, 1), r(2, 40), r(2, 40)),
+        case("gradient", r(4, 2), r(2, 2), r(2, 2)).gradients(0, 1, 2),
+        case("half precision", *(t.half() for t in six)).tolerance(rtol=5e-3, atol=5e-3),
+        case("three heads cannot share two", r(3, 2), r(2, 2), r(2, 2)).raises(ValueError),
+        case("two heads cannot share four", r(2, 2), r(4, 2), r(4, 2)).raises(ValueError),
+    )
 
 
 @ex.wrong("You repeated the list of heads (0 1 0 1) where each head should be repeated (0 0 1 1). Shapes and sizes are all right, and a real checkpoint breaks.")
@@ -544,6 +927,44 @@ def accepts_anything(q, k, v):
     return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
+@ex.wrong("Nothing has changed yet: this is the function with its faults.")
+def as_given(q, k, v):
+    n = q.shape[1] // k.shape[1]
+    k, v = k.repeat(1, n, 1, 1), v.repeat(1, n, 1, 1)
+    return (q @ k.mT / math.sqrt(k.shape[-2])).softmax(-1) @ v
+
+
+@ex.wrong("You divide by the root of the number of keys, as the function that was given does. The longer the text, the flatter the shares; divide by √D.")
+def scale_by_keys(q, k, v):
+    if q.shape[1] % k.shape[1]:
+        raise ValueError("heads")
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return (q @ k.mT / math.sqrt(k.shape[-2])).softmax(-1) @ v
+
+
+@ex.wrong("Your attention is causal. The statement has no mask: every query sees every key.")
+def causal(q, k, v):
+    if q.shape[1] % k.shape[1]:
+        raise ValueError("heads")
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+
+
+@ex.wrong("You have fewer heads in the result than queries: their answers were averaged or added within a group. Every query head has an answer of its own.")
+def heads_merged(q, k, v):
+    out = grouped_query(q, k, v)
+    B, H, T, D = out.shape
+    return out.reshape(B, k.shape[1], -1, T, D).mean(2)
+
+
+@ex.wrong("Your heads are right and stand in another order: they come group by group with the place in the group first.")
+def order_of_groups(q, k, v):
+    out = grouped_query(q, k, v)
+    B, H, T, D = out.shape
+    return out.reshape(B, k.shape[1], -1, T, D).transpose(1, 2).reshape(B, H, T, D)
+
+
 # %% solution rope_half
 def rope_half(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     """Rotate the pairs (x_i, x_{i + D/2}) by position · base^(-2i/D). x (…, T, D), positions (T,) -> (…, T, D)."""
@@ -569,22 +990,36 @@ ex = exercise(
         "You need D/2 frequencies, a table of angles of shape (T, D/2), and the two halves of x, each (…, T, D/2).",
         "With `a, b = x.chunk(2, dim=-1)`, concatenate a·cos - b·sin and a·sin + b·cos along the last axis.",
     ),
+    equivalent={
+        'theta = base ** (-torch.arange(0, D, 2) / D) # (D / 2,)': 'float32 is exact enough for positions of this size',
+        'theta = base ** (-torch.arange(0, D, 2, dtype=torch.float32) / D) # (D / 2,)': 'float32 is exact enough for positions of this size',
+        'angle = positions[:, None] * theta # (T, D / 2)': 'float32 is exact enough for positions of this size',
+        'angle = positions.float()[:, None] * theta # (T, D / 2)': 'float32 is exact enough for positions of this size',
+    },
 )
 
 
 @ex.cases
 def _():
     g = seeded()
-    yield case("one pair at the positions 0 and 1", torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
-    yield case("the other half of the pair", torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
-    yield case("two pairs at position 1", torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([1]))
     x = torch.randn(2, 3, 8, generator=g)
-    yield case("four pairs", x, torch.arange(3))
-    yield case("far away", x[:1, :2], torch.tensor([100, 5]))
-    yield case("another base", x[:1], torch.arange(3), base=100.0)
-    yield case("gradient", x[:1], torch.arange(3)).gradients(0)
-    yield case("double precision", x[:1].double(), torch.arange(3))
-    yield case("odd width", torch.zeros(2, 5), torch.arange(2)).raises(ValueError)
+    y = torch.randn(2, 4, 4, 4, generator=g)
+    yield from apart(
+        case("one pair at the positions 0 and 1", torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])),
+        case("the other half of the pair", torch.tensor([[0.0, 1.0]]), torch.tensor([1])),
+        case("two pairs at position 1", torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([1])),
+        case("four pairs", x, torch.arange(3)),
+        case("heads, as many as tokens and columns", y, torch.arange(4)),
+        case("far away", x[:1, :2], torch.tensor([100, 5])),
+        case("the second half of a text", x[:1], torch.tensor([7, 8, 9])),
+        case("another base", x[:1], torch.arange(3), base=100.0),
+        case("gradient", x[:1], torch.arange(3)).gradients(0),
+        case("double precision", x[:1].double(), torch.arange(3)),
+        case("float16, far away", x[0].half(), torch.tensor([1003, 2, 777])).tolerance(rtol=5e-3, atol=5e-3),
+        case("bfloat16, far away", x[0].bfloat16(), torch.tensor([1003, 2, 777])).tolerance(rtol=3e-2, atol=3e-2),
+        case("odd width", torch.zeros(2, 5), torch.arange(2)).raises(ValueError),
+        case("width one", torch.zeros(2, 1), torch.arange(2)).raises(ValueError),
+    )
 
 
 @ex.wrong("You rotated neighbors, (x₀, x₁), (x₂, x₃) … That is the interleaved layout. It is a correct RoPE, but a checkpoint that was trained half-split fails with it, silently.")
@@ -634,6 +1069,215 @@ def fixed_base(x, positions, base=10000.0):
     return rope_half(x, positions)
 
 
+def _turned(x, positions, base, cos_only=False, order=1):
+    D = x.shape[-1]
+    if D % 2:
+        raise ValueError("odd")
+    angle = positions.double()[:, None] * base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype), *x.chunk(2, dim=-1)
+
+
+@ex.wrong("Only half of the rotation is there: you multiplied x by the cosines and left out the sines. Each number also gets a part of its partner.")
+def only_cosine(x, positions, base=10000.0):
+    cos, sin, a, b = _turned(x, positions, base)
+    return torch.cat([a * cos, b * cos], dim=-1)
+
+
+@ex.wrong("Your exponent is one pair too early (2i − 2 in place of 2i): in papers the pairs are counted from 1, here i starts at 0, and pair 0 turns by one radian per position.")
+def counted_from_one(x, positions, base=10000.0):
+    D = x.shape[-1]
+    return rope_half(x, positions * base ** (2 / D), base)
+
+
+@ex.wrong("Your exponent is one pair too late: pair 0 already turns by base^(−2/D). It has to turn by one radian per position: i starts at 0.")
+def one_pair_late(x, positions, base=10000.0):
+    D = x.shape[-1]
+    return rope_half(x, positions * base ** (-2 / D), base)
+
+
+@ex.wrong("The exponent is −2i/(D/2): the number of pairs in place of the width, or twice the index. The angles fall twice as fast as they should.")
+def fast_exponent(x, positions, base=10000.0):
+    return rope_half(x, positions, base**2)
+
+
+@ex.wrong("The angles were computed in half precision: far away they are rounded by more than half a radian in bfloat16. Compute angles, cosines and sines in float32, and convert those.")
+def angles_in_half(x, positions, base=10000.0):
+    D = x.shape[-1]
+    if D % 2:
+        raise ValueError("odd")
+    theta = (base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)).to(x.dtype)
+    angle = positions.to(x.dtype)[:, None] * theta
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
+
+
+@ex.wrong("The result has a wider dtype than x: cosines and sines in float32 (or float64) pulled it up. Convert them, or the result, to the dtype of x; `y.to(dtype)` on a line of its own changes nothing.")
+def wider_dtype(x, positions, base=10000.0):
+    return rope_half(x.to(torch.promote_types(x.dtype, torch.float32)).double(), positions, base) if x.dtype == torch.float32 else rope_half(x.float(), positions, base)
+
+
+@ex.wrong("The two halves of the result have changed places.")
+def halves_swapped(x, positions, base=10000.0):
+    a, b = rope_half(x, positions, base).chunk(2, dim=-1)
+    return torch.cat([b, a], dim=-1)
+
+
+@ex.wrong("You moved the numbers in a circle (`roll` by one) where each has to meet its partner half a width away. The partner of x_i is x_{i + D/2}.")
+def rolled(x, positions, base=10000.0):
+    cos, sin, a, b = _turned(x, positions, base)
+    return x * torch.cat([cos, cos], -1) + x.roll(1, -1) * torch.cat([-sin, sin], -1)
+
+
+@ex.wrong("An odd width is not refused: the last number has no partner. Raise a ValueError.")
+def odd_accepted(x, positions, base=10000.0):
+    D = x.shape[-1]
+    return rope_half(x, positions, base) if D % 2 == 0 else x.clone()
+
+
+@ex.wrong("You added the cosines and sines to x. Rotary positions multiply: they turn each pair and add nothing.")
+def added(x, positions, base=10000.0):
+    cos, sin, a, b = _turned(x, positions, base)
+    return torch.cat([a + sin, b + cos], dim=-1)
+
+
+# %% solution rotated_by
+def rotated_by(x: Tensor, y: Tensor, base: float, limit: int) -> int:
+    """The position n, 0 <= n < limit, whose rotation turns x (D,) into y (D,)."""
+    D = len(x)
+    theta = base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)  # (D / 2,)
+    angle = torch.arange(limit, dtype=torch.float64)[:, None] * theta  # (limit, D / 2): every position at once
+    a, b = x.double().chunk(2)
+    turned = torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=1)
+    off = (turned - y).abs().amax(dim=1)  # (limit,)
+    if off.min() > 1e-3:
+        raise ValueError(f"no position below {limit} turns x into y")
+    return int(off.argmin())
+
+
+# %% checker rotated_by
+ex = exercise(
+    "attention.rotated_by",
+    title="Where does it come from?",
+    minutes=18,
+    difficulty=3,
+    points=4,
+    hints=(
+        "There are at most 20,000 candidates. What does x look like at each of them?",
+        "`rope_half` turns a whole table at once: repeat x for the positions 0 … limit − 1. Then compare every row with y.",
+        "The largest absolute difference of each row, `amax(-1)`; `argmin` is the position, and if the smallest difference is above 0.001 there is none.",
+    ),
+    equivalent={
+        'theta = base ** (-torch.arange(0, D, 2) / D) # (D / 2,)': 'float32 is exact enough for positions of this size',
+        'theta = base ** (-torch.arange(0, D, 2, dtype=torch.float32) / D) # (D / 2,)': 'float32 is exact enough for positions of this size',
+        'angle = torch.arange(limit)[:, None] * theta # (limit, D / 2): every position at once': 'float32 is exact enough for positions of this size',
+        'angle = torch.arange(limit, dtype=torch.float32)[:, None] * theta # (limit, D / 2): every position at once': 'float32 is exact enough for positions of this size',
+        'a, b = x.chunk(2)': 'float32 is exact enough for positions of this size',
+        'a, b = x.float().chunk(2)': 'float32 is exact enough for positions of this size',
+        'if off.min() >= 1e-3:': 'no difference is exactly 0.001',
+    },
+)
+
+
+def _rotated(x, n, base):
+    a, b = x.double().chunk(2)
+    angle = n * base ** (-torch.arange(0, len(x), 2, dtype=torch.float64) / len(x))
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()]).to(x.dtype)
+
+
+@ex.cases
+def _():
+    g = seeded()
+    x, y, z = (torch.randn(d, generator=g) for d in (8, 16, 2))
+    at = lambda name, x, n, limit, base=10000.0: case(name, x, _rotated(x, n, base), base, limit)
+    yield from apart(
+        at("one pair, position 1", torch.tensor([1.0, 0.0]), 1, 6),
+        at("not turned at all", x, 0, 100),
+        at("position 5", x, 5, 100),
+        at("after seven rounds", x, 44, 100),
+        at("the last position", x, 99, 100),
+        at("far away", y, 12345, 20000),
+        at("the last of many", y, 19999, 20000),
+        at("another base", x, 777, 1000, 100.0),
+        at("double precision", y.double(), 4321, 5000),
+        at("half precision", x.half() / 4, 3, 20),
+        at("one pair, a few rounds", z, 30, 40),
+        at("one position too far", x, 100, 100).raises(ValueError),
+        at("turned backwards", x, -3, 100).raises(ValueError),
+        case("not turned but stretched", x, 2 * x, 10000.0, 100).raises(ValueError),
+        case("a little beside", x, _rotated(x, 7, 10000.0) + 0.0015, 10000.0, 100).raises(ValueError),
+        case("rounded a little", x, _rotated(x, 7, 10000.0) + 0.0005, 10000.0, 100),
+    )
+
+
+def _nearest(x, y, base, limit, table=None, angle=None):
+    if angle is None:
+        angle = torch.arange(limit, dtype=torch.float64)[:, None] * base ** (-torch.arange(0, len(x), 2, dtype=torch.float64) / len(x))
+    a, b = x.double().chunk(2)
+    turned = torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
+    off = (turned - y).abs().amax(dim=-1)
+    if off.min() > 1e-3:
+        raise ValueError("none")
+    return int(off.argmin())
+
+
+@ex.wrong("You used pair 0 only. Its angle is known up to whole rounds of 2π, so from position 7 on you are rounds away.")
+def first_pair_only(x, y, base, limit):
+    h = len(x) // 2
+    turn = math.atan2(float(y[h]), float(y[0])) - math.atan2(float(x[h]), float(x[0]))
+    n = round(turn % (2 * math.pi))
+    if not 0 <= n < limit or (_rotated(x, n, base) - y).abs().max() > 1e-3:
+        n = n % limit
+    return n
+
+
+@ex.wrong("You turned neighbors (x₀, x₁), (x₂, x₃) …: the interleaved layout. Here pair i is x_i and x_{i + D/2}, and with another layout no position fits.")
+def interleaved(x, y, base, limit):
+    order = torch.arange(len(x)).view(-1, 2).T.reshape(-1)
+    return _nearest(x[order], y[order], base, limit)
+
+
+@ex.wrong("You turned the other way (or turned y instead of x): what you find are positions below 0.")
+def other_way(x, y, base, limit):
+    return _nearest(y, x, base, limit)
+
+
+@ex.wrong("Your positions begin at 1, so each answer is one too small. Position 0 leaves a vector as it is.")
+def from_one(x, y, base, limit):
+    n = rotated_by(x, y, base, limit)
+    return n - 1
+
+
+@ex.wrong("The position `limit` itself is accepted in your answer. The positions are 0 to limit − 1.")
+def limit_included(x, y, base, limit):
+    return rotated_by(x, y, base, limit + 1)
+
+
+@ex.wrong("You returned the nearest position although none fits. A key that was stretched, or turned the other way, comes from nowhere: compare with 0.001 and raise a ValueError.")
+def always_something(x, y, base, limit):
+    angle = torch.arange(limit, dtype=torch.float64)[:, None] * base ** (-torch.arange(0, len(x), 2, dtype=torch.float64) / len(x))
+    a, b = x.double().chunk(2)
+    turned = torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
+    return int((turned - y).abs().amax(dim=-1).argmin())
+
+
+@ex.wrong("You always use the base 10000. The slower pairs then stand elsewhere.")
+def fixed_base(x, y, base, limit):
+    return rotated_by(x, y, 10000.0, limit)
+
+
+@ex.wrong("You asked for equality, or nearly so. Rounding moves the numbers: up to 0.001 in every entry is the same key.")
+def exact(x, y, base, limit):
+    n = rotated_by(x, y, base, limit)
+    if (_rotated(x, n, base) - y).abs().max() > 1e-4:
+        raise ValueError("none")
+    return n
+
+
+@ex.wrong("You returned a tensor (or a floating-point number). A position is a whole number: `int(…)`.")
+def a_tensor(x, y, base, limit):
+    return torch.tensor(rotated_by(x, y, base, limit))
+
+
 # %% solution alibi
 def alibi(n_heads: int, T: int) -> Tensor:
     """(n_heads, T, T) float32: minus slope times distance where j <= i, -inf where j > i."""
@@ -662,12 +1306,21 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("two heads, two tokens", 2, 2)
-    yield case("one head, three tokens", 1, 3)
-    yield case("four heads", 4, 3)
-    yield case("eight heads, one token", 8, 1)
-    yield case("eight heads", 8, 4)
-    yield case("three heads", 3, 2).raises(ValueError)
+    yield from apart(
+        case("two heads, two tokens", 2, 2),
+        case("one head, three tokens", 1, 3),
+        case("four heads", 4, 3),
+        case("as many heads as tokens", 4, 4),
+        case("eight heads, one token", 8, 1),
+        case("eight heads", 8, 4),
+        case("sixteen heads", 16, 3),
+        case("three heads", 3, 2).raises(ValueError),
+        case("six heads", 6, 2).raises(ValueError),
+        case("seven heads", 7, 2).raises(ValueError),
+        case("nine heads", 9, 2).raises(ValueError),
+        case("no heads", 0, 2).raises(ValueError),
+        case("minus two heads", -2, 2).raises(ValueError),
+    )
 
 
 @ex.wrong("Your sign is turned round: far positions get a bonus. The bias is zero at the own position and becomes more negative with the distance.")
@@ -713,6 +1366,52 @@ def one_slope(n_heads, T):
     return alibi(n_heads, T)[:1].repeat(n_heads, 1, 1)
 
 
+def _biased(slopes, T):
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    return (-torch.tensor(slopes)[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
+
+
+@ex.wrong("Odd numbers of heads are refused, even ones that are no power of two are not (6, 10, 12). Even is not enough.")
+def even_is_enough(n_heads, T):
+    if n_heads < 1 or (n_heads > 1 and n_heads % 2):
+        raise ValueError
+    return _biased([2 ** (-8 * (h + 1) / n_heads) for h in range(n_heads)], T)
+
+
+@ex.wrong("You accept any number of heads. For numbers that are no power of two the paper's code mixes two series of slopes; here they are refused with a ValueError.")
+def any_number(n_heads, T):
+    return _biased([2 ** (-8 * (h + 1) / n_heads) for h in range(n_heads)], T)
+
+
+@ex.wrong("One head is refused. 1 = 2⁰ is a power of two.")
+def one_refused(n_heads, T):
+    if n_heads < 2:
+        raise ValueError
+    return alibi(n_heads, T)
+
+
+@ex.wrong("0 or a negative number of heads went through. The trick `n & (n - 1)` is 0 for 0 as well: ask for at least one head.")
+def zero_accepted(n_heads, T):
+    if n_heads < 1:
+        return torch.zeros(max(n_heads, 0), T, T)
+    return alibi(n_heads, T)
+
+
+@ex.wrong("The future holds a large negative number in place of −∞.")
+def large_negative(n_heads, T):
+    return alibi(n_heads, T).clamp(min=-1e9)
+
+
+@ex.wrong("There is an axis too much in front, for the batch. The shape asked for is (n_heads, T, T).")
+def batch_axis(n_heads, T):
+    return alibi(n_heads, T)[None]
+
+
+@ex.wrong("You built one row for each head (distances from the last token), which is enough for one new token with a cache. The matrix has a row for every query.")
+def last_row_only(n_heads, T):
+    return alibi(n_heads, T)[:, -1:].repeat(1, T, 1)
+
+
 # %% solution merge_partial
 def merge_partial(m1: Tensor, l1: Tensor, a1: Tensor, m2: Tensor, l2: Tensor, a2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Two partial softmax states (m (…, 1), l (…, 1), a (…, C)) -> the state of all keys together."""
@@ -734,20 +1433,37 @@ ex = exercise(
         "The new maximum is the larger one. What was computed with m₁ becomes right for m when it is multiplied by exp(m₁ - m). Sum and mixture alike.",
         "Two correction factors, exp(m1 - m) and exp(m2 - m), and a special care for m = -inf, where you subtract 0 instead.",
     ),
+    equivalent={
+        'base = m.masked_fill(m == -math.inf, 1.0) # both empty: avoid -inf - (-inf)': 'whatever finite number is subtracted, exp(-inf) is 0',
+        'base = m.masked_fill(m == -math.inf, -1.0) # both empty: avoid -inf - (-inf)': 'whatever finite number is subtracted, exp(-inf) is 0',
+    },
 )
 
 
 @ex.cases
 def _():
     t = lambda *x: torch.tensor([list(x)])
-    yield case("two keys", t(0.0), t(1.0), t(8.0), t(math.log(3)), t(1.0), t(4.0))
-    yield case("the larger half first", t(math.log(3)), t(1.0), t(4.0), t(0.0), t(1.0), t(8.0))
+    inf = math.inf
     g = seeded()
     state = lambda: (torch.randn(2, 3, 1, generator=g), 1 + torch.rand(2, 3, 1, generator=g), torch.randn(2, 3, 4, generator=g))
-    yield case("a batch of queries", *state(), *state())
-    yield case("very different scores", t(1000.0), t(1.5), t(2.0, 3.0), t(-1000.0), t(1.0), t(4.0, 5.0))
-    yield case("second half empty", t(1.0), t(2.0), t(3.0), t(-math.inf), t(0.0), t(0.0))
-    yield case("both halves empty", t(-math.inf), t(0.0), t(0.0), t(-math.inf), t(0.0), t(0.0))
+    one, two = state(), state()
+    empty = lambda *n: (torch.full((*n, 1), -inf), torch.zeros(*n, 1), torch.zeros(*n, 4))
+    mixed = [torch.cat([a[:1], b[:1]]) for a, b in zip(one, empty(1, 3))]
+    other = [torch.cat([b[:1], b[:1]]) for b in empty(1, 3)]
+    yield from apart(
+        case("two keys", t(0.0), t(1.0), t(8.0), t(math.log(3)), t(1.0), t(4.0)),
+        case("the larger half first", t(math.log(3)), t(1.0), t(4.0), t(0.0), t(1.0), t(8.0)),
+        case("equal maxima", t(1.0), t(2.0), t(3.0, 1.0), t(1.0), t(1.5), t(2.0, 4.0)),
+        case("a batch of queries", *one, *two),
+        case("very different scores", t(1000.0), t(1.5), t(2.0, 3.0), t(-1000.0), t(1.0), t(4.0, 5.0)),
+        case("the smaller half first, very different", t(-1000.0), t(1.0), t(4.0, 5.0), t(1000.0), t(1.5), t(2.0, 3.0)),
+        case("second half empty", t(1.0), t(2.0), t(3.0), t(-inf), t(0.0), t(0.0)),
+        case("first half empty", t(-inf), t(0.0), t(0.0), t(-5.0), t(2.0), t(3.0)),
+        case("both halves empty", t(-inf), t(0.0), t(0.0), t(-inf), t(0.0), t(0.0)),
+        case("some rows empty, others not", *mixed, *other),
+        case("double precision", *(x.double() for x in (*one, *two))),
+        case("half precision", *(x.half() for x in (*one, *two))).tolerance(rtol=5e-3, atol=5e-3),
+    )
 
 
 @ex.wrong("You added sums and mixtures without correcting them. They were computed with different maxima, so they are in different units.")
@@ -796,9 +1512,247 @@ def normalized(m1, l1, a1, m2, l2, a2):
     return m, l, a / l.masked_fill(l == 0, 1.0)
 
 
+@ex.wrong("The order of your result is another one: (m, l, a), maximum, sum, mixture.")
+def other_order(m1, l1, a1, m2, l2, a2):
+    m, l, a = merge_partial(m1, l1, a1, m2, l2, a2)
+    return m, a, l
+
+
+@ex.wrong("Your new m is the sum of the two maxima. It is the larger of the two.")
+def sum_of_maxima(m1, l1, a1, m2, l2, a2):
+    m, l, a = merge_partial(m1, l1, a1, m2, l2, a2)
+    return m1 + m2, l, a
+
+
+@ex.wrong("You returned the finished answer a / l. The state has three parts: a third machine may still have to be merged.")
+def finished(m1, l1, a1, m2, l2, a2):
+    m, l, a = merge_partial(m1, l1, a1, m2, l2, a2)
+    return a / l.masked_fill(l == 0, 1.0)
+
+
+@ex.wrong("An empty half has made your m finite (0, or a large negative number). Empty and empty stay empty: m = −∞.")
+def finite_maximum(m1, l1, a1, m2, l2, a2):
+    m, l, a = merge_partial(m1, l1, a1, m2, l2, a2)
+    return m.masked_fill(m == -math.inf, 0.0), l, a
+
+
+@ex.wrong("You chose the correction for the whole tensor at once (an `if` on one number, `.any()` or `.max()`). Every query has maxima of its own, and some can be empty while others are not.")
+def one_for_all(m1, l1, a1, m2, l2, a2):
+    m = torch.maximum(m1.max(), m2.max()).expand_as(m1).clone()
+    base = m.masked_fill(m == -math.inf, 0.0)
+    c1, c2 = (m1 - base).exp(), (m2 - base).exp()
+    return m, l1 * c1 + l2 * c2, a1 * c1 + a2 * c2
+
+
+@ex.wrong("The factors have changed places: what was computed with m₁ has to be corrected with exp(m₁ − m).")
+def factors_swapped(m1, l1, a1, m2, l2, a2):
+    m = torch.maximum(m1, m2)
+    base = m.masked_fill(m == -math.inf, 0.0)
+    c1, c2 = (m1 - base).exp(), (m2 - base).exp()
+    return m, l1 * c2 + l2 * c1, a1 * c2 + a2 * c1
+
+
+# %% solution online_attention
+def online_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    """softmax(q kᵀ / √D) v in one pass over blocks of keys: q (…, T, D), k (…, S, D), v (…, S, C) -> (…, T, C)."""
+    if block < 1:
+        raise ValueError(f"block is {block}; it must be at least 1")
+    m, total, mixed = q.new_tensor(-math.inf), q.new_zeros(()), q.new_zeros(())  # nothing seen yet; they grow by broadcasting
+    for start in range(0, k.shape[-2], block):
+        part = slice(start, start + block)
+        scores = q @ k[..., part, :].mT / math.sqrt(q.shape[-1])  # (…, T, block or less)
+        new = torch.maximum(m, scores.amax(-1, keepdim=True))
+        e, correction = (scores - new).exp(), (m - new).exp()
+        total = total * correction + e.sum(-1, keepdim=True)
+        mixed = mixed * correction + e @ v[..., part, :]
+        m = new
+    return mixed / total
+
+
+# %% checker online_attention
+ex = exercise(
+    "attention.online_attention",
+    title="Attention, block by block",
+    minutes=25,
+    difficulty=4,
+    points=5,
+    hints=(
+        "Compare with ordinary attention: one block, two blocks, two blocks and a rest, all scores at −1000. Each comparison shows another fault.",
+        "When the maximum grows, everything that was summed with the old one has to be corrected: the mixture is, what about the total? And which maximum does a query have that has seen nothing?",
+        "Start m at −∞ in the dtype of q, let the loop run to S (a slice may reach beyond the end), multiply both sums by exp(m − new), and refuse a block below 1.",
+    ),
+    equivalent={
+        'if block < 0:': 'range refuses a step of 0 with a ValueError of its own',
+    },
+)
+
+
+def watched(answer, q, k, v, block):
+    """Call the answer and watch for a table of all scores."""
+    import sys
+
+    from torch.overrides import TorchFunctionMode
+
+    T, S, found = q.shape[-2], k.shape[-2], []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[-2:] == (T, S) and block < S:
+                found.append("a table of all scores was made; go through the keys block by block")
+            return result
+
+    def watch(frame, event, what):
+        module = (frame.f_globals.get("__name__") or "") if event == "call" else ""
+        if module.startswith("llmcourse.") and not module.startswith("llmcourse.practice"):
+            found.append(f"{module}.{frame.f_code.co_name} was called; this exercise asks you to write that part yourself")
+        elif event == "c_call" and "scaled_dot_product" in getattr(what, "__name__", ""):
+            found.append(f"{what.__name__} was called; this exercise asks you to write that part yourself")
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        with Watch():
+            result = answer(q, k, v, block)
+    finally:
+        sys.setprofile(before)
+    if found:
+        raise RuntimeError(found[0])
+    return result
+
+
+@ex.cases
+def _():
+    g = seeded()
+    r = lambda *n: torch.randn(*n, generator=g)
+    q, k, v = r(3, 4), r(8, 4), r(8, 2)
+    one = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    rising = torch.tensor([[0.0, 0.0, 0.0, 0.0], [2 * math.log(3), 0.0, 0.0, 0.0]])
+    low = -400 * torch.ones(8, 4) + k
+    made = [
+        case("two keys, one after the other", one, rising, torch.tensor([[8.0], [4.0]]), 1),
+        case("one block", q, k, v, 8),
+        case("a block that is larger than the text", q, k, v, 100),
+        case("two blocks", q, k, v, 4),
+        case("one key at a time", q, k, v, 1),
+        case("two blocks and a rest", q, k, v, 3),
+        case("a rest of one", q, k, v, 7),
+        case("rising scores", 3 * q, k * torch.arange(1.0, 9)[:, None], v, 2),
+        case("falling scores", 3 * q, k * torch.arange(8.0, 0, -1)[:, None], v, 2),
+        case("all scores far below zero", torch.ones(3, 4), low, v, 3),
+        case("large scores", 300 * q, k, v, 2),
+        case("heads and a batch", r(2, 3, 5, 4), r(2, 3, 7, 4), r(2, 3, 7, 6), 2),
+        case("gradient", q, k, v, 3).gradients(0, 1, 2),
+        case("double precision", q.double(), k.double(), v.double(), 3),
+        case("half precision", q.half(), k.half(), v.half(), 3).tolerance(rtol=1e-2, atol=1e-2),
+        case("a block of zero", q, k, v, 0).raises(ValueError),
+        case("a negative block", q, k, v, -2).raises(ValueError),
+    ]
+    yield from (c.through(watched) for c in made)
+
+
+def _online(q, k, v, block, first=-math.inf, rest=True, total_corrected=True, mixed_corrected=True, scale=None, dtype=None, refuse=True):
+    if refuse and block < 1:
+        raise ValueError("block")
+    dtype = dtype or q.dtype
+    m = torch.full((*q.shape[:-1], 1), first, dtype=dtype)
+    total = torch.zeros(*q.shape[:-1], 1, dtype=dtype)
+    mixed = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=dtype)
+    for start in range(0, k.shape[-2] if rest else k.shape[-2] - block + 1, block):
+        part = slice(start, start + block)
+        scores = q @ k[..., part, :].mT / (scale or math.sqrt(q.shape[-1]))
+        new = torch.maximum(m, scores.amax(-1, keepdim=True))
+        e, c = (scores - new).exp(), (m - new).exp()
+        total = (total * c if total_corrected else total) + e.sum(-1, keepdim=True)
+        mixed = (mixed * c if mixed_corrected else mixed) + e @ v[..., part, :]
+        m = new
+    return mixed / total
+
+
+@ex.wrong("Nothing has changed yet: this is the function with its faults.")
+def as_given(q, k, v, block):
+    return _online(q, k, v, block, first=0.0, rest=False, total_corrected=False, dtype=torch.float32)
+
+
+@ex.wrong("The total is still not corrected: what was added with an older, smaller maximum counts too much from then on. Multiply it by exp(m − new), as the mixture is.")
+def total_not_corrected(q, k, v, block):
+    return _online(q, k, v, block, total_corrected=False)
+
+
+@ex.wrong("The mixture is not corrected (any more). Both sums, total and mixture, have to be multiplied by exp(m − new).")
+def mixture_not_corrected(q, k, v, block):
+    return _online(q, k, v, block, mixed_corrected=False)
+
+
+@ex.wrong("The last block is lost when it is not full: the loop ends one block too early. A slice may reach beyond the end; it is just shorter.")
+def rest_lost(q, k, v, block):
+    return _online(q, k, v, block, rest=False)
+
+
+@ex.wrong("The maximum still starts at 0. When all scores are far below zero, 0 stays the maximum, every exp underflows, and 0 / 0 is nan. Nothing seen yet means −∞.")
+def starts_at_zero(q, k, v, block):
+    return _online(q, k, v, block, first=0.0)
+
+
+@ex.wrong("You made the whole table of scores after all. The point of the exercise is never to hold it: take one block of keys at a time.")
+def whole_table(q, k, v, block):
+    if block < 1:
+        raise ValueError("block")
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+@ex.wrong("A softmax of its own for each block, and the average of the answers: a block of unimportant keys then weighs as much as the block that matters.")
+def average_of_blocks(q, k, v, block):
+    if block < 1:
+        raise ValueError("block")
+    parts = [(q @ a.mT / math.sqrt(q.shape[-1])).softmax(-1) @ b for a, b in zip(k.split(block, -2), v.split(block, -2))]
+    return torch.stack(parts).mean(0)
+
+
+@ex.wrong("The scale is missing: scores are divided by √D.")
+def no_scale(q, k, v, block):
+    return _online(q, k, v, block, scale=1.0)
+
+
+@ex.wrong("You did not divide by the total at the end: the mixture is not normalized.")
+def not_normalized(q, k, v, block):
+    out = online_attention(q, k, v, block)
+    total = 0
+    scores = [q @ a.mT / math.sqrt(q.shape[-1]) for a in k.split(block, -2)]
+    top = torch.stack([x.amax(-1, keepdim=True) for x in scores]).amax(0)
+    for x in scores:
+        total = total + (x - top).exp().sum(-1, keepdim=True)
+    return out * total
+
+
+@ex.wrong("Your sums are float32 whatever the inputs are: the result has another dtype than v, or half precision stops with an error. Make them in the dtype of q, or convert at the end.")
+def always_float32(q, k, v, block):
+    return _online(q.float(), k.float(), v.float(), block)
+
+
+@ex.wrong("A block below 1 is not refused with a ValueError of your own (`range` only refuses 0, and a negative step runs over nothing).")
+def block_not_checked(q, k, v, block):
+    if block < 1:
+        return torch.zeros(*q.shape[:-1], v.shape[-1]) / 0
+    return online_attention(q, k, v, block)
+
+
+@ex.wrong("There is no running maximum: exp of the scores as they are overflows when they are large, and underflows when they are low.")
+def no_maximum(q, k, v, block):
+    if block < 1:
+        raise ValueError("block")
+    total, mixed = 0, 0
+    for a, b in zip(k.split(block, -2), v.split(block, -2)):
+        e = (q @ a.mT / math.sqrt(q.shape[-1])).exp()
+        total, mixed = total + e.sum(-1, keepdim=True), mixed + e @ b
+    return mixed / total
+
+
 # %% solution longformer_mask
 def longformer_mask(T: int, radius: int, global_positions: list[int]) -> Tensor:
     """(T, T) bool: |i - j| <= radius, and rows and columns of the global positions."""
+    if radius < 0:
+        raise ValueError(f"radius is {radius}; it must be at least 0")
     if any(not 0 <= p < T for p in global_positions):
         raise ValueError(f"global positions {global_positions} must be from 0 to {T - 1}")
     at = torch.arange(T)
@@ -825,13 +1779,21 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("two by two", 2, 0, [])
-    yield case("one global position", 3, 0, [0])
-    yield case("a window of one to each side", 5, 1, [])
-    yield case("a window and two global positions", 6, 1, [0, 4])
-    yield case("wide window", 3, 5, [1])
-    yield case("a position that is not there", 3, 1, [3]).raises(ValueError)
-    yield case("a negative position", 3, 1, [-1]).raises(ValueError)
+    yield from apart(
+        case("two by two", 2, 0, []),
+        case("one position", 1, 0, []),
+        case("one global position", 3, 0, [0]),
+        case("a window of one to each side", 5, 1, []),
+        case("a window of two, the last position global", 7, 2, [6]),
+        case("a window and two global positions", 6, 1, [0, 4]),
+        case("a global position named twice, and not in order", 6, 0, [3, 1, 3]),
+        case("wide window", 3, 5, [1]),
+        case("everything global", 3, 0, [0, 1, 2]),
+        case("the position after the last", 3, 1, [3]).raises(ValueError),
+        case("a good position and a bad one", 4, 1, [0, 4]).raises(ValueError),
+        case("a negative position", 3, 1, [-1]).raises(ValueError),
+        case("a negative radius", 3, -1, [0]).raises(ValueError),
+    )
 
 
 @ex.wrong("Your window is one too narrow: |i - j| may be equal to the radius.")
@@ -886,6 +1848,172 @@ def from_the_end(T, radius, global_positions):
     return longformer_mask(T, radius, [p % T for p in global_positions])
 
 
+@ex.wrong("A position behind the last one ends in PyTorch's IndexError, or is skipped. Check the list first, and raise a ValueError.")
+def index_error(T, radius, global_positions):
+    if any(p < 0 for p in global_positions):
+        raise ValueError
+    if any(p >= T for p in global_positions):
+        raise IndexError(f"index {max(global_positions)} is out of bounds for dimension 0 with size {T}")
+    return longformer_mask(T, radius, global_positions)
+
+
+@ex.wrong("Only pairs of two global positions were opened. A global position sees every position, and every position sees it.")
+def among_themselves(T, radius, global_positions):
+    mask = longformer_mask(T, radius, [])
+    for i in global_positions:
+        for j in global_positions:
+            if 0 <= i < T and 0 <= j < T:
+                mask[i, j] = True
+            else:
+                raise ValueError
+    return mask
+
+
+@ex.wrong("Your window has `radius` positions in all. The radius counts to each side.")
+def width_for_radius(T, radius, global_positions):
+    return longformer_mask(T, radius // 2 if radius >= 0 else radius, global_positions)
+
+
+@ex.wrong("The mask is causal: nobody looks ahead, not even at a global position. An encoder looks in both directions.")
+def causal(T, radius, global_positions):
+    return longformer_mask(T, radius, global_positions).tril()
+
+
+@ex.wrong("A negative radius is not refused. Then not even the diagonal is open, and the rows of ordinary positions are empty.")
+def negative_radius(T, radius, global_positions):
+    mask = longformer_mask(T, max(radius, 0), global_positions)
+    return mask if radius >= 0 else mask & ~torch.eye(T, dtype=torch.bool)
+
+
+# %% solution longest_text
+def longest_text(budget: int, window: int) -> int:
+    """The largest T with Σ min(i + 1, window) <= budget over i = 0 … T - 1."""
+    if budget < 1 or window < 1:
+        raise ValueError("budget and window must be at least 1")
+    triangle = window * (window + 1) // 2  # pairs of a text as long as the window
+    if budget >= triangle:
+        return window + (budget - triangle) // window  # every further token makes `window` pairs
+    return (math.isqrt(8 * budget + 1) - 1) // 2  # T (T + 1) / 2 <= budget
+
+
+# %% checker longest_text
+ex = exercise(
+    "attention.longest_text",
+    title="How long may the text be?",
+    minutes=15,
+    difficulty=3,
+    points=4,
+    hints=(
+        "Draw the pairs as a shape: a triangle at the beginning, then a band of constant width. How many pairs has each part?",
+        "A text as long as the window makes W(W + 1)/2 pairs. If that is within the budget, each further token costs exactly W. If not, only the triangle counts.",
+        "Within the triangle, T(T + 1)/2 ≤ budget: T = (√(8·budget + 1) − 1)/2, rounded down, with `math.isqrt`, which is exact. Or a bisection with the formula for the pairs.",
+    ),
+    equivalent={
+        'if budget > triangle:': 'a budget of exactly the triangle gives the window either way',
+        'return (math.isqrt(8 * budget + 2) - 1) // 2 # T (T + 1) / 2 <= budget': '8 · budget + 2 is never a square, so the root is the same',
+    },
+)
+
+
+@ex.cases
+def _():
+    big, wide = 10**18, 10**9
+    tri = lambda t: t * (t + 1) // 2
+    t = 987_654_321
+    yield from apart(
+        case("by hand", 6, 2),
+        case("exactly five pairs", 5, 2),
+        case("one pair too few", 4, 2),
+        case("one pair", 1, 1),
+        case("a window of one", 10, 1),
+        case("one token", 2, 5),
+        case("exactly the triangle", 15, 5),
+        case("one less than the triangle", 14, 5),
+        case("one token more than the triangle", 20, 5),
+        case("not quite one token more", 19, 5),
+        case("full causal attention", 5050, 1000),
+        case("full causal attention, one pair too few", 5049, 1000),
+        case("a real window", 10**9, 4096),
+        case("a huge budget", big, 4096),
+        case("a huge window, exactly", tri(t), wide),
+        case("a huge window, one pair too few", tri(t) - 1, wide),
+        case("a huge window, one pair more", tri(t) + 1, wide),
+        case("no budget", 0, 4).raises(ValueError),
+        case("a negative budget", -5, 4).raises(ValueError),
+        case("no window", 10, 0).raises(ValueError),
+    )
+
+
+def _refuse(budget, window):
+    if budget < 1 or window < 1:
+        raise ValueError("below 1")
+
+
+@ex.wrong("You forgot the beginning of the text, where the window is not full: budget // W counts W pairs for every token, also for the first.")
+def no_triangle(budget, window):
+    _refuse(budget, window)
+    return budget // window
+
+
+@ex.wrong("You forgot the window: T(T + 1)/2 counts full causal attention. From token W on every further token makes only W pairs.")
+def no_window(budget, window):
+    _refuse(budget, window)
+    return (math.isqrt(8 * budget + 1) - 1) // 2
+
+
+@ex.wrong("You counted T² pairs: half of them lie in the future, which a causal model does not look at.")
+def square(budget, window):
+    _refuse(budget, window)
+    return min(math.isqrt(budget), window) if budget < window * window else window + (budget - window * window) // window
+
+
+@ex.wrong("You computed with floating-point numbers: for large budgets the root, or the quotient, is rounded and lands one beside. Whole numbers are exact: `math.isqrt` and `//`.")
+def floating_point(budget, window):
+    _refuse(budget, window)
+    triangle = window * (window + 1) / 2
+    if budget >= triangle:
+        return int(window + (budget - triangle) / window)
+    return round((math.sqrt(8 * budget + 1) - 1) / 2 - 0.4999999)
+
+
+@ex.wrong("A query does not count itself in your answer: the first token makes one pair, not none.")
+def without_itself(budget, window):
+    _refuse(budget, window)
+    w = window - 1
+    if w == 0:
+        return budget
+    triangle = w * (w + 1) // 2
+    return 1 + (w + (budget - triangle) // w if budget >= triangle else (math.isqrt(8 * budget + 1) - 1) // 2)
+
+
+@ex.wrong("Your window has W positions before the query, and the query itself on top: W + 1 in all. The window includes it.")
+def window_and_itself(budget, window):
+    return longest_text(budget, window + 1 if window > 0 else window)
+
+
+@ex.wrong("Where the budget is met exactly, your text is one token too short. “At most” includes the border.")
+def below_the_budget(budget, window):
+    _refuse(budget, window)
+    return longest_text(budget - 1, window) if budget > 1 else 0
+
+
+@ex.wrong("Your text is one token too long: you returned the first length that is too much, or rounded up.")
+def one_too_long(budget, window):
+    return longest_text(budget, window) + 1
+
+
+@ex.wrong("You returned the number of pairs. The question is the other way around: the pairs are given, the tokens are wanted.")
+def the_pairs(budget, window):
+    _refuse(budget, window)
+    w = min(window, budget)
+    return w * (w + 1) // 2 + (budget - w) * w
+
+
+@ex.wrong("A budget or a window below 1 is not refused. Not even one token fits: raise a ValueError.")
+def not_refused(budget, window):
+    return longest_text(budget, window) if budget >= 1 and window >= 1 else 0
+
+
 # %% solution linear_step
 def linear_step(state: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """state (D, C), norm (D,), q and k (D,), v (C,) -> out (C,), new state (D, C), new norm (D,)."""
@@ -913,13 +2041,22 @@ ex = exercise(
 @ex.cases
 def _():
     z = torch.zeros
-    yield case("the first token", z(2, 2), z(2), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([2.0, 4.0]))
     g = seeded()
-    r = lambda *s: torch.randn(*s, generator=g)
-    yield case("with a past", torch.rand(2, 2, generator=g), 1 + torch.rand(2, generator=g), r(2), r(2), r(2))
-    yield case("values of another width", torch.rand(3, 2, generator=g), 1 + torch.rand(3, generator=g), r(3), r(3), r(2))
-    yield case("negative keys and queries", torch.rand(2, 2, generator=g), 1 + torch.rand(2, generator=g), -1 - torch.rand(2, generator=g), -1 - torch.rand(2, generator=g), r(2))
-    yield case("gradient", torch.rand(2, 3, generator=g), 1 + torch.rand(2, generator=g), r(2), r(2), r(3)).gradients(0, 2, 3, 4)
+    r = lambda *n: torch.randn(*n, generator=g)
+    past = lambda d, c: (torch.rand(d, c, generator=g), 1 + torch.rand(d, generator=g))
+    two = (*past(2, 2), r(2), r(2), r(2))
+    yield from apart(
+        case("the first token", z(2, 2), z(2), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([2.0, 4.0])),
+        case("width one", torch.tensor([[2.0]]), torch.tensor([4.0]), torch.tensor([-1.0]), torch.tensor([3.0]), torch.tensor([5.0])),
+        case("with a past", *two),
+        case("narrower values", *past(3, 2), r(3), r(3), r(2)),
+        case("wider values", *past(2, 5), r(2), r(2), r(5)),
+        case("negative keys and queries", *past(2, 2), -1 - torch.rand(2, generator=g), -1 - torch.rand(2, generator=g), r(2)),
+        case("a long past", torch.rand(2, 2, generator=g) * 1000, 1000 + torch.rand(2, generator=g), r(2), r(2), r(2)),
+        case("gradient", *past(2, 3), r(2), r(2), r(3)).gradients(0, 1, 2, 3, 4),
+        case("double precision", *(t.double() for t in two)),
+        case("half precision", *(t.half() for t in two)).tolerance(rtol=5e-3, atol=5e-3),
+    )
 
 
 @ex.wrong("You read the answer before you added the new token, so it does not see itself. For the first token that is 0 / 0.")
@@ -973,3 +2110,169 @@ def transposed(state, norm, q, k, v):
     q, k = F.elu(q) + 1, F.elu(k) + 1
     state, norm = state + v[:, None] * k, norm + k
     return q @ state / (q @ norm), state, norm
+
+
+def _phi(q, k):
+    return F.elu(q) + 1, F.elu(k) + 1
+
+
+@ex.wrong("You divided by the sum of the norm, without φ(q). The denominator is the product φ(q) · new_norm: each query has its own.")
+def norm_summed(state, norm, q, k, v):
+    q, k = _phi(q, k)
+    state, norm = state + k[:, None] * v, norm + k
+    return q @ state / norm.sum(), state, norm
+
+
+@ex.wrong("The answer is read with the old norm: numerator and denominator belong to the same sums, both with the new token.")
+def old_norm(state, norm, q, k, v):
+    q, k = _phi(q, k)
+    new = state + k[:, None] * v
+    return q @ new / (q @ norm), new, norm + k
+
+
+@ex.wrong("You divided the state itself, so it no longer is a sum: the next token would be added to an average.")
+def state_normalized(state, norm, q, k, v):
+    q, k = _phi(q, k)
+    state, norm = state + k[:, None] * v, norm + k
+    return q @ state / (q @ norm), state / norm[:, None], norm
+
+
+@ex.wrong("Your φ is exp. That is a kernel of its own (and closer to softmax); the statement takes elu(x) + 1.")
+def exponential(state, norm, q, k, v):
+    q, k = q.exp(), k.exp()
+    state, norm = state + k[:, None] * v, norm + k
+    return q @ state / (q @ norm), state, norm
+
+
+@ex.wrong("Only the output is returned. The next token needs the new state and the new norm.")
+def output_only(state, norm, q, k, v):
+    return linear_step(state, norm, q, k, v)[0]
+
+
+@ex.wrong("The norm was not updated: it is the sum of φ(k) over all tokens, the new one included.")
+def norm_not_updated(state, norm, q, k, v):
+    q, k = _phi(q, k)
+    new = state + k[:, None] * v
+    return q @ new / (q @ (norm + k)), new, norm.clone()
+
+
+# %% solution previous_token
+def previous_token(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """(w_q, w_k), each (D, D), of a causal head that looks at the position before. codes (T, D) has orthonormal rows."""
+    T, D = codes.shape
+    # The score of the position before becomes 20; all others are 0.
+    sharp = 20 * math.sqrt(D)
+    w_q = sharp * codes[:-1].T @ codes[1:]  # sends code i to code i - 1
+    return w_q, torch.eye(D)
+
+
+# %% checker previous_token
+ex = exercise(
+    "attention.previous_token",
+    title="A head that looks one step back",
+    minutes=20,
+    difficulty=4,
+    points=5,
+    hints=(
+        "Let w_k be the identity. Then the query of token i has to be (a multiple of) the code of token i − 1.",
+        "The outer product of a and b, as a matrix, sends b to a (when b has length 1) and everything orthogonal to b to zero. Which outer products do you add up?",
+        "w_q = c · Σ codes[i − 1] codes[i]ᵀ, which is `c * codes[:-1].T @ codes[1:]`. After the division by √D the score is c/√D; take c = 20·√D, since e²⁰ is large enough for any T here.",
+    ),
+    equivalent={
+        'sharp = 19 * math.sqrt(D)': 'still sharp enough',
+        'sharp = 21 * math.sqrt(D)': 'sharper does as well',
+    },
+)
+
+
+def looked_at(answer, codes):
+    """Where the head looks, in words."""
+    result = answer(codes)
+    T, D = codes.shape
+    if not isinstance(result, (tuple, list)) or len(result) != 2 or not all(isinstance(t, torch.Tensor) for t in result):
+        return {"two matrices": "no"}
+    if any(tuple(t.shape) != (D, D) for t in result):
+        return {"shapes": [list(t.shape) for t in result]}
+    if any(t.dtype != torch.float32 for t in result):
+        return {"dtypes": [t.dtype for t in result]}
+    w_q, w_k = (t.detach() for t in result)
+    scores = (codes @ w_q.T) @ (codes @ w_k.T).T / math.sqrt(D)
+    weights = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+    if not weights.isfinite().all():
+        return {"attention to the position before": "nan"}
+    before = weights.diagonal(-1)
+    if bool((before >= 0.99).all()):
+        return {"attention to the position before": "at least 0.99 in every row"}
+    most = weights[1:].argmax(-1) - torch.arange(1, T)
+    where = (
+        "the position before comes first, with less than 0.99" if bool((before > weights[1:].amax(-1) - 1e-6).all()) and float(before.min()) > 1.001 / T
+        else "every token looks mostly at itself" if bool((most == 0).all())
+        else "it is shared out evenly, and the highest score belongs to the next token, which is masked" if bool((scores[:-1].argmax(-1) == torch.arange(1, T)).all())
+        else "it is shared out evenly" if float(weights[-1].max() - weights[-1].min()) < 1e-3
+        else "it goes to other positions"
+    )
+    return {"attention to the position before": where}
+
+
+@ex.cases
+def _():
+    g = seeded()
+    turned = lambda T, D: torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64)).Q[:T].float()
+    made = [
+        case("two tokens, plain codes", torch.eye(2)),
+        case("four tokens, plain codes", torch.eye(4)),
+        case("four tokens, codes in another order", torch.eye(6)[[4, 0, 5, 2]]),
+        case("five tokens, codes of width eight", turned(5, 8)),
+        case("as many tokens as columns", turned(12, 12)),
+        case("a wide head", turned(30, 64)),
+    ]
+    yield from (c.through(looked_at) for c in made)
+
+
+@ex.wrong("Every token looks mostly at itself: its query agrees best with its own key. One of the two matrices (and only one) has to turn a code into the code of its neighbor.")
+def identities(codes):
+    D = codes.shape[1]
+    return 20 * math.sqrt(D) * torch.eye(D), torch.eye(D)
+
+
+@ex.wrong("Your scores are too close together: the position before is first, but the softmax gives it less than 0.99. Multiply the matrix; the division by √D takes a part away again.")
+def too_soft(codes):
+    return codes[:-1].T @ codes[1:], torch.eye(codes.shape[1])
+
+
+@ex.wrong("You moved the columns by one (`roll`, or ones beside the diagonal). That fits only when code i is the i-th unit vector; build the matrix from the codes themselves.")
+def shifted_columns(codes):
+    D = codes.shape[1]
+    w = torch.zeros(D, D)
+    w[torch.arange(D - 1), torch.arange(1, D)] = 20 * math.sqrt(D)
+    return w, torch.eye(D)
+
+
+@ex.wrong("Each query asks for the next token, which the causal mask hides: your matrix sends code i to code i + 1. Transposed, it does the opposite.")
+def transposed(codes):
+    w, eye = previous_token(codes)
+    return w.T.contiguous(), eye
+
+
+@ex.wrong("All scores of a row are equal, so the attention is shared out evenly: one of the matrices is zero, or sends every code to the same vector.")
+def nothing(codes):
+    D = codes.shape[1]
+    return torch.zeros(D, D), torch.zeros(D, D)
+
+
+@ex.wrong("You returned queries and keys (T, D), or the scores. The statement asks for the two matrices (D, D) that make them.")
+def queries_and_keys(codes):
+    w_q, w_k = previous_token(codes)
+    return codes @ w_q.T, codes @ w_k.T
+
+
+@ex.wrong("The sign is turned round: the position before gets the lowest score of all.")
+def negative(codes):
+    w, eye = previous_token(codes)
+    return -w, eye
+
+
+@ex.wrong("Your matrix sends code i to code i − 2: the head looks two steps back. Pair each code with the one directly before it.")
+def two_steps(codes):
+    D = codes.shape[1]
+    return 20 * math.sqrt(D) * codes[:-2].T @ codes[2:], torch.eye(D)

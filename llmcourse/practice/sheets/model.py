@@ -1848,7 +1848,7 @@ def all_to_one(n_tokens, n_experts):
     return p
 
 
-@ex.wrong("You have it the wrong way round: the popular expert is chosen with certainty, the unpopular one hardly. Count and probability then agree, and the loss is high.")
+@ex.wrong("The expert that is chosen most is also the most probable one on average: count and probability agree, and the loss is not below 1. Let the tokens that choose the popular expert be as unsure as possible, and the others sure.")
 def agrees(n_tokens, n_experts):
     p = torch.zeros(n_tokens, n_experts)
     p[:, 0] = 1.0
