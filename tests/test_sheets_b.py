@@ -6,6 +6,7 @@ And the broken code that a statement shows runs, fails, and gets a sentence.
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -337,6 +338,329 @@ def lowest_torch(V, epsilon):
 
 
 RIGHT.append(("optimizers.state_bytes", 134_515_008 * 8))
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+@right("training.plan")
+def plan_ceil(tokens, seq_len, batch_size, micro_batch, processes, *, verbose=False):
+    rounds, rest = divmod(batch_size, micro_batch * processes)
+    if rest or not rounds:
+        raise ValueError("batch")
+    return rounds, math.ceil(tokens / seq_len / batch_size)
+
+
+@right("training.plan")
+def plan_loop(tokens, seq_len, batch_size, micro_batch, processes):
+    rounds, steps = 0, 0
+    while rounds * micro_batch * processes < batch_size:
+        rounds += 1
+    if rounds * micro_batch * processes != batch_size:
+        raise ValueError("batch")
+    while steps * batch_size * seq_len < tokens:
+        steps += 1
+    return rounds, steps
+
+
+@right("training.train_step")
+def step_by_hand(model, optimizer, micro_batches, loss_fn):
+    """torch.autograd.grad in place of backward, sums in float64."""
+    params = list(model.parameters())
+    sums, n, total = [torch.zeros_like(p, dtype=torch.float64) for p in params], 0, 0.0
+    for mb in micro_batches:
+        losses = loss_fn(model, mb)
+        if losses.numel() == 0:
+            continue
+        for s, g in zip(sums, torch.autograd.grad(losses.sum(), params)):
+            s += g
+        n += losses.shape[0]
+        total += float(losses.detach().sum())
+    optimizer.zero_grad()
+    for p, s in zip(params, sums):
+        p.grad = (s / n).to(p.dtype)
+    optimizer.step()
+    return total / n
+
+
+@right("training.train_step")
+def step_means(model, optimizer, micro_batches, loss_fn):
+    """A running mean: earlier gradients are scaled down as targets arrive."""
+    model.zero_grad()
+    n, mean = 0, 0.0
+    for mb in micro_batches:
+        losses = loss_fn(model, mb)
+        k = len(losses)
+        if not k:
+            continue
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(n / (n + k))
+        (losses.mean() * k / (n + k)).backward()
+        mean = mean * n / (n + k) + losses.mean().item() * k / (n + k)
+        n += k
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean
+
+
+@right("training.local_loss")
+def share_of_all(losses, counts):
+    return losses.div(sum(counts) / len(counts)).sum()
+
+
+@right("training.local_loss")
+def mean_or_nothing(losses, counts):
+    if len(losses) == 0:
+        return losses.sum() * 0.0
+    return losses.mean() * (losses.numel() / (sum(counts) / len(counts)))
+
+
+@right("training.batch_of_step")
+def batch_by_walking(step, n_items, batch_size, seed):
+    per_epoch = n_items // batch_size
+    if not per_epoch:
+        raise ValueError("too few")
+    epoch = 0
+    while step >= per_epoch:
+        step, epoch = step - per_epoch, epoch + 1
+    g = torch.Generator()
+    g.manual_seed(seed + epoch)
+    return torch.randperm(n_items, generator=g).split(batch_size)[step].clone()
+
+
+@right("training.batch_of_step")
+def batch_by_fork(step, n_items, batch_size, seed):
+    if n_items < batch_size:
+        raise ValueError
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + step // (n_items // batch_size))
+        order = torch.randperm(n_items)
+    return order[: n_items - n_items % batch_size].view(-1, batch_size)[step % (n_items // batch_size)]
+
+
+@right("training.fp16_step")
+def fp16_flat(weights, grads, scale, lr, max_norm):
+    flat = torch.cat([g.reshape(-1) for g in grads]).double()
+    if not torch.isfinite(flat).all():
+        return [w + 0 for w in weights], scale * 0.5
+    norm = float((flat / scale).norm())
+    clip = 1.0 if norm <= max_norm else max_norm / norm
+    return [torch.add(w, g, alpha=-lr * clip / scale) for w, g in zip(weights, grads)], scale
+
+
+@right("training.fp16_step")
+def fp16_foreach(weights, grads, scale, lr, max_norm):
+    if any((g != g).any() or g.abs().max() == math.inf for g in grads):
+        return [w.clone() for w in weights], scale / 2
+    g = torch._foreach_div(grads, scale)
+    norm = torch.stack(torch._foreach_norm(g)).norm()
+    torch._foreach_mul_(g, torch.clamp(max_norm / (norm + 1e-12), max=1.0).item())
+    return list(torch._foreach_add(weights, g, alpha=-lr)), float(scale)
+
+
+@right("training.Snapshot")
+class InBytes:
+    """Everything through torch.save, into memory."""
+
+    def __init__(self, model, optimizer, scheduler, generator, step):
+        import io
+
+        kept = [model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), generator.get_state(), step]
+        stream = io.BytesIO()
+        torch.save(kept, stream)
+        self.data = stream.getvalue()
+
+    def restore(self, model, optimizer, scheduler, generator):
+        import io
+
+        model_state, optimizer_state, scheduler_state, random, step = torch.load(io.BytesIO(self.data))
+        model.load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)
+        scheduler.load_state_dict(scheduler_state)
+        generator.set_state(random)
+        return step
+
+
+@right("training.Snapshot")
+class ClonesAndPickle:
+    def __init__(self, model, optimizer, scheduler, generator, step=0):
+        import pickle
+
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.rest = pickle.dumps((optimizer.state_dict(), scheduler.state_dict(), step))
+        self.random = generator.get_state().clone()
+
+    def restore(self, model, optimizer, scheduler, generator):
+        import pickle
+
+        optimizer_state, scheduler_state, step = pickle.loads(self.rest)
+        scheduler.load_state_dict(scheduler_state)
+        optimizer.load_state_dict(optimizer_state)
+        model.load_state_dict(self.weights, strict=True)
+        generator.set_state(self.random)
+        return step
+
+
+@right("training.save_atomically")
+def save_pathlib(path, write):
+    new = Path(path).with_name(Path(path).name + f".{os.getpid()}.tmp")
+    try:
+        write(str(new))
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@right("training.save_atomically")
+def save_mkstemp(path, write):
+    import tempfile
+
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=os.path.dirname(path) or ".")
+    os.close(handle)
+    try:
+        write(name)
+        with open(name, "rb") as f:
+            os.fsync(f.fileno())
+        os.rename(name, path)
+    except BaseException as e:
+        if os.path.lexists(name):
+            os.unlink(name)
+        raise e
+
+
+@right("training.differing_fields")
+def differing_by_stack(saved, current, *, prefix=""):
+    found, todo = set(), [("", saved, current)]
+    while todo:
+        at, a, b = todo.pop()
+        for key in {*a, *b}:
+            name = f"{at}.{key}" if at else key
+            if (key in a) != (key in b):
+                found.add(name)
+            elif type(a[key]) is dict and type(b[key]) is dict:
+                todo.append((name, a[key], b[key]))
+            else:
+                x, y = a[key], b[key]
+                x = list(x) if isinstance(x, tuple) else x
+                y = list(y) if isinstance(y, tuple) else y
+                if not x == y:
+                    found.add(name)
+    return sorted(found)
+
+
+@right("training.differing_fields")
+def differing_generator(saved, current):
+    nothing = object()
+
+    def walk(a, b, at):
+        for key in sorted(set(a).union(b)):
+            x, y = a.get(key, nothing), b.get(key, nothing)
+            if isinstance(x, dict) and isinstance(y, dict):
+                yield from walk(x, y, (*at, key))
+                continue
+            x, y = (tuple(v) if isinstance(v, list) else v for v in (x, y))
+            if x != y:
+                yield ".".join((*at, key))
+
+    return sorted(walk(saved, current, ()))
+
+
+@right("training.early_stop")
+def stop_by_prefix(losses, patience, min_delta=0.0):
+    if patience <= 0:
+        raise ValueError("patience")
+    bests, best = [], None
+    for i, loss in enumerate(losses):
+        if loss == loss and (best is None or losses[best] - loss > min_delta):
+            best = i
+        bests.append(best)
+        last = -1 if best is None else best
+        if i - last >= patience:
+            return i, best
+    return None, best
+
+
+@right("training.early_stop")
+def stop_while(losses, patience, min_delta=0.0, verbose=False):
+    if not patience >= 1:
+        raise ValueError("patience")
+    left, best, index, i = patience, float("inf"), None, 0
+    while i < len(losses) and left:
+        if not math.isnan(losses[i]) and losses[i] + min_delta < best:
+            best, index, left = losses[i], i, patience
+        else:
+            left -= 1
+        i += 1
+    return (None if left else i - 1), index
+
+
+@right("training.mfu")
+def mfu_six_n(tokens_per_second, n_params, n_layers, d_model, seq_len, peak_flops):
+    return (6 * n_params + 12 * n_layers * d_model * seq_len) / peak_flops * tokens_per_second
+
+
+@right("training.mfu")
+def mfu_numpy(tokens_per_second, n_params, n_layers, d_model, seq_len, peak_flops):
+    per_layer = np.float64(2 * seq_len * d_model) + 2 * seq_len * d_model
+    forward = 2 * np.float64(n_params) + n_layers * per_layer
+    return (forward + 2 * forward) * tokens_per_second / peak_flops
+
+
+@right("training.peak_activations")
+def peak_simulated(n_layers, inside, boundary, segment):
+    if segment < 0:
+        raise ValueError
+    if not segment:
+        return sum(inside for _ in range(n_layers))
+    sizes = [len(range(n_layers)[i : i + segment]) for i in range(0, n_layers, segment)]
+    return max(len(sizes) * boundary + size * inside for size in sizes)
+
+
+@right("training.peak_activations")
+def peak_divmod(n_layers, inside, boundary, segment):
+    if segment == 0:
+        return inside * n_layers
+    if segment < 0:
+        raise ValueError(segment)
+    whole, rest = divmod(n_layers, segment)
+    return (whole + bool(rest)) * boundary + (segment if whole else rest) * inside
+
+
+@right("training.deepest")
+def deepest_by_trying(budget, inside, boundary):
+    n = 0
+    while True:
+        peaks = [(n + 1) * inside] + [-(-(n + 1) // s) * boundary + s * inside for s in range(1, n + 2)]
+        if min(peaks) > budget:
+            return n
+        n += 1
+
+
+@right("training.deepest")
+def deepest_root(budget, inside, boundary):
+    """Near the continuous optimum, half of the budget inside."""
+    middle = budget // (2 * inside)
+    near = range(max(1, middle - 60), middle + 60)
+    fits = [s * ((budget - s * inside) // boundary) for s in near if s * inside <= budget]
+    return max([budget // inside, *fits])
+
+
+@right("training.gradient_and_noise")
+def two_equations(b_small, sq_small, b_big, sq_big):
+    if b_small == b_big:
+        raise ValueError
+    signal, noise = np.linalg.solve([[1, 1 / b_small], [1, 1 / b_big]], [sq_small, sq_big])
+    return float(signal), float(noise)
+
+
+@right("training.gradient_and_noise")
+def mccandlish(b_small, sq_small, b_big, sq_big):
+    try:
+        signal = (b_big * sq_big - b_small * sq_small) / (b_big - b_small)
+        return signal, (sq_small - sq_big) / (1 / b_small - 1 / b_big)
+    except ZeroDivisionError:
+        raise ValueError("equal batch sizes") from None
 
 
 # ------------------------------------------------------------------------------------------ tests

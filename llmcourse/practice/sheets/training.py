@@ -21,12 +21,14 @@ from llmcourse.practice.checking import case, exercise
 
 
 # %% solution plan
-def plan(tokens: int, seq_len: int, batch_size: int, micro_batch: int, processes: int) -> tuple[int, int]:
+def plan(
+    tokens: int, seq_len: int, batch_size: int, micro_batch: int, processes: int
+) -> tuple[int, int]:
     """(micro-batches per process and step, optimizer steps until at least `tokens` tokens were used)."""
     at_once = micro_batch * processes
     if batch_size % at_once:
-        raise ValueError(f"a batch of {batch_size} cannot be dealt out in micro-batches of {micro_batch} to {processes} processes")
-    return batch_size // at_once, math.ceil(tokens / (batch_size * seq_len))
+        raise ValueError(f"a batch of {batch_size} is no multiple of {micro_batch} · {processes}")
+    return batch_size // at_once, -(-tokens // (batch_size * seq_len))  # rounded up
 
 
 # %% checker plan
@@ -50,7 +52,12 @@ def _():
     yield case("one process, no accumulation", 64, 8, 4, 4, 1)
     yield case("a budget that is met exactly", 96, 4, 8, 1, 1)
     yield case("eight processes", 1_000_000, 512, 64, 2, 8)
+    yield case("one token", 1, 16, 6, 3, 2)
+    yield case("one token more than two steps", 97, 4, 12, 2, 3)
+    yield case("one token less than two steps", 95, 4, 12, 2, 3)
+    yield case("no tokens", 0, 4, 8, 2, 2)
     yield case("a batch that cannot be dealt out", 100, 4, 8, 3, 2).raises(ValueError)
+    yield case("enough for one process, not for all", 100, 4, 6, 2, 2).raises(ValueError)
     yield case("a batch smaller than one round", 100, 4, 2, 2, 2).raises(ValueError)
 
 
@@ -91,6 +98,19 @@ def rounds_the_batch(tokens, seq_len, batch_size, micro_batch, processes):
     return max(1, batch_size // (micro_batch * processes)), math.ceil(tokens / (batch_size * seq_len))
 
 
+@ex.wrong("You gave floating-point numbers, 2.0 in place of 2. Both are counts, and `range(2.0)` is an error: divide with `//`, or turn them into whole numbers.")
+def floats(tokens, seq_len, batch_size, micro_batch, processes):
+    accumulation, steps = plan(tokens, seq_len, batch_size, micro_batch, processes)
+    return float(accumulation), float(steps)
+
+
+@ex.wrong("You looked only whether the batch can be dealt out in micro-batches, or only to the processes. It has to be a multiple of the two together, micro_batch · processes.")
+def one_condition(tokens, seq_len, batch_size, micro_batch, processes):
+    if batch_size % micro_batch:
+        raise ValueError("batch_size")
+    return batch_size // (micro_batch * processes), math.ceil(tokens / (batch_size * seq_len))
+
+
 # %% solution train_step
 def train_step(model: nn.Module, optimizer, micro_batches: list, loss_fn: Callable) -> float:
     """One optimizer step on the mean over all targets of all micro-batches; returns that mean."""
@@ -118,60 +138,65 @@ ex = exercise(
         "`backward` adds to what is already in `.grad`. So sums of losses can go backward one after the other, and the division can wait until the end.",
         "Clear the gradients; for each micro-batch `losses.sum().backward()` and count its targets; divide every `.grad` by the count of all targets; then one `optimizer.step()`.",
     ),
+    equivalent={
+        'total, n = total + losses.sum().item(), n + losses.numel()': 'item() leaves the graph anyway',
+    },
 )
 
 
-def run_steps(answer, weight, steps, lr, look_at):
+def run_steps(answer, weight, steps, lr, look_at, stale=0.0):
     """Train a linear model without bias on (x, y) micro-batches; `steps` is a list of lists of them."""
     model = nn.Linear(len(weight), 1, bias=False)
     model.weight.data.copy_(weight[None])
+    if stale:
+        model.weight.grad = torch.full_like(model.weight, stale)
+    calls = {"forward passes": 0, "optimizer steps": 0, "each backward before the next forward": True}
+    waiting = []
 
     class GradientDescent:  # making one of torch.optim's takes seconds the first time
         def zero_grad(self, set_to_none=True):
             model.weight.grad = None
 
         def step(self):
+            calls["optimizer steps"] += 1
             model.weight.data -= lr * model.weight.grad
-
-    optimizer = GradientDescent()
-    count = {"forward": 0, "backward": 0, "in order": True}
-
-    def arrived(p):
-        count["backward"] += 1
-
-    model.weight.register_post_accumulate_grad_hook(arrived)
 
     def loss_fn(model, micro_batch):
         x, y = micro_batch
-        if torch.is_grad_enabled():
-            count["in order"] = count["in order"] and count["backward"] >= count["forward"]
-            count["forward"] += len(y) > 0
-        return (model(x)[:, 0] - y).square()
+        losses = (model(x)[:, 0] - y).square()
+        calls["forward passes"] += 1
+        calls["each backward before the next forward"] &= not waiting
+        if losses.requires_grad and len(y):
+            waiting.append(len(y))
+            losses.register_hook(lambda gradient: waiting.clear())
+        return losses
 
+    optimizer = GradientDescent()
     weights, losses = [], []
     for micro_batches in steps:
         losses.append(answer(model, optimizer, micro_batches, loss_fn))
         weights.append(model.weight.detach()[0].clone())
-    return {"the weight after each step": weights, "the returned loss": losses, "each backward before the next forward": count["in order"]}[look_at]
+    return {"the weight after each step": weights, "the returned loss": losses, "the calls": calls}[look_at]
 
 
 @ex.cases
 def _():
     x = lambda n: torch.ones(n, 1)
     t = lambda *v: torch.tensor(v)
-    weight, loss, order = "the weight after each step", "the returned loss", "each backward before the next forward"
+    weight, loss, calls = "the weight after each step", "the returned loss", "the calls"
     uneven = [(x(1), t(4.0)), (x(3), t(0.0, 0.0, 0.0))]
     yield case("by hand", t(0.0), [uneven], 0.5, weight).through(run_steps)
     yield case("by hand: the loss", t(0.0), [uneven], 0.5, loss).through(run_steps)
     yield case("two steps", t(0.0), [uneven, [(x(2), t(1.0, 1.0)), (x(1), t(2.0))]], 0.25, weight).through(run_steps)
     yield case("one micro-batch", t(0.0), [[(x(2), t(1.0, 3.0))]], 0.5, weight).through(run_steps)
+    yield case("an old gradient at the start", t(0.0), [[(x(2), t(1.0, 3.0))]], 0.5, weight, stale=10.0).through(run_steps)
     yield case("a micro-batch without targets", t(0.5), [[(x(3), t(1.0, 2.0, 1.0)), (x(0), torch.zeros(0)), (x(2), t(0.0, 1.0))]], 0.5, weight).through(run_steps)
     yield case("a micro-batch without targets: the loss", t(0.5), [[(x(3), t(1.0, 2.0, 1.0)), (x(0), torch.zeros(0)), (x(2), t(0.0, 1.0))]], 0.5, loss).through(run_steps)
     g = torch.Generator().manual_seed(0)
     draw = lambda n: (torch.randn(n, 3, generator=g), torch.randn(n, generator=g))
     three = torch.randn(3, generator=g), [[draw(4), draw(1), draw(2)], [draw(1), draw(6)]]
     yield case("three weights", *three, 0.1, weight).through(run_steps)
-    yield case("the order of the calls", *three, 0.1, order).through(run_steps)
+    yield case("what was called", *three, 0.1, calls).through(run_steps)
 
 
 def _backward(model, micro_batches, loss_fn, reduce):
@@ -272,6 +297,45 @@ def last_loss(model, optimizer, micro_batches, loss_fn):
     return last
 
 
+@ex.wrong("Every micro-batch went forward twice, once to count its targets and once for the gradient: a third more work for each step. The sums can go backward before the count is known; divide the gradients at the end.")
+def forward_twice(model, optimizer, micro_batches, loss_fn):
+    with torch.no_grad():
+        n = sum(len(loss_fn(model, micro_batch)) for micro_batch in micro_batches)
+    optimizer.zero_grad()
+    total = 0.0
+    for micro_batch in micro_batches:
+        loss = loss_fn(model, micro_batch).sum() / n
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+@ex.wrong("You clear the gradients after the step and not before it. Whatever was in `.grad` when you were called, from a test or from a broken-off step, is in your first step too.")
+def cleared_afterwards(model, optimizer, micro_batches, loss_fn):
+    total, n = _backward(model, micro_batches, loss_fn, lambda losses: losses.sum())
+    for p in model.parameters():
+        p.grad /= n
+    optimizer.step()
+    optimizer.zero_grad()
+    return total / n
+
+
+@ex.wrong("This is the code as it was: it averages the means of the micro-batches (nan for one without targets), clears the gradients too late, and returns the share of the last micro-batch, as a tensor.")
+def as_it_was(model, optimizer, micro_batches, loss_fn):
+    for micro_batch in micro_batches:
+        loss = loss_fn(model, micro_batch).mean() / len(micro_batches)
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+@ex.wrong("You returned a tensor. The statement asks for a Python float: one that comes out of the loss keeps its graph, and the memory of the step with it, for as long as somebody keeps the number.")
+def a_tensor(model, optimizer, micro_batches, loss_fn):
+    return torch.tensor(train_step(model, optimizer, micro_batches, loss_fn))
+
+
 # %% solution local_loss
 def local_loss(losses: Tensor, counts: list[int]) -> Tensor:
     """What a process with losses (n,) calls backward on, when gradients are averaged over len(counts) processes."""
@@ -299,9 +363,17 @@ def after_averaging(answer, w, shards):
     gradients = []
     for y in shards:
         leaf = w.clone().requires_grad_(True)
-        answer((leaf - y).square(), counts).backward()
+        loss = answer((leaf - y).square(), list(counts))
+        if not isinstance(loss, torch.Tensor):
+            return f"the answer gives no tensor, but {type(loss).__name__}"
+        if loss.dim():
+            return f"the answer gives a tensor of shape {tuple(loss.shape)}, on which backward cannot be called"
+        if loss.requires_grad:
+            loss.backward()
+        if leaf.grad is None:
+            return f"a process with {len(y)} targets gets no gradient: its loss does not hang on its losses"
         gradients.append(leaf.grad)
-    return sum(gradients) / len(gradients)
+    return {"each process": gradients, "averaged": sum(gradients) / len(gradients)}
 
 
 @ex.cases
@@ -313,6 +385,7 @@ def _():
     yield case("a process without targets", torch.zeros(0), [0, 4])
     yield case("gradient", t(1.0, 2.0, 6.0), [2, 3, 1]).gradients(0)
     yield case("gradients after averaging", t(0.0), [t(4.0), t(1.0, 2.0, 3.0)]).through(after_averaging)
+    yield case("averaging over three", t(0.5), [t(4.0, -1.0), t(2.0), t(3.0, 0.0, 1.0, 7.0)]).through(after_averaging)
     yield case("averaging, one process without targets", t(1.0), [t(4.0, 2.0), torch.zeros(0)]).through(after_averaging)
 
 
@@ -349,6 +422,23 @@ def nan_when_empty(losses, counts):
 @ex.wrong("Your number is right and carries no gradient: it was detached, or turned into a Python number on the way. `backward` has nothing to go back to.")
 def detached(losses, counts):
     return local_loss(losses, counts).detach()
+
+
+@ex.wrong("Without targets you gave a new 0 that hangs on nothing. The number is right, but `backward` cannot go through it (or stops at the 0 itself): take the sum of no losses, which is 0 and hangs on them.")
+def a_new_zero(losses, counts):
+    if not len(losses):
+        return torch.zeros((), requires_grad=True)
+    return local_loss(losses, counts)
+
+
+@ex.wrong("You returned a row with one number, or one number per target, and not a tensor without axes.")
+def a_row(losses, counts):
+    return losses * len(counts) / sum(counts)
+
+
+@ex.wrong("You took the number of this process's targets for the whole: dividing by it is right only when every process has the same number.")
+def as_if_equal(losses, counts):
+    return losses.sum() / max(1, len(losses))
 
 
 # %% solution batch_of_step
@@ -388,8 +478,12 @@ def _():
     yield case("first batch of the second epoch, one item dropped", 2, 5, 2, 3)
     yield case("in the third epoch", 8, 11, 3, 1)
     yield case("much later", 101, 10, 4, 1)
+    yield case("a batch as large as the data", 2, 4, 4, 9)
+    yield case("batches of one", 6, 4, 1, 2)
+    yield case("an epoch without leftovers", 5, 12, 3, 100)
     yield case("the global random numbers afterwards", 4, 7, 2, 5).through(and_the_global_state)
     yield case("a batch larger than the data", 0, 3, 4, 0).raises(ValueError)
+    yield case("a batch twice the data", 3, 2, 4, 0).raises(ValueError)
 
 
 @ex.wrong("You started the epoch again from its first batch. After a resume the run then sees the same items twice and others never: the position inside the epoch has to come back too.")
@@ -459,21 +553,46 @@ def dealt_out(step, n_items, batch_size, seed):
     return torch.randperm(n_items, generator=torch.Generator().manual_seed(seed + epoch))[position::per_epoch][:batch_size]
 
 
+@ex.wrong("You sorted the items of the batch. Which items they are is right; the order in which they come is a part of the run as well.")
+def sorted_items(step, n_items, batch_size, seed):
+    return batch_of_step(step, n_items, batch_size, seed).sort().values
+
+
+@ex.wrong("You seeded once and let the generator go on from epoch to epoch. It would have to draw all earlier permutations again; here each epoch has a new generator, seeded with seed + e.")
+def one_generator(step, n_items, batch_size, seed):
+    if batch_size > n_items:
+        raise ValueError("too few items")
+    epoch, position = divmod(step, n_items // batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epoch + 1):
+        order = torch.randperm(n_items, generator=generator)
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+@ex.wrong("A batch that is larger than the data has to be refused; yours was cut, or filled up, without a word.")
+def short_batch(step, n_items, batch_size, seed):
+    if batch_size > n_items:
+        return torch.randperm(n_items, generator=torch.Generator().manual_seed(seed + step))
+    return batch_of_step(step, n_items, batch_size, seed)
+
+
 # %% solution fp16_step
-def fp16_step(weights: list[Tensor], grads: list[Tensor], scale: float, lr: float, max_norm: float) -> tuple[list[Tensor], float]:
+def fp16_step(
+    weights: list[Tensor], grads: list[Tensor], scale: float, lr: float, max_norm: float
+) -> tuple[list[Tensor], float]:
     """One clipped step of gradient descent from gradients of a scaled loss; skipped, and scale halved, on inf or nan."""
     if not all(g.isfinite().all() for g in grads):
         return [w.clone() for w in weights], scale / 2
     grads = [g / scale for g in grads]
     norm = torch.stack([g.norm() for g in grads]).norm()
-    factor = min(1.0, max_norm / norm.item()) if norm > 0 else 1.0
+    factor = max_norm / norm.item() if norm > max_norm else 1.0
     return [w - lr * factor * g for w, g in zip(weights, grads)], scale
 
 
 # %% checker fp16_step
 ex = exercise(
     "training.fp16_step",
-    title="A step in half precision",
+    title="Five mistakes in half precision",
     minutes=18,
     difficulty=3,
     points=5,
@@ -482,7 +601,20 @@ ex = exercise(
         "Decide about skipping before you change anything, and look at all the tensors: `isfinite` is False for inf and for nan.",
         "Divide by the scale; take the norm over everything (the norm of the norms is one way); the factor is max_norm / norm, but never more than 1; then w − lr · factor · g.",
     ),
+    equivalent={
+        'factor = max_norm / norm.item() if norm >= max_norm else 1.0': 'at the limit the factor is 1; a factor may be a tensor',
+        'factor = max_norm / norm if norm > max_norm else 1.0': 'at the limit the factor is 1; a factor may be a tensor',
+    },
 )
+
+
+def then_changed(answer, weights, grads, scale, lr, max_norm):
+    """Change what was returned, as the next step would, and look at the weights that were given."""
+    new, _ = answer(weights, grads, scale, lr, max_norm)
+    for w in new:
+        w += 1.0
+    new.append(torch.zeros(1))
+    return weights
 
 
 @ex.cases
@@ -495,6 +627,12 @@ def _():
     yield case("inf", [t(1.0, 2.0), t(3.0)], [t(math.inf, 1.0), t(1.0)], 1024.0, 0.1, 1.0)
     yield case("inf in the second tensor", [t(1.0, 2.0), t(3.0)], [t(1.0, 1.0), t(-math.inf)], 1024.0, 0.1, 1.0)
     yield case("nan", [t(1.0, 2.0), t(3.0)], [t(1.0, math.nan), t(1.0)], 16.0, 0.1, 1.0)
+    yield case("a gradient and a limit below one", [t(1.0, 2.0)], [t(1.2, -1.6)], 4.0, 0.5, 0.125)
+    yield case("a scale of one", [t(1.0)], [t(-math.inf)], 1.0, 0.1, 1.0)
+    yield case("nan beside inf", [t(1.0, 2.0), t(3.0)], [t(math.inf, -math.inf), t(math.nan)], 2.0, 0.1, 1.0)
+    yield case("exactly at the limit", [t(1.0, 1.0)], [t(24.0, 32.0)], 8.0, 0.5, 5.0)
+    yield case("a scale that is no power of two", [t(1.0, 1.0)], [t(30.0, 40.0), t(0.0)][:1], 10.0, 0.5, 2.0)
+    yield case("the weights given, after the result was changed", [t(1.0, 2.0), t(3.0)], [t(math.inf, 1.0), t(1.0)], 4.0, 0.1, 1.0).through(then_changed)
     yield case("a gradient of zero", [t(1.0, 2.0)], [t(0.0, 0.0)], 8.0, 0.5, 1.0)
 
 
@@ -577,6 +715,23 @@ def each_for_itself(weights, grads, scale, lr, max_norm):
     return [_clipped([w], [g / scale], lr, max_norm)[0] for w, g in zip(weights, grads)], scale
 
 
+@ex.wrong("When the step is skipped you hand back the caller's own weights. The next step changes what you returned, and with it what the caller has kept: a new list, with copies.")
+def own_list(weights, grads, scale, lr, max_norm):
+    new, scale = fp16_step(weights, grads, scale, lr, max_norm)
+    return new if _finite(grads) else weights, scale
+
+
+@ex.wrong("This is the code as it was: it lets inf through, keeps the scale after an overflow, hands back the caller's list, clips before it unscales, each tensor for itself, and divides by a norm of 0.")
+def as_it_was(weights, grads, scale, lr, max_norm):
+    if any(g.isnan().any() for g in grads):
+        return weights, scale
+    new = []
+    for w, g in zip(weights, grads):
+        g = g * min(1.0, max_norm / g.norm().item()) / scale
+        new.append(w - lr * g)
+    return new, scale
+
+
 # %% solution Snapshot
 class Snapshot:
     """All that a run needs to go on exactly: weights, optimizer, schedule, random numbers, position."""
@@ -608,6 +763,9 @@ ex = exercise(
         "Keep copies, not the things themselves: what happens to your snapshot when the run takes its next step?",
         "`copy.deepcopy` of the three state dicts when the snapshot is taken, and of the optimizer's once more when it is restored; `get_state` and `set_state` for the generator.",
     ),
+    equivalent={
+        'pass # """All that a run needs to go on exactly: weights, optimizer, schedule, random numbers, position."""': 'the docstring',
+    },
 )
 
 
@@ -637,17 +795,17 @@ def went_on(answer, before, after, restores):
 
     class Falling:
         def __init__(self, optimizer):
-            self.optimizer, self.steps = optimizer, 0
+            self.optimizer, self.state = optimizer, {"rates": [0.2]}
 
         def step(self):
-            self.steps += 1
-            self.optimizer.state["lr"] = 0.2 / (1 + self.steps)
+            self.state["rates"].append(0.2 / (1 + len(self.state["rates"])))
+            self.optimizer.state["lr"] = self.state["rates"][-1]
 
         def state_dict(self):
-            return {"steps": self.steps}
+            return dict(self.state)
 
         def load_state_dict(self, state):
-            self.steps = state["steps"]
+            self.state = dict(state)
 
     def fresh(seed):
         torch.manual_seed(seed)
@@ -763,6 +921,27 @@ class one_step_on(_only()):
         return super().restore(*parts) + 1
 
 
+@ex.wrong("You kept the generator itself, not its state. It has gone on with the run: what you put back is where it stands now, not where it stood. `get_state()` gives a copy.")
+class generator_itself(_only(generator=(lambda part: part, lambda part, kept: part.set_state(kept.get_state())))):
+    pass
+
+
+@ex.wrong("You kept the seed and not the state: the restored generator starts again from the front, and the run sees batches that it has had. A generator is somewhere in its sequence; `get_state()` says where.")
+class reseeded(_only(generator=(lambda part: part.initial_seed(), lambda part, kept: part.manual_seed(kept + 1)))):
+    pass
+
+
+@ex.wrong("The schedule's part of your snapshot has moved on with the run: its state dict holds a list, and you kept that list. Copy it deeply when the snapshot is taken, and once more when it is given away.")
+class scheduler_not_copied(_only(scheduler=_as_it_is)):
+    pass
+
+
+@ex.wrong("You returned nothing, or a step that is not the snapshot's. Whoever goes on needs the number of steps that were done.")
+class step_forgotten(_only()):
+    def restore(self, *parts):
+        super().restore(*parts)
+
+
 # %% solution save_atomically
 def save_atomically(path: str, write: Callable[[str], None]) -> None:
     """Let `write` make the new file beside `path`, then rename it; on failure the old file is untouched."""
@@ -791,8 +970,9 @@ ex = exercise(
 )
 
 
-def in_a_folder(answer, old, new, fails):
-    """Save `new` over `old` (None: the first save) in a folder of its own; `write` fails halfway if `fails`. What one sees."""
+def in_a_folder(answer, old, new, fails, at="halfway", bare=False):
+    """Save `new` over `old` (None: the first save) in a folder of its own; `write` may raise `fails`. What one sees."""
+    import builtins
     import os
     import tempfile
 
@@ -806,7 +986,7 @@ def in_a_folder(answer, old, new, fails):
         box = tempfile.TemporaryDirectory()
     except PermissionError:  # where only the working folder may be written
         box = tempfile.TemporaryDirectory(dir=os.getcwd())
-    before = tempfile.tempdir
+    before, here, renames = tempfile.tempdir, os.getcwd(), (os.rename, os.replace)
     with box as around:
         folder, tempfile.tempdir = os.path.join(around, "run"), os.path.join(around, "tmp")
         os.mkdir(folder), os.mkdir(tempfile.tempdir)
@@ -814,28 +994,47 @@ def in_a_folder(answer, old, new, fails):
         if old is not None:
             with open(path, "w") as f:
                 f.write(old)
-        seen = {}
+        seen = {"written": None, "calls of write": 0, "path is there at the rename": True}
 
         def write(name):
-            seen["written in the folder of path"] = os.path.realpath(os.path.dirname(os.path.abspath(name))) == os.path.realpath(folder)
+            seen["calls of write"] += 1
+            name = os.path.abspath(os.fspath(name))
+            where, wanted = os.path.realpath(os.path.dirname(name)), os.path.realpath(folder)
+            inside = where.startswith(wanted + os.sep)
+            seen["written"] = "beside path" if where == wanted else "in a folder inside" if inside else "elsewhere"
+            if fails and at == "before the file is made":
+                raise getattr(builtins, fails)("write failed")
             with open(name, "w") as f:
                 f.write(new[: len(new) // 2])
             seen["path while write runs"] = read(path)
             if fails:
-                raise OSError(28, "No space left on device")
+                raise getattr(builtins, fails)("write failed")
             with open(name, "a") as f:
                 f.write(new[len(new) // 2 :])
             seen["file"] = os.stat(name).st_ino
 
+        def watched(rename):
+            def call(source, target, **more):
+                if old is not None and os.path.abspath(os.fspath(target)) == path:
+                    seen["path is there at the rename"] &= os.path.exists(path)
+                return rename(source, target, **more)
+
+            return call
+
         error = None
+        os.rename, os.replace = map(watched, renames)
         try:
-            answer(path, write)
-        except NotImplementedError:  # the empty answer
-            raise
-        except Exception as e:
+            if bare:
+                os.chdir(folder)
+            answer("last.pt" if bare else path, write)
+        except BaseException as e:
+            if type(e).__name__ in ("TimeLimit", "NotImplementedError"):  # the empty answer
+                raise
             error = type(e).__name__
         finally:
+            os.rename, os.replace = renames
             tempfile.tempdir = before
+            os.chdir(here)
         made = seen.pop("file", None)
         seen["raised"] = error
         seen["path afterwards"] = read(path)
@@ -847,10 +1046,14 @@ def in_a_folder(answer, old, new, fails):
 
 @ex.cases
 def _():
-    yield case("the first checkpoint", None, "new", False).through(in_a_folder)
-    yield case("over an old one", "old", "new", False).through(in_a_folder)
-    yield case("the disk is full", "old", "new", True).through(in_a_folder)
-    yield case("the disk is full, first checkpoint", None, "new", True).through(in_a_folder)
+    yield case("the first checkpoint", None, "new", None).through(in_a_folder)
+    yield case("over an old one", "old", "new", None).through(in_a_folder)
+    yield case("the disk is full", "old", "new", "OSError").through(in_a_folder)
+    yield case("the disk is full, first checkpoint", None, "new", "OSError").through(in_a_folder)
+    yield case("another kind of failure", "old", "new", "ValueError").through(in_a_folder)
+    yield case("stopped by hand", "old", "new", "KeyboardInterrupt").through(in_a_folder)
+    yield case("it fails before it makes a file", "old", "new", "ZeroDivisionError", at="before the file is made").through(in_a_folder)
+    yield case("a name without a folder", "old", "new", None, bare=True).through(in_a_folder)
 
 
 def _remove(name):
@@ -920,6 +1123,57 @@ def renamed_in_any_case(path, write):
             os.replace(path + ".new", path)
 
 
+@ex.wrong("You removed the old checkpoint after the new one was written and before the rename. For a moment there is none under that name, and a kill in that moment leaves you without: `os.replace` takes the old one's place by itself.")
+def removed_before_the_rename(path, write):
+    beside = path + ".new"
+    try:
+        write(beside)
+        _remove(path)
+        os.replace(beside, path)
+    except BaseException:
+        _remove(beside)
+        raise
+
+
+@ex.wrong("Your cleaning up knows one kind of failure. `write` can also fail with a ValueError, or be stopped by hand: KeyboardInterrupt is not even an `Exception`. Catch BaseException, or use `finally`.")
+def only_os_errors(path, write):
+    try:
+        write(path + ".new")
+        os.replace(path + ".new", path)
+    except OSError:
+        _remove(path + ".new")
+        raise
+
+
+@ex.wrong("You catch `Exception`, and KeyboardInterrupt is none: when somebody stops the program, the unfinished file stays. Catch BaseException, or use `finally`.")
+def not_by_hand(path, write):
+    try:
+        write(path + ".new")
+        os.replace(path + ".new", path)
+    except Exception:
+        _remove(path + ".new")
+        raise
+
+
+@ex.wrong("When `write` fails before it has made the file, your cleaning up fails too: there is nothing to remove, and the caller hears of a missing file instead of what really happened.")
+def hides_the_reason(path, write):
+    try:
+        write(path + ".new")
+        os.replace(path + ".new", path)
+    except BaseException:
+        os.remove(path + ".new")
+        raise
+
+
+@ex.wrong("You wrote into a folder inside the folder of `path`. A kill leaves that folder behind, and whoever lists the checkpoints finds it; the statement asks for a file directly beside `path`.")
+def in_a_subfolder(path, write):
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
+        write(os.path.join(folder, "new"))
+        os.replace(os.path.join(folder, "new"), path)
+
+
 # %% solution differing_fields
 def differing_fields(saved: dict, current: dict) -> list[str]:
     """The dotted names of all fields in which two nested configurations differ, sorted."""
@@ -948,6 +1202,11 @@ ex = exercise(
         "Where both values are dicts, the question is the same one again, one level deeper: let the function call itself, and put the key and a dot in front.",
         "Go through `saved.keys() | current.keys()`; missing on one side: name it; both dicts: recurse; otherwise compare, after turning tuples into lists. Sort at the end.",
     ),
+    equivalent={
+        'for key in saved | current.keys():': 'the difference is symmetric; a dict in a union stands for its keys',
+        'for key in saved.keys() | current:': 'the difference is symmetric; a dict in a union stands for its keys',
+        'names += [f"{key}.{name}" for name in differing_fields(b, a)]': 'the difference is symmetric; a dict in a union stands for its keys',
+    },
 )
 
 
@@ -959,6 +1218,15 @@ def _():
     yield case("missing is not None", {"clip": None, "lr": 0.1}, {"lr": 0.1, "patience": None})
     yield case("inside the optimizer", {"optimizer": {"name": "adamw", "lr": 0.1, "eps": 1e-8}}, {"optimizer": {"name": "lion", "lr": 0.3, "eps": 1e-8}})
     yield case("two levels deep", {"model": {"d": 64, "attention": {"heads": 4}}, "seed": 1}, {"model": {"d": 64, "attention": {"heads": 8}}, "seed": 1})
+    yield case("equal numbers of two types", {"steps": 100, "lr": 1, "tied": True}, {"steps": 100.0, "lr": 1.0, "tied": 1})
+    yield case("sorted by the whole name", {"model": {"d": 1}, "model-x": 1, "model_y": 1, "a": {"z": 1}}, {"model": {"d": 2}, "model-x": 2, "model_y": 2, "a": {"z": 2}})
+    yield case("an empty dict", {"extra": {}, "old": {}, "c": {}}, {"extra": {}, "new": {}, "c": None})
+    yield case("a tuple inside a dict", {"optimizer": {"betas": [0.9, 0.99], "eps": 1}}, {"optimizer": {"betas": (0.9, 0.99), "eps": 2}})
+    yield case("False, None and a missing field", {"a": None, "b": 0, "c": False}, {"a": False, "b": None})
+    yield case("a field inside that only one has", {"model": {"d": 1, "heads": 2}}, {"model": {"d": 1, "bias": None}})
+    yield case("a dict that only one has", {"lr": 1, "data": {"name": "a", "seed": 1}}, {"lr": 1, "model": {"d": {"e": 1}}})
+    yield case("tuples on both sides", {"a": (1, 2), "b": (1, 2), "c": (1,)}, {"a": (1, 2), "b": (1, 3), "c": 1})
+    yield case("nothing at all", {}, {})
     yield case("a tuple that was saved", {"betas": [0.9, 0.95], "sizes": [1, 2]}, {"betas": (0.9, 0.95), "sizes": (2, 1)})
     yield case("a dict against a word", {"optimizer": "adamw", "data": {"name": "wikipedia"}}, {"optimizer": {"name": "adamw"}})
 
@@ -1018,8 +1286,51 @@ def two_levels(saved, current):
     return sorted({".".join(n.split(".")[:2]) for n in differing_fields(saved, current)})
 
 
+@ex.wrong("You compared texts, or types as well as values: 1 and 1.0 come out different. The statement compares with `==`.")
+def as_text(saved, current):
+    names = []
+    for key in saved.keys() | current.keys():
+        if key not in saved or key not in current:
+            names.append(key)
+            continue
+        a, b = (list(c[key]) if isinstance(c[key], tuple) else c[key] for c in (saved, current))
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += [f"{key}.{name}" for name in as_text(a, b)]
+        elif str(a) != str(b):
+            names.append(key)
+    return sorted(names)
+
+
+@ex.wrong("You sorted level by level. The list is sorted by the whole names: “model-x” comes before “model.d”, because “-” comes before “.”.")
+def level_by_level(saved, current):
+    return sorted(differing_fields(saved, current), key=lambda name: name.split("."))
+
+
+@ex.wrong("A dict that only one side has came out as its inner fields, or not at all when it is empty. The statement asks for its own name.")
+def flattened(saved, current):
+    def flat(c, prefix=""):
+        out = {}
+        for key, value in c.items():
+            if isinstance(value, dict):
+                out |= flat(value, f"{prefix}{key}.")
+            else:
+                out[prefix + key] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    a, b = flat(saved), flat(current)
+    return sorted(k for k in a.keys() | b.keys() if k not in a or k not in b or a[k] != b[k])
+
+
+@ex.wrong("You took a value that is false in Python (0, False, None, an empty dict) for a missing one.")
+def false_is_missing(saved, current):
+    keep = lambda c: {k: keep(v) if isinstance(v, dict) else v for k, v in c.items() if v}
+    return differing_fields(keep(saved), keep(current))
+
+
 # %% solution early_stop
-def early_stop(losses: list[float], patience: int, min_delta: float = 0.0) -> tuple[int | None, int | None]:
+def early_stop(
+    losses: list[float], patience: int, min_delta: float = 0.0
+) -> tuple[int | None, int | None]:
     """(index of the evaluation after which training stops or None, index of the best one until then or None)."""
     if patience < 1:
         raise ValueError(f"patience is {patience}; it must be at least 1")
@@ -1037,7 +1348,7 @@ def early_stop(losses: list[float], patience: int, min_delta: float = 0.0) -> tu
 # %% checker early_stop
 ex = exercise(
     "training.early_stop",
-    title="When to stop",
+    title="Early stopping, mended",
     minutes=12,
     difficulty=2,
     points=4,
@@ -1060,7 +1371,16 @@ def _():
     yield case("small improvements are too small", [1.0, 0.95, 0.92, 0.7, 0.65, 0.69], 2, min_delta=0.1)
     yield case("nan", [2.0, math.nan, math.nan, 1.0], 2)
     yield case("nan first", [math.nan, 2.0, 1.0], 2)
+    yield case("nothing but nan", [math.nan, math.nan, math.nan], 2)
+    yield case("nan, and then good ones", [math.nan, 5.0, 4.0, 3.0], 2)
+    yield case("better by exactly min_delta", [4.0, 3.5, 3.0, 2.0], 2, min_delta=0.5)
+    yield case("large losses", [40.0, 39.0, 38.0, 37.5, 37.25, 37.0], 2, min_delta=0.5)
+    yield case("negative losses", [-1.0, -2.0, -2.5, -2.25, -3.0], 2)
+    yield case("losses far above", [1e6, 2e6, 1e6, 3e6], 3)
+    yield case("a patience of one", [2.0, 1.0, 1.5, 0.5], 1)
+    yield case("it stops at the last one", [1.0, 2.0, 3.0], 2)
     yield case("no evaluation yet", [], 3)
+    yield case("a negative patience", [1.0], -1).raises(ValueError)
     yield case("no patience", [1.0], 0).raises(ValueError)
 
 
@@ -1138,8 +1458,59 @@ def sees_the_future(losses, patience, min_delta=0.0):
     return stop, best if stop is None else min(real, key=lambda i: losses[i], default=None)
 
 
+@ex.wrong("You took the first loss for the best even when it is nan. From then on every comparison with the best is False, and no later loss is ever an improvement.")
+def nan_first_best(losses, patience, min_delta=0.0):
+    if patience < 1:
+        raise ValueError("patience")
+    best, waited = None, 0
+    for i, loss in enumerate(losses):
+        if best is None or loss < losses[best] - min_delta:
+            best, waited = i, 0
+        else:
+            waited += 1
+        if waited == patience:
+            return i, best
+    return None, best
+
+
+@ex.wrong("You took `min_delta` as a share of the best loss. It is in the unit of the loss, whatever the loss is; near 1 nobody sees the difference.")
+def relative_delta(losses, patience, min_delta=0.0):
+    return _stop(losses, patience, lambda loss, lowest, i: lowest == math.inf and not math.isnan(loss) or loss < lowest * (1 - min_delta))
+
+
+@ex.wrong("An improvement of exactly min_delta counted in your answer. More than min_delta is asked for.")
+def exactly_counts(losses, patience, min_delta=0.0):
+    return _stop(losses, patience, lambda loss, lowest, i: loss <= lowest - min_delta if min_delta else loss < lowest)
+
+
+@ex.wrong("Evaluations of nan did not count at all in your answer. They are no improvement, so each of them uses up patience like any other bad one.")
+def nan_skipped(losses, patience, min_delta=0.0):
+    if patience < 1:
+        raise ValueError("patience")
+    kept = [i for i, loss in enumerate(losses) if not math.isnan(loss)]
+    stop, best = early_stop([losses[i] for i in kept], patience, min_delta)
+    return None if stop is None else kept[stop], None if best is None else kept[best]
+
+
+@ex.wrong("This is the code as it was: an improvement that is too small becomes the best all the same and uses up no patience, it waits for one evaluation too many, it never recovers from a first nan, and it names a best evaluation where there is none.")
+def as_it_was(losses, patience, min_delta=0.0):
+    best, waited = 0, 0
+    for i in range(1, len(losses)):
+        if losses[i] < losses[best]:
+            if losses[i] < losses[best] - min_delta:
+                waited = 0
+            best = i
+        else:
+            waited += 1
+        if waited > patience:
+            return i, best
+    return None, best
+
+
 # %% solution mfu
-def mfu(tokens_per_second: float, n_params: int, n_layers: int, d_model: int, seq_len: int, peak_flops: float) -> float:
+def mfu(
+    tokens_per_second: float, n_params: int, n_layers: int, d_model: int, seq_len: int, peak_flops: float
+) -> float:
     """Share of the peak that forward and backward of the model need at this speed, attention included."""
     forward = 2 * n_params + 4 * n_layers * seq_len * d_model
     return tokens_per_second * 3 * forward / peak_flops
@@ -1236,6 +1607,10 @@ ex = exercise(
 @ex.cases
 def _():
     yield case("by hand", 4, 10, 1, 2)
+    yield case("large inputs, a shorter last segment", 7, 10, 50, 3)
+    yield case("one segment", 6, 100, 7, 6)
+    yield case("one layer less than the model", 6, 100, 7, 5)
+    yield case("one layer", 1, 100, 7, 1)
     yield case("without checkpointing", 4, 10, 1, 0)
     yield case("every layer for itself", 6, 100, 7, 1)
     yield case("the last segment is shorter", 7, 100, 7, 3)
@@ -1292,3 +1667,180 @@ def longer_than_the_model(n_layers, inside, boundary, segment):
 @ex.wrong("Without checkpointing nothing is computed again, and all layers keep everything: `segment = 0` needs a branch of its own.")
 def zero_is_nothing(n_layers, inside, boundary, segment):
     return peak_activations(n_layers, inside, boundary, segment) if segment else 0
+
+
+@ex.wrong("You freed the input of each segment as soon as its backward pass was done, so that the peak comes out lower. Here the inputs of all segments stay until the end.")
+def freed_early(n_layers, inside, boundary, segment):
+    if segment <= 0:
+        return peak_activations(n_layers, inside, boundary, segment)
+    sizes = [min(segment, n_layers - at) for at in range(0, n_layers, segment)]
+    return max((k + 1) * boundary + n * inside for k, n in enumerate(sizes))
+
+
+@ex.wrong("The input of the segment that is being computed again was not counted, as if it were part of its insides. Every segment's input is kept, `boundary` bytes each.")
+def one_input_less(n_layers, inside, boundary, segment):
+    return peak_activations(n_layers, inside, boundary, segment) - boundary * (segment > 0)
+
+
+@ex.wrong("You gave a floating-point number. Bytes are whole: round up with `math.ceil` or `-(-n // segment)`.")
+def a_float(n_layers, inside, boundary, segment):
+    return float(peak_activations(n_layers, inside, boundary, segment))
+
+
+# %% solution deepest
+def deepest(budget: int, inside: int, boundary: int) -> int:
+    """The largest number of layers whose activations fit, with checkpointing or without."""
+    most = budget // inside  # without checkpointing; also the longest segment there can be
+    for segment in range(1, most + 1):
+        segments = (budget - segment * inside) // boundary
+        most = max(most, segments * segment)
+    return most
+
+
+# %% checker deepest
+ex = exercise(
+    "training.deepest",
+    title="How deep may it be?",
+    minutes=15,
+    difficulty=3,
+    points=4,
+    hints=(
+        "Fix the length of a segment. What of the budget is left for inputs, and so how many segments can there be?",
+        "With segments of s layers, s · inside bytes go to the one that is computed again; the rest holds (budget − s · inside) // boundary inputs, one for each segment. Which s gives the most layers?",
+        "The largest of budget // inside (no checkpointing) and of s · ((budget − s · inside) // boundary) over all s from 1 to budget // inside.",
+    ),
+    equivalent={
+        'for segment in range(0, most + 1):': 'no segment, a longer one than fits, or the longest one alone never wins',
+        'for segment in range(1, most + 2):': 'no segment, a longer one than fits, or the longest one alone never wins',
+        'for segment in range(1, most + 0):': 'no segment, a longer one than fits, or the longest one alone never wins',
+        'for segment in range(most + 1):': 'no segment, a longer one than fits, or the longest one alone never wins',
+        'for segment in range(1, most):': 'no segment, a longer one than fits, or the longest one alone never wins',
+    },
+)
+
+
+@ex.cases
+def _():
+    yield case("by hand", 100, 10, 10)
+    yield case("twice the budget", 200, 10, 10)
+    yield case("small inputs", 22, 10, 1)
+    yield case("inputs larger than the insides", 100, 5, 30)
+    yield case("not even one layer", 9, 10, 1)
+    yield case("exactly one layer", 10, 10, 3)
+    yield case("one byte too little for checkpointing", 20, 10, 11)
+    yield case("an odd budget", 1003, 37, 11)
+    yield case("the sizes of a real model, in megabytes", 1_200, 34, 8)
+
+
+@ex.wrong("You counted without checkpointing. With it, far more layers fit: only one segment's insides are there at a time.")
+def no_checkpointing(budget, inside, boundary):
+    return budget // inside
+
+
+@ex.wrong("You made every layer a segment of its own. That spends the budget on inputs; longer segments need fewer of them.")
+def segments_of_one(budget, inside, boundary):
+    return max(budget // inside, (budget - inside) // boundary)
+
+
+@ex.wrong("You forgot the way without checkpointing. Where the inputs are large, or the budget is small, it holds more layers.")
+def always_checkpointing(budget, inside, boundary):
+    return max((s * ((budget - s * inside) // boundary) for s in range(1, budget // inside + 1)), default=0)
+
+
+@ex.wrong("You forgot the insides of the segment that is computed again: the whole budget went to inputs.")
+def inputs_only(budget, inside, boundary):
+    return max([budget // inside, *(s * (budget // boundary) for s in range(1, budget // inside + 1))])
+
+
+@ex.wrong("You gave half of the budget to the inputs and half to the insides. That is where the continuous optimum lies; with whole layers and whole segments the best is beside it, so look at the neighbors too.")
+def half_and_half(budget, inside, boundary):
+    s = budget // (2 * inside)
+    return max(budget // inside, s * ((budget - s * inside) // boundary) if s else 0)
+
+
+@ex.wrong("You forgot the inputs of the segments, so that nothing but the longest segment limits the depth. Each segment keeps one.")
+def free_inputs(budget, inside, boundary):
+    return (budget // inside) ** 2
+
+
+@ex.wrong("You returned the length of a segment, or the number of segments. The question is how many layers fit: the product of the two.")
+def the_segment(budget, inside, boundary):
+    return max(range(1, budget // inside + 1), key=lambda s: s * ((budget - s * inside) // boundary), default=0)
+
+
+# %% solution gradient_and_noise
+def gradient_and_noise(
+    b_small: int, sq_small: float, b_big: int, sq_big: float
+) -> tuple[float, float]:
+    """(squared length of the true gradient, summed variance of one example's) from two batch sizes."""
+    if b_small == b_big:
+        raise ValueError(f"two different batch sizes are needed, not {b_small} twice")
+    noise = (sq_small - sq_big) / (1 / b_small - 1 / b_big)
+    return sq_small - noise / b_small, noise
+
+
+# %% checker gradient_and_noise
+ex = exercise(
+    "training.gradient_and_noise",
+    title="How noisy was the gradient?",
+    minutes=10,
+    difficulty=3,
+    points=3,
+    hints=(
+        "Two equations, two unknowns. What is left when you subtract one from the other?",
+        "The true gradient falls out of the difference: q₁ − q₂ = S · (1/B₁ − 1/B₂).",
+        "S = (q₁ − q₂) / (1/B₁ − 1/B₂), and the signal is q₁ − S/B₁.",
+    ),
+)
+
+
+@ex.cases
+def _():
+    yield case("by hand", 1, 10.0, 4, 4.0)
+    yield case("no noise", 8, 3.0, 64, 3.0)
+    yield case("nothing but noise", 2, 8.0, 16, 1.0)
+    yield case("a negative estimate", 4, 9.0, 8, 4.0)
+    yield case("real sizes", 32, 0.8125, 1024, 0.03125)
+    yield case("the larger batch first", 64, 5.0, 16, 20.0)
+    yield case("equal batches", 16, 2.0, 16, 1.5).raises(ValueError)
+
+
+@ex.wrong("You took the gradient of the large batch for the true one. It still holds S/B₂ of noise; the point of the second batch size is to get rid of it.")
+def big_is_true(b_small, sq_small, b_big, sq_big):
+    noise = gradient_and_noise(b_small, sq_small, b_big, sq_big)[1]
+    return sq_big, noise
+
+
+@ex.wrong("You returned the noise scale, S/‖G‖². The statement asks for S itself.")
+def the_scale(b_small, sq_small, b_big, sq_big):
+    signal, noise = gradient_and_noise(b_small, sq_small, b_big, sq_big)
+    return signal, noise / signal if signal else math.inf
+
+
+@ex.wrong("Your two numbers are in the wrong order: first the signal, then the noise.")
+def swapped(b_small, sq_small, b_big, sq_big):
+    return gradient_and_noise(b_small, sq_small, b_big, sq_big)[::-1]
+
+
+@ex.wrong("Your noise is multiplied by the batch size. Averaging makes it smaller: it is divided by the batch size, S/B₁ and S/B₂.")
+def noise_times_batch(b_small, sq_small, b_big, sq_big):
+    gradient_and_noise(b_small, sq_small, b_big, sq_big)
+    noise = (sq_big - sq_small) / (b_big - b_small)
+    return sq_small - noise * b_small, noise
+
+
+@ex.wrong("You took lengths for squared lengths. The equation holds for the squares, which are what you were given.")
+def squared_again(b_small, sq_small, b_big, sq_big):
+    return gradient_and_noise(b_small, sq_small**2, b_big, sq_big**2)
+
+
+@ex.wrong("You subtracted the noise of the other batch: it is q₁ − S/B₁, or q₂ − S/B₂.")
+def other_batch(b_small, sq_small, b_big, sq_big):
+    noise = gradient_and_noise(b_small, sq_small, b_big, sq_big)[1]
+    return sq_small - noise / b_big, noise
+
+
+@ex.wrong("A negative estimate was set to 0. Both come from noisy measurements, and cutting off one side makes every later average too large: leave it as it is.")
+def cut_at_zero(b_small, sq_small, b_big, sq_big):
+    signal, noise = gradient_and_noise(b_small, sq_small, b_big, sq_big)
+    return max(signal, 0.0), max(noise, 0.0)
