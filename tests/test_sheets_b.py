@@ -544,7 +544,7 @@ def differing_by_stack(saved, current, *, prefix=""):
                 x, y = a[key], b[key]
                 x = list(x) if isinstance(x, tuple) else x
                 y = list(y) if isinstance(y, tuple) else y
-                if not x == y:
+                if x != y:
                     found.add(name)
     return sorted(found)
 
@@ -696,7 +696,7 @@ def broken():
                 yield f"{sheet}.{name}", code
 
 
-@pytest.mark.parametrize("id, code", broken(), ids=[id for id, _ in broken()])
+@pytest.mark.parametrize("id, code", list(broken()), ids=[id for id, _ in broken()])
 def test_the_broken_code_of_a_statement_runs_and_fails(id, code):
     """It is no typing error: nothing is undefined, and the check knows what is wrong with it."""
     ex = checking.find(id)
