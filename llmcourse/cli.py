@@ -109,8 +109,8 @@ def pretrain(
 
     # a typing error is reported before torch is imported
     settings, path = load_settings(), find_recipe(recipe, "pretrain")
-    from llmcourse.training import load_pretrain_recipe
-    from llmcourse.training import pretrain as run
+    from llmcourse.pretraining import load_pretrain_recipe
+    from llmcourse.pretraining import pretrain as run
 
     folder = run(
         load_pretrain_recipe(path, settings.scale.name),

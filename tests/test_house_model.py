@@ -11,8 +11,8 @@ from conftest import ROOT, run_cli
 from llmcourse.data import load_model, token_data
 from llmcourse.evaluation import KneserNey, compare_perplexity, perplexity
 from llmcourse.model import GPT
+from llmcourse.pretraining import load_pretrain_recipe
 from llmcourse.store import asset_folder
-from llmcourse.training import load_pretrain_recipe
 
 RECIPE = ROOT / "recipes" / "pretrain" / "course.toml"
 
@@ -29,6 +29,20 @@ def test_ours_and_transformers_agree(house):
         torch.testing.assert_close(ours(ids), house.model(ids).logits, rtol=1e-5, atol=1e-5)
     assert ours.config == load_pretrain_recipe(RECIPE, "cpu").model
     assert sum(p.numel() for p in ours.parameters()) == sum(ours.config.parameters().values())
+
+
+def test_the_end_of_a_text_is_the_tokenizer_s(house):
+    """transformers would take Llama's 2 where the config is silent: an ordinary token of this vocabulary."""
+    end = house.tokenizer.eos_token_id
+    assert house.tokenizer.decode([end]) == "<|endoftext|>"
+    assert house.model.config.eos_token_id == house.model.generation_config.eos_token_id == end
+    ids = house.tokenizer("The end.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        house.model.lm_head.register_forward_hook(
+            lambda module, args, logits: logits.index_fill(-1, torch.tensor([end]), 1e4)
+        )
+        out = house.model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=end)
+    assert out[0, len(ids[0]) :].tolist() == [end]
 
 
 def test_it_is_float32_and_was_never_on_a_grid(house):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from llmcourse.model import GPT, GPTConfig
-from llmcourse.training import TrainConfig, next_token_loss, train
+from llmcourse.training import TrainConfig, causal_lm_loss, train
 
 
 def model(dropout: float = 0.0) -> GPT:
@@ -76,7 +76,7 @@ def shard_by_hand() -> None:
                 group["params"] = [new[old[id(p)]] for p in group["params"]]
             return module, super().prepare(optimizer)
 
-    training._accelerator = lambda cfg, rt: Sharding(cpu=True)
+    training.accelerator = lambda cfg, rt: Sharding(cpu=True)
 
 
 def main(job: dict) -> dict:
@@ -84,7 +84,7 @@ def main(job: dict) -> dict:
     if job.get("shard"):
         shard_by_hand()
     net = model(job.get("dropout", 0.0))
-    loss_fn = uneven_loss if job.get("uneven") else partial_loss if job.get("partial") else next_token_loss
+    loss_fn = uneven_loss if job.get("uneven") else partial_loss if job.get("partial") else causal_lm_loss
     if job.get("pause"):
         inner = loss_fn
 
@@ -101,9 +101,9 @@ def main(job: dict) -> dict:
         out=job.get("out"),
     )
     if job.get("shard"):
-        from llmcourse.training import _weights
+        from llmcourse.checkpoints import joined_weights
 
-        whole = _weights(net)  # the run has put its shards away; all processes join their pieces
+        whole = joined_weights(net)  # the run has put its shards away; all processes join their pieces
         net = model()
         with torch.no_grad():
             for name, p in net.named_parameters():
