@@ -128,6 +128,14 @@ def read_weights(folder: Path, *, device: torch.device, dtype: torch.dtype) -> d
     return weights
 
 
+def check_llama(config: GPTConfig) -> None:
+    """Refuse a shape that the Llama architecture does not have (BadInput): it could not be written."""
+    shape = {"norm": "rms", "norm_position": "pre", "ffn": "swiglu", "position": "rope", "causal": True, "n_experts": 0}
+    for name, allowed in shape.items():
+        value = getattr(config, name)
+        require(value == allowed, name, value, f"{allowed!r}, to be saved as a Llama checkpoint")
+
+
 def write_llama(model: GPT, folder: str | Path) -> None:
     """Write config.json and model.safetensors, which `GPT.from_pretrained` and transformers read.
 
@@ -137,10 +145,7 @@ def write_llama(model: GPT, folder: str | Path) -> None:
     from safetensors.torch import save_file
 
     c, folder = model.config, Path(folder)
-    shape = {"norm": "rms", "norm_position": "pre", "ffn": "swiglu", "position": "rope", "causal": True, "n_experts": 0}
-    for name, allowed in shape.items():
-        value = getattr(c, name)
-        require(value == allowed, name, value, f"{allowed!r}, to be saved as a Llama checkpoint")
+    check_llama(c)
     weights = {_their_name(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if c.tied:
         del weights["lm_head.weight"]  # the embedding's, and stored once

@@ -21,6 +21,7 @@ import torch
 from llmcourse.data import BPE, SPLITS, TokenData, load_records, token_data
 from llmcourse.evaluation import KneserNey, compare_perplexity, perplexity
 from llmcourse.launch import check_machine
+from llmcourse.llama import check_llama
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.optim import make_optimizer
 from llmcourse.runtime import Runtime
@@ -31,8 +32,6 @@ from llmcourse.training import TrainConfig, TrainResult, train, training_curve
 __all__ = ["PretrainRecipe", "load_pretrain_recipe", "pretrain"]
 
 SCALES = ("test", "cpu", "gpu")
-# what a model must be to be written as a plain Llama, which every other program reads
-LLAMA = {"norm": "rms", "norm_position": "pre", "ffn": "swiglu", "position": "rope", "causal": True, "n_experts": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +118,7 @@ def check_recipe(recipe: PretrainRecipe) -> None:
         BadInput: one sentence with the key, its value and what is allowed.
     """
     config, cfg = recipe.model, recipe.train
-    for name, allowed in LLAMA.items():
-        value = getattr(config, name)
-        require(value == allowed, name, value, f"{allowed!r}: the model is saved as a Llama, which has no other")
+    check_llama(config)
     require(cfg.seq_len <= config.context, "seq_len", cfg.seq_len, f"at most {config.context}, the model's context")
     require(cfg.world_size in (None, 1), "world_size", cfg.world_size, "1: pretrain runs in one process")
     with torch.device("meta"):  # no memory: only to see whether the optimizer takes this model and these options
@@ -258,7 +255,7 @@ def _pretrain(
     model = rt.move(GPT(recipe.model))
     result = train(model, data, recipe.train, rt=rt, out=out / "checkpoints", say=say)
     measured = _measured(recipe, model, data, say)
-    return _write_model(recipe, target, model, out / "tokenizer", tokenizer, data, result, measured, command, rt)
+    return _write_model(recipe, target, model, out / "tokenizer", data, result, measured, command, rt)
 
 
 def _encoded(recipe: PretrainRecipe, tokenizer: Any, settings: Settings) -> TokenData:
@@ -361,8 +358,7 @@ def _write_model(
     recipe: PretrainRecipe,
     target: Path,
     model: GPT,
-    tokenizer_folder: Path,
-    tokenizer: Any,
+    tokenizer: Path,
     data: TokenData,
     result: TrainResult,
     measured: dict[str, Any],
@@ -380,9 +376,9 @@ def _write_model(
         "resumed": result.resumed,
     }
     with atomic_folder(target) as partial:
+        model.stop = (data.separator,)  # a text ends where the next one begins
         model.save_pretrained(partial)
-        _write_special_ids(partial, tokenizer)
-        for file in tokenizer_folder.iterdir():
+        for file in tokenizer.iterdir():
             shutil.copyfile(file, partial / file.name)
         (partial / "history.json").write_text(json.dumps(history) + "\n", encoding="utf8")
         card = _card(recipe, data, result, measured, command, rt)
@@ -390,17 +386,6 @@ def _write_model(
         save(training_curve(result), partial / "loss.svg")
         write_card_manifest(partial, recipe.name, recipe.licence)
     return target
-
-
-def _write_special_ids(folder: Path, tokenizer: Any) -> None:
-    """The tokenizer's end of text into config.json: transformers would take Llama's 2, an ordinary token.
-
-    The same token begins each document, as in GPT-2.
-    """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf8"))
-    config |= {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 
 
 def write_card_manifest(folder: Path, name: str, licence: str) -> None:

@@ -106,11 +106,14 @@ class TestCausal:
         for ours, theirs in zip(gradients(losses, llama), gradients(llama(ids, labels=ids).loss, llama)):
             assert_close(ours, theirs, **TOL)
 
-    def test_is_what_the_trainer_uses(self, llama) -> None:
-        from llmcourse.training import next_token_loss
+    def test_is_the_four_lines_that_one_would_write(self, llama) -> None:
+        from llmcourse.training import causal_lm_loss
 
-        for model in (tiny(), llama):
-            assert_close(O.causal_lm_loss(model, texts()), next_token_loss(model, texts()), **TOL)
+        assert O.causal_lm_loss is causal_lm_loss  # what the trainer uses
+        ids = texts()
+        for model, logits in ((tiny(), lambda m: m(ids[:, :-1])), (llama, lambda m: m(ids[:, :-1]).logits)):
+            plain = F.cross_entropy(logits(model).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            assert_close(O.causal_lm_loss(model, ids), plain, **TOL)
 
     def test_padding_does_not_count(self, llama) -> None:
         """Right and left: the losses are those of the rows without their padding."""
@@ -143,7 +146,7 @@ class TestCausal:
         """The fast way through a GPT is the slow one."""
         model, ids = tiny(), texts()
         labels = ids.masked_fill(torch.rand(ids.shape, generator=gen()) < 0.5, -100)
-        fast = O._losses_at(model, ids, labels)
+        fast = O.losses_at(model, ids, labels)
         assert_close(fast, O.token_losses(model(ids), labels), **TOL)
         for a, b in zip(gradients(fast, model), gradients(O.token_losses(model(ids), labels), model)):
             assert_close(a, b, **TOL)
@@ -179,6 +182,146 @@ class TestCausal:
     def test_nothing_counts(self) -> None:
         loss = O.token_losses(torch.randn(2, 3, V, requires_grad=True), torch.full((2, 3), -100))
         assert loss.shape == (0,) and loss.sum().requires_grad
+
+
+# ------------------------------------------------------------------------------------------- padding
+
+LENGTHS = (9, 5, 2, 9)
+
+
+def padded(ids: torch.Tensor, sides: str, fill: int) -> dict[str, torch.Tensor]:
+    """Rows cut to `LENGTHS` and padded to 9 tokens on the side that `sides` says: l, r, or b for both."""
+    rows, mask = torch.full_like(ids, fill), torch.zeros_like(ids)
+    for row, (n, side) in enumerate(zip(LENGTHS, sides)):
+        first = {"l": 9 - n, "r": 0, "b": (9 - n) // 2}[side]
+        rows[row, first : first + n], mask[row, first : first + n] = ids[row, :n], 1
+    return {"input_ids": rows, "attention_mask": mask}
+
+
+SIDES = ["llll", "rrrr", "rlrl", "lrrl", "bbbb", "lbrb"]
+
+
+class TestPadding:
+    """Every loss that takes an attention mask gives a padded row the losses of the row alone, or refuses it."""
+
+    @pytest.mark.parametrize("sides", SIDES)
+    @pytest.mark.parametrize("fill", [0, 7])
+    def test_causal(self, sides: str, fill: int) -> None:
+        model, ids = tiny().eval(), texts(4, 9)
+        alone = torch.cat([O.causal_lm_loss(model, row[None, :n]) for row, n in zip(ids, LENGTHS)])
+        batch = padded(ids, sides, fill)
+        found = O.causal_lm_loss(model, batch)
+        assert len(found) == sum(LENGTHS) - 4
+        assert_close(found, alone, **TOL)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        assert_close(O.causal_lm_loss(model, batch | {"labels": labels}), alone, **TOL)
+
+    @pytest.mark.parametrize("sides", ["rrrr"])
+    def test_causal_of_transformers(self, llama, sides: str) -> None:
+        ids = texts(4, 9)
+        batch = padded(ids, sides, 0)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        assert_close(O.causal_lm_loss(llama, batch).mean(), llama(**batch, labels=labels).loss, **TOL)
+
+    @pytest.mark.parametrize("sides", SIDES)
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_our_encoder_and_decoder_at_given_labels(self, sides: str, causal: bool) -> None:
+        model, ids = tiny(causal=causal).eval(), texts(4, 9)
+        chosen = torch.rand(ids.shape, generator=gen()) < 0.5
+        labels = ids.masked_fill(~chosen, -100)
+        options = {"mask_id": MASK, "vocab_size": V}
+        alone = [
+            O.masked_lm_loss(model, {"input_ids": x[None, :n], "labels": y[None, :n]}, **options)
+            for x, y, n in zip(ids, labels, LENGTHS)
+        ]
+        batch = padded(ids, sides, 7) | {"labels": padded(labels, sides, -100)["input_ids"]}
+        assert_close(O.masked_lm_loss(model, batch, **options), torch.cat(alone), **TOL)
+
+    @pytest.mark.parametrize("sides", SIDES)
+    @pytest.mark.parametrize("whole_words", [False, True])
+    def test_padding_is_never_chosen(self, sides: str, whole_words: bool) -> None:
+        """Also when its id is none of the special ones."""
+        model, ids = tiny(causal=False).eval(), texts(4, 9)
+        starts = torch.ones(V, dtype=torch.bool) if whole_words else None
+        options = {"mask_id": MASK, "vocab_size": V, "rate": 1.0, "starts": starts}
+        found = O.masked_lm_loss(model, padded(ids, sides, 7), generator=gen(), **options)
+        assert len(found) == sum(LENGTHS)
+        batch = padded(ids, sides, 7)
+        _, labels = O.mask_tokens(
+            batch["input_ids"], mask_id=MASK, vocab_size=V, rate=1.0, attention_mask=batch["attention_mask"]
+        )
+        assert torch.equal(labels != -100, batch["attention_mask"] == 1)
+
+    def test_word_numbers_of_a_padded_row_are_those_of_the_row(self) -> None:
+        starts = torch.zeros(V, dtype=torch.bool)
+        row = torch.tensor([[30, 31, 32]])  # goes on with a word that began before
+        alone = O.word_numbers(row, starts)
+        wide = O.word_numbers(F.pad(row, (2, 1), value=7), starts, attention_mask=F.pad(torch.ones(1, 3), (2, 1)))
+        assert wide[0, 2:5].tolist() == alone[0].tolist() and wide[0, [0, 1, 5]].tolist() == [-1, -1, -1]
+
+    @pytest.mark.parametrize("sides", SIDES)
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_texts_as_a_whole(self, sides: str, causal: bool) -> None:
+        model, ids = tiny(causal=causal).eval(), texts(4, 9)
+        alone = torch.cat([O.embed_text(model, row[None, :n]) for row, n in zip(ids, LENGTHS)])
+        batch = padded(ids, sides, 7)
+        assert_close(O.embed_text(model, batch["input_ids"], batch["attention_mask"]), alone, **TOL)
+        expected = O.info_nce(alone, alone)
+        assert_close(O.simcse_loss(model, batch), expected, **TOL)
+        assert_close(O.pair_loss(model, (batch, padded(ids, "rlrl", 9))), expected, **TOL)
+
+    def test_texts_as_a_whole_of_transformers(self, bert) -> None:
+        ids = texts(4, 9)
+        alone = torch.cat([O.embed_text(bert, row[None, :n]) for row, n in zip(ids, LENGTHS)])
+        assert_close(O.simcse_loss(bert, padded(ids, "rrrr", 0)), O.info_nce(alone, alone), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("given", ["attention_mask", "labels"])
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            lambda model, batch: O.span_corruption_loss(model, batch, sentinels=range(40, 48)),
+            lambda model, batch: O.pair_loss(model, batch),
+            lambda model, batch: (
+                O.simcse_loss(model, {k: v for k, v in batch.items() if k != "attention_mask"})
+                if "labels" in batch
+                else O.simcse_loss(model, batch | {"attention_mask": 0 * batch["attention_mask"]})
+            ),
+        ],
+        ids=["spans", "halves", "SimCSE"],
+    )
+    def test_what_cannot_be_honored_is_refused(self, loss, given: str) -> None:
+        batch = padded(texts(4, 9), "llrr", 0)
+        if given == "labels":
+            batch = {"input_ids": texts(4, 9), "labels": texts(4, 9)}
+        with pytest.raises(BadInput, match=f"{given} is|batch is"):
+            loss(tiny(), batch)
+
+    @pytest.mark.parametrize(
+        ("batch", "words"),
+        [
+            ({"attention_mask": torch.ones(2, 3)}, "shape of attention_mask"),
+            ({"labels": torch.ones(2, 3, dtype=torch.long)}, "shape of labels"),
+            ({"token_type_ids": torch.ones(2, 4, dtype=torch.long)}, "token_type_ids"),
+        ],
+    )
+    def test_a_mask_that_means_nothing_is_refused(self, batch: dict, words: str) -> None:
+        with pytest.raises(BadInput, match=words):
+            O.causal_lm_loss(tiny(), {"input_ids": texts(2, 4), **batch})
+
+    def test_a_mask_without_padding_is_no_mask(self) -> None:
+        model, ids = tiny(), texts(4, 9)
+        full = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(O.causal_lm_loss(model, full), O.causal_lm_loss(model, ids))
+        assert O.span_corruption_loss(model, full, sentinels=range(40, 48)).ndim == 1
+        assert_close(O.pair_loss(model, full), O.pair_loss(model, ids), **TOL)
+
+    def test_what_a_model_of_transformers_also_takes_reaches_it(self, bert) -> None:
+        ids, kinds = texts(2, 8), torch.tensor([[0] * 4 + [1] * 4] * 2)
+        batch = {"input_ids": ids, "labels": ids, "token_type_ids": kinds}
+        found = O.masked_lm_loss(bert, batch, mask_id=MASK, vocab_size=V)
+        assert_close(found.mean(), bert(**batch).loss, **TOL)
+        del batch["token_type_ids"]
+        assert not torch.allclose(found, O.masked_lm_loss(bert, batch, mask_id=MASK, vocab_size=V))
 
 
 # ------------------------------------------------------------------------------------------- masked
