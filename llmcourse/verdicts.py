@@ -1,0 +1,103 @@
+"""Words for differences between means of few runs: Student's intervals, and Holm's correction for looking many times.
+
+Hand-written. The chapter `nbs/06_optimizers.ipynb` tells why a word for one row has to know how many rows there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from llmcourse.settings import number, require
+
+__all__ = ["Difference", "holm", "paired", "student_quantile", "student_tail", "verdicts", "welch"]
+
+
+class Difference(NamedTuple):
+    """A difference of two means with its own interval, and the probability of one as large by chance alone."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+def student_tail(t: float, freedom: float) -> float:
+    """Probability that Student's t is farther from 0 than `t`, by Simpson's rule.
+
+    With t = √ν tan θ the density becomes cosᵛ⁻¹ θ on a finite interval.
+    """
+    inside = lambda first: np.cos(np.linspace(first, math.pi / 2, 1001)) ** (freedom - 1) * (math.pi / 2 - first)
+    weights = np.array([1, *[4, 2] * 499, 4, 1])
+    first = math.atan(abs(t) / math.sqrt(freedom))
+    return float(weights @ inside(first) / (weights @ inside(0.0)))
+
+
+def student_quantile(level: float, freedom: float) -> float:
+    """How far from 0 Student's t is with probability `level` at most, by bisection."""
+    low, high = 0.0, 1.0
+    while student_tail(high, freedom) > 1 - level:
+        high *= 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_tail(middle, freedom) > 1 - level else (low, middle)
+    return high
+
+
+def _difference(value: float, error: float, freedom: float, level: float) -> Difference:
+    if error == 0:  # all runs alike, as at a tiny scale
+        return Difference(value, value, value, float(value == 0))
+    reach = student_quantile(level, freedom) * error
+    return Difference(value, value - reach, value + reach, student_tail(value / error, freedom))
+
+
+def welch(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Difference:
+    """mean(b) - mean(a) of independent runs, whose spreads may differ (Welch, 1947)."""
+    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    require(min(len(a), len(b)) >= 2, "runs", (len(a), len(b)), "at least two of each")
+    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    total = va + vb
+    freedom = total**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1)) if total else 1.0
+    return _difference(float(b.mean() - a.mean()), math.sqrt(total), freedom, level)
+
+
+def paired(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Difference:
+    """mean(b - a) of runs that belong together, such as those of one seed."""
+    d = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    require(len(d) >= 2, "runs", len(d), "at least two pairs")
+    return _difference(float(d.mean()), float(d.std(ddof=1)) / math.sqrt(len(d)), len(d) - 1, level)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Probabilities for a family of comparisons (Holm, 1979): below α for one that is no effect with probability α.
+
+    The smallest counts n times, the next one n - 1 times, and so on; none is smaller than the one before it.
+    """
+    found, least = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=p.get)):
+        least = max(least, min(1.0, (len(p) - rank) * p[name]))
+        found[name] = least
+    return {name: found[name] for name in p}
+
+
+def verdicts(
+    differences: Mapping[str, Difference],
+    *,
+    level: float = 0.95,
+    words: tuple[str, str, str] = ("lower", "higher", "undecided"),
+) -> dict[str, str]:
+    """One word for each difference of a family, corrected for the size of the family (Holm).
+
+    Args:
+        words: for a difference below zero, above zero, and one that chance explains.
+    """
+    number("level", level, above=0, below=1)
+    corrected = holm({name: d.p for name, d in differences.items()})
+    decided = {name: corrected[name] < 1 - level for name in differences}
+    return {name: words[2] if not decided[name] else words[d.value > 0] for name, d in differences.items()}
