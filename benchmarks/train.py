@@ -14,6 +14,7 @@ Memory is measured in a new process each. Results: benchmarks/results/train.json
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -28,10 +29,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from llmcourse.launch import has_compiler
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.runtime import Runtime, format_bytes, peak_memory
 from llmcourse.settings import load_settings
-from llmcourse.training import TrainConfig, _compiler, train
+from llmcourse.training import TrainConfig, train
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train.json"
 SHAPE = {"vocab_size": 2048, "d_model": 192, "n_layers": 6, "n_heads": 6, "context": 256}
@@ -89,9 +91,8 @@ class Clock:
 
 
 def run_ours(model, shape: dict, batch: int, steps: int, precision: str, compiled: bool, rt: Runtime) -> None:
-    cfg = TrainConfig(
-        steps=steps, batch_size=batch, seq_len=shape["context"], lr=1e-3, precision=precision, compile=compiled
-    )
+    cfg = TrainConfig(steps=steps, batch_size=batch, seq_len=shape["context"], lr=1e-3, compile=compiled)
+    rt = dataclasses.replace(rt, dtype=getattr(torch, precision))
     train(model, (Rows(shape, 64 * batch), None), cfg, rt=rt)
 
 
@@ -229,7 +230,7 @@ def main() -> int:
     )
     kinds = [(precision, False) for precision in AUTOCAST]
     if options.compiled:
-        if _compiler():
+        if has_compiler(rt.device):
             kinds += [(precision, True) for precision in AUTOCAST]
         else:
             print("torch.compile finds no compiler on this machine: eager only")

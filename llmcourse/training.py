@@ -744,18 +744,21 @@ def train(
     return run.result
 
 # %% ../nbs/07_training.ipynb #5e4bad4a
-def matmul_speed(rt: Runtime, dtype: torch.dtype | None = None, *, n: int = 1024, repeats: int = 10) -> float:
+def matmul_speed(
+    rt: Runtime, dtype: torch.dtype | None = None, *, n: int = 1024, repeats: int = 10
+) -> float:
     """FLOP/s of an n × n matrix product on this device: what the machine reaches at its best."""
     a, b = (torch.randn(n, n, device=rt.device, dtype=dtype or rt.dtype) for _ in range(2))
+    # n² numbers, each a sum of n products: n multiplications and n additions
     return 2 * n**3 / min(benchmark(lambda: a @ b, rt, warmup=3, repeats=repeats).seconds)
 
 
 def training_flops(config: GPTConfig, seq_len: int) -> float:
-    """FLOPs per token of one training step: three times the forward pass, because the backward pass costs two."""
+    """FLOPs per token of a training step: three times the forward pass, because the backward pass costs two."""
     return 3 * config.flops(seq_len) / seq_len
 
 
 def mfu(targets_per_second: float, config: GPTConfig, seq_len: int, peak: float) -> float:
-    """Model FLOPs utilization (Chowdhery et al., 2023, appendix B): needed FLOP/s over the FLOP/s `peak` of the device."""
-    require(peak > 0, "peak", peak, "FLOP/s above 0")
+    """Model FLOPs utilization (Chowdhery et al., 2023, appendix B): needed FLOP/s over the device's `peak`."""
+    number("peak", peak, above=0)
     return targets_per_second * training_flops(config, seq_len) / peak
