@@ -570,6 +570,46 @@ class TestGrading:
         right_but(verdicts(nb))
 
     @pytest.mark.parametrize(
+        "cell",
+        [
+            "%%time\n" + ATTEND,
+            "\n%%capture out\n" + ATTEND + "out.show()\n",
+            "%%prun -l 5\n" + ATTEND,
+            "files = !ls\nn = len(files)\n" + ATTEND,
+            ATTEND + "t = %timeit -o -n 3 attend(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2))\nassert t.best > 0\n",
+            ATTEND + "if True:\n    %time x = attend(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2))\n    assert x.shape == (2, 2)\n",
+            ATTEND + "y = %time 1 + 1\nassert y == 2\n",
+            ATTEND + "attend?\n",
+            ATTEND + "?attend\n%pinfo attend\n!ls -l\n%cd /\n%load_ext autoreload\n",
+            "import asyncio\nawait asyncio.sleep(0)\n" + ATTEND,
+            "async def root():\n    return 2\nhalf = 1 / await root()\n" + ATTEND.replace("math.sqrt(q.shape[-1])", "q.shape[-1] ** half"),
+            'text = """\n%time\n!ls\n"""\nassert "%time" in text and "!ls" in text\n' + ATTEND,
+            "n = (7\n% 4)\nassert n == 3\n" + ATTEND,
+            "%matplotlib inline\n" + ATTEND,
+            ">>> x = 1\n" + ATTEND,
+            "%time n = 1\nassert n == 1\n" + ATTEND,
+            "%%time\nfiles = !ls\n%time n = 2\nassert n == 2\n" + ATTEND,
+            "get_ipython().run_line_magic('autoreload', '2')\n" + ATTEND,
+        ],
+        ids=lambda s: s.replace(ATTEND, "").strip().splitlines()[0][:30],
+    )  # fmt: skip
+    def test_a_cell_that_runs_in_a_notebook_is_graded(self, sheet, cell: str) -> None:
+        pytest.importorskip("IPython")
+        assert grading.grade(answer(sheet, "attend", cell), only="example.attend", limits=FAST).passed
+        assert grading._defines(cell) >= {"attend"}
+
+    @pytest.mark.parametrize(
+        "cell", ["%%bash\necho", "%%html\n<b>", "%%writefile x.py\n" + ATTEND, "%%timeit\n" + ATTEND]
+    )
+    def test_a_cell_that_defines_nothing_in_a_notebook_defines_nothing(self, cell: str) -> None:
+        assert not grading._defines(cell)
+
+    def test_plain_cells_do_not_load_ipython(self) -> None:
+        code = "import sys; from llmcourse.practice.worker import as_python as p; p('x = 7'); p('%%time\\nx = 7'); print('IPython' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.strip() == "False", done.stderr
+
+    @pytest.mark.parametrize(
         "poison",
         [
             "import llmcourse.practice.checking as c\nc.check = check = lambda *a, **k: True\nc.Result.passed = True\n",

@@ -28,12 +28,13 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from llmcourse.practice import checking
-from llmcourse.practice.worker import read_message, timeout_outcome, write_message
+from llmcourse.practice.worker import as_python, read_message, timeout_outcome, write_message
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
 __all__ = ["Limits", "SheetResult", "grade", "grade_file", "junit", "which_sheet"]
@@ -253,7 +254,7 @@ def _text(cell: dict) -> str:
 def _defines(source: str) -> set[str]:
     """The names that a cell sets at its top level."""
     try:
-        body = ast.parse("\n".join("" if line.startswith(("%", "!")) else line for line in source.splitlines())).body
+        body = ast.parse(as_python(source)).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set(re.findall(r"^(?:def|class)\s+(\w+)", source, re.M))
     names = set()
@@ -300,6 +301,10 @@ class _Cell:
     source: str
     owner: str
     """the exercise that it answers; empty: a free cell"""
+
+    @cached_property
+    def python(self) -> str:
+        return as_python(self.source)
 
 
 def _cells(nb: dict, exercises: Iterable[checking.Exercise]) -> list[_Cell]:
@@ -378,7 +383,8 @@ def _run_cells(
         for cell in [c for c, e in errors.items() if e.get("type") == "NameError"] if again else cells:
             try:
                 reply, _ = child.ask(
-                    {"cell": cell.source, "name": f"<cell {cell.number}>"}, seconds=limits.cell_seconds
+                    {"cell": cell.python, "source": cell.source, "name": f"<cell {cell.number}>"},
+                    seconds=limits.cell_seconds,
                 )
             except TimeoutError:
                 return (cell, timeout_outcome(limits.cell_seconds)["message"]), errors
