@@ -642,7 +642,7 @@ class TestGrading:
             ("import torch.multiprocessing as m; m.get_context('spawn').Process(target=print).start()", "not allowed"),
             ("torch.empty(2**36)", "memory"),
             ("open('big', 'wb').write(bytes(2**25))", "File too large"),
-            ("open('/etc/written-by-a-test', 'w')", "ermission"),
+            ("open('/etc/written-by-a-test', 'w')", "Error: [Errno"),
             ("import socket; socket.create_connection(('127.0.0.1', 9))", "ermi"),
             ("import ctypes; ctypes.string_at(0)", "ended its process"),
         ],
@@ -680,7 +680,7 @@ class TestGrading:
     def test_kernel_stops_what_python_cannot(self, sheet, example) -> None:
         """Straight through the C library, past every audit hook."""
         with grading.Child(FAST, 10) as child:
-            in_force = child.in_force
+            in_force = child.walls
         c = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         if "seccomp" in in_force:
             nb = answer(sheet, "attend", c + "def attend(q, k, v):\n    return f'fork gave {libc.fork()}'\n")
@@ -693,7 +693,7 @@ class TestGrading:
                 + f"PATH = {str(example['module']).encode()!r}\ndef attend(q, k, v):\n    return f'open gave {{libc.open(PATH, 0)}}'\n",
             )
             assert "open gave -1" in verdicts(nb)["attend"].got
-        if len(in_force) < 2:
+        if not {"landlock", "seccomp"} <= set(in_force):
             pytest.skip(f"this kernel offers only: {in_force or 'nothing'}")
 
     def test_no_process_and_no_folder_is_left(self, sheet) -> None:

@@ -554,6 +554,18 @@ def _run_here(ex: Exercise, answer: Any) -> list[dict]:
     return outcomes
 
 
+# What a terminal or a page would act on: control characters, the direction of writing, halves of characters.
+_UNSAFE = re.compile(
+    r"[^\t\n\x20-\x7e\xa0-\u200d\u2010-\u2027\u2030-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+)
+MAX_TEXT = 4000
+
+
+def clean(text: Any, limit: int = MAX_TEXT) -> str:
+    """A text of a learner's for somebody else's screen: no escape sequences, not too long."""
+    return _UNSAFE.sub("\ufffd", str(text)[:limit])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """The verdict on one answer. Shows itself as a card in a notebook and as text in a terminal."""
@@ -582,6 +594,10 @@ class Result:
     """the learner's own line in which an exception was raised"""
     printed: str = ""
     seconds: float = 0.0
+
+    def __post_init__(self):
+        for name in ("sentence", "detail", "expected", "got", "line", "printed"):
+            object.__setattr__(self, name, clean(getattr(self, name)))
 
     @property
     def passed(self) -> bool:

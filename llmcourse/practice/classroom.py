@@ -53,16 +53,20 @@ class GradeApart(NbGraderPreprocessor):
     """Autograde: instead of running the notebook, grade it in child processes and write the verdicts into its test cells."""
 
     def preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
-        sheet = grading.which_sheet(nb)
-        results = {r.id.split(".")[1]: r for r in grading.grade(nb).results}
+        graded = grading.grade_apart(resources.get("unique_key", "submission"), text=json.dumps(nb))
+        sheet, results = graded.sheet, {r.id.split(".")[1]: r for r in graded.results}
+        if graded.error:
+            raise ValueError(graded.error)
+        if not grading.safe(graded.walls):
+            self.log.warning("Graded without the kernel's help (%s): not for the work of strangers", graded.walls)
         self.log.info("Graded sheet %s: %d of %d passed", sheet, sum(r.passed for r in results.values()), len(results))
         for cell in nb.cells:
             if cell.cell_type != "code":
                 continue
             cell.outputs = []
-            about = cell.metadata.get("nbgrader", {})
+            about = grading.about(cell)
             if about.get("grade") and not about.get("solution"):
-                cell.outputs = _outputs(results.get(about.get("grade_id", "").removesuffix("-check")))
+                cell.outputs = _outputs(results.get(str(about.get("grade_id", "")).removesuffix("-check")))
         return nb, resources
 
 
@@ -97,7 +101,7 @@ def rename_submissions(assignment: str, student: str, notebooks: list[str]) -> N
             continue
         try:
             sheet = grading.which_sheet(json.loads(path.read_text(encoding="utf8")))
-        except (BadInput, ValueError, OSError):
+        except (BadInput, ValueError, OSError, RecursionError):
             continue
         if sheet not in present:
             copy = path.with_name(f"{sheet}.ipynb")

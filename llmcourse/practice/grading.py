@@ -17,7 +17,6 @@ import json
 import os
 import queue
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -27,13 +26,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from llmcourse.practice import checking
+from llmcourse.practice import checking, walls
 from llmcourse.practice.worker import as_python, read_message, timeout_outcome, write_message
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
@@ -52,8 +51,14 @@ class Limits:
     file_bytes: int = 16 * 2**20
     """in one file"""
     start_seconds: float = 120.0
+    sheet_seconds: float = 240.0
+    """of wall time, for everything in one file"""
     confine: bool = True
     """false: without the kernel's help, for tests of the audit hook"""
+
+
+SLOW = 2.0  # seconds: a cell of no exercise that takes longer is not run again for each exercise
+MAX_REPLY = 2**20  # bytes of one verdict of a grading process
 
 
 class Gone(Exception):
@@ -86,18 +91,16 @@ def _hidden() -> list[str]:
     return [os.path.realpath(p) for p in (*llmcourse.practice.sheets.__path__, root / "solutions", root / ".git")]
 
 
+# What PyTorch and Python read of the system: no passwords, no other processes.
+_SYSTEM = ["/usr", "/lib", "/lib64", "/bin", "/opt", "/System", "/Library", "/sys/devices/system", "/dev/null", "/dev/zero",
+           "/dev/urandom", "/dev/random", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/sys/vm",
+           "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/localtime", "/etc/passwd",
+           "/etc/group", "/etc/nsswitch.conf", "/etc/mime.types"]  # fmt: skip
+
+
 def _permitted() -> tuple[list[str], list[str]]:
     """What a child may read, and of which folders it may only read the names."""
-    system = ["/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev", "/opt", "/System", "/Library"]
-    paths = {
-        sys.prefix,
-        sys.base_prefix,
-        sys.exec_prefix,
-        str(PACKAGE),
-        str(course_root() / "settings.ini"),
-        *system,
-        *sys.path,
-    }
+    paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, str(PACKAGE), str(course_root() / "settings.ini"), *sys.path}
     with contextlib.suppress(BadInput, OSError, ImportError):
         paths.add(str(load_settings().home))
     hidden = _hidden()
@@ -116,25 +119,33 @@ def _permitted() -> tuple[list[str], list[str]]:
                 allow(os.path.join(path, entry))
 
     own = str(PACKAGE.parent)
-    for path in sorted({os.path.realpath(p) for p in paths if p and os.path.exists(p)}):
+    for path in sorted({os.path.realpath(p) for p in (*paths, *_SYSTEM) if p and os.path.exists(p)}):
         if path == own and "site-packages" not in own:
             listable.append(path)  # a checkout: only its package, which has an entry of its own
-        else:
+        elif path != "/":
             allow(path)
     return readable, listable
 
 
 class _Nursery:
-    """One process that has imported torch and forks a child for each exercise: a child then starts in milliseconds."""
+    """One process that has imported torch and forks a child for each exercise: a child then starts in milliseconds.
+
+    Where bubblewrap can be had, the nursery and its children live inside; else in a folder of their own.
+    """
 
     current: _Nursery | None = None
 
     def __init__(self):
-        self.folder = tempfile.mkdtemp(prefix="llmcourse-")
+        readable, _ = _permitted()
+        inside = walls.bubblewrap(p for p in readable if not p.startswith(("/dev/", "/proc/")))
+        self.walls = ["bubblewrap"] if inside else []
+        self.outside = "" if inside else tempfile.mkdtemp(prefix="llmcourse-")
+        self.folder = self.outside or "/tmp"  # as the children see it
         ours, theirs = socket.socketpair()
         self.process = subprocess.Popen(
-            _command("nursery", str(theirs.fileno())), pass_fds=[theirs.fileno()], env=_environment(self.folder), cwd=self.folder,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            [*inside, *_command("nursery", str(theirs.fileno()))], pass_fds=[theirs.fileno()], env=_environment(self.folder),
+            cwd=self.outside or "/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
         theirs.close()
         self.control = ours
@@ -147,55 +158,65 @@ class _Nursery:
         return cls.current
 
     def fork(self, seconds: float) -> tuple[int, socket.socket]:
+        """A new child: its number as the system outside knows it, and the line to it."""
         ours, theirs = socket.socketpair()
-        self.control.settimeout(seconds)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        ours.settimeout(seconds)
         try:
             socket.send_fds(self.control, [b"x"], [theirs.fileno()])
-            answer = self.control.recv(4)
-        except OSError:
-            answer = b""
-        finally:
             theirs.close()
-        if len(answer) != 4:
+            _, about, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(struct.calcsize("3i")))
+            pid = struct.unpack("3i", about[0][2])[0]
+        except (OSError, IndexError):
             ours.close()
             self.close()
-            raise RuntimeError("the process that runs exercises could not be started")
-        return struct.unpack("<i", answer)[0], ours
+            raise RuntimeError("the process that runs exercises could not be started") from None
+        ours.settimeout(None)
+        # a child that does not read must not hold up the grader: a blocked write gives up
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
+        return pid, ours
 
     def close(self) -> None:
         self.control.close()
         self.process.kill()
         self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        _Nursery.current = None
+        if self.outside:
+            walls.remove(self.outside)
+        if _Nursery.current is self:
+            _Nursery.current = None
 
 
 class Child:
-    """A process with the learner's code. `ask` sends one request and waits for the reply, at most so many seconds."""
+    """A process with the learner's code. `ask` sends one request and waits for the reply."""
 
     def __init__(self, limits: Limits, seconds: float):
-        self.folder = tempfile.mkdtemp(prefix="llmcourse-")
         self.process = self.talk = None
+        self.outside = self.folder = ""
+        self.walls: list[str] = []
         try:
             if sys.platform == "linux":
-                self.pid, self.talk = _Nursery.get().fork(limits.start_seconds)
+                nursery = _Nursery.get()
+                self.pid, self.talk = nursery.fork(limits.start_seconds)
                 self.source, self.sink = self.talk.makefile("rb"), self.talk.makefile("wb")
+                self.folder, self.walls = f"{nursery.folder}/{self.pid}", list(nursery.walls)
+                self.outside = nursery.outside and self.folder
             else:
+                self.outside = self.folder = tempfile.mkdtemp(prefix="llmcourse-")
                 flags = {"creationflags": 0x00000200} if os.name == "nt" else {"start_new_session": True}
                 self.process = subprocess.Popen(
                     _command(), env=_environment(self.folder), cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL, **flags,
                 )  # fmt: skip
                 self.pid, self.source, self.sink = self.process.pid, self.process.stdout, self.process.stdin
-            self.replies: queue.Queue = queue.Queue()
+            self.replies: queue.Queue = queue.Queue(maxsize=2)
             threading.Thread(target=self._listen, daemon=True).start()
             readable, listable = _permitted()
             ready, _ = self.ask(
-                {"folder": self.folder, "readable": readable, "listable": listable, "hidden": _hidden(), "seconds": seconds,
+                {"folder": self.folder, "readable": [*readable, "/proc/self"], "listable": listable, "hidden": _hidden(),
                  "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes, "confine": limits.confine},
-                seconds=limits.start_seconds,
+                seconds=seconds, wall=limits.start_seconds,
             )  # fmt: skip
-            self.in_force = ready.get("in_force", [])
+            self.walls += [str(w) for w in ready.get("in_force", [])]
         except BaseException:
             self.close()
             raise
@@ -208,18 +229,42 @@ class Child:
                 self.replies.put(e)
                 return
 
-    def ask(self, message: dict, blobs: list[bytes] = (), *, seconds: float) -> tuple[dict, list[bytes]]:
+    def _processor_seconds(self) -> float:
+        """What the child has used so far, as the system counts it; 0 where it does not say."""
         try:
-            write_message(self.sink, message, blobs)
-            reply = self.replies.get(timeout=seconds)
-        except queue.Empty:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+    def ask(
+        self, message: dict, blobs: list[bytes] = (), *, seconds: float, wall: float | None = None
+    ) -> tuple[dict, list[bytes]]:
+        """Send a request. The child itself keeps to `seconds` of processor time; this is for when it cannot."""
+        started, before = time.monotonic(), self._processor_seconds()
+        wall = wall or 6 * seconds + 15
+        try:
+            write_message(self.sink, message | {"seconds": seconds}, blobs)
+            while True:
+                try:
+                    reply = self.replies.get(timeout=0.25)
+                    break
+                except queue.Empty:
+                    used = self._processor_seconds() - before
+                    if used > 2 * seconds + 3 or time.monotonic() - started > wall:
+                        raise TimeoutError from None
+        except BlockingIOError:  # it does not read
             raise TimeoutError from None
-        except OSError:
+        except OSError as e:
+            if isinstance(e, TimeoutError):
+                raise
             raise Gone("Your code ended its process.") from None
         if isinstance(reply, (EOFError, OSError)):
             raise Gone("Your code ended its process: by an exit, by using too much memory, or by a crash.")
         if isinstance(reply, BaseException):
             raise Gone("What came back from your code could not be read.")
+        if reply[0].get("kind") == "timeout":
+            raise TimeoutError
         return reply
 
     def close(self) -> None:
@@ -234,7 +279,8 @@ class Child:
                 thing.close()
         if self.process:
             self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.outside:
+            walls.remove(self.outside)
 
     def __enter__(self) -> Child:
         return self
@@ -246,9 +292,32 @@ class Child:
 # ------------------------------------------------------------------------------- reading a sheet
 
 
+# A file that was handed in may hold anything: nothing is taken for what it should be.
+
+
+def _dict(thing: Any, *path: str) -> dict:
+    """What lies at a path of dictionaries; an empty one where something else lies."""
+    for name in path:
+        thing = thing.get(name) if isinstance(thing, dict) else None
+    return thing if isinstance(thing, dict) else {}
+
+
+def about(cell: Any) -> dict:
+    """nbgrader's metadata of a cell."""
+    return _dict(cell, "metadata", "nbgrader")
+
+
 def _text(cell: dict) -> str:
     source = cell.get("source", "")
-    return source if isinstance(source, str) else "".join(source)
+    if isinstance(source, list):
+        source = "".join(s for s in source if isinstance(s, str))
+    return source if isinstance(source, str) else ""
+
+
+def _code_cells(nb: dict) -> list[tuple[int, dict]]:
+    cells = nb.get("cells")
+    cells = cells if isinstance(cells, list) else []
+    return [(i, c) for i, c in enumerate(cells, 1) if isinstance(c, dict) and c.get("cell_type") == "code"]
 
 
 def _defines(source: str) -> set[str]:
@@ -256,7 +325,7 @@ def _defines(source: str) -> set[str]:
     try:
         body = ast.parse(as_python(source)).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return set(re.findall(r"^(?:def|class)\s+(\w+)", source, re.M))
+        return set(re.findall(r"^(?:def|class) (\w+)", source, re.M))
     names = set()
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -268,30 +337,27 @@ def _defines(source: str) -> set[str]:
 
 
 def _is_check(source: str) -> bool:
-    return bool(re.fullmatch(r"\s*check\(\s*[\"'][\w.]+[\"'][^()]*\)\s*;?\s*", source))
+    source = source.strip()
+    return len(source) < 300 and bool(re.fullmatch(r"check\([\"'][\w.]+[\"'][^()]*\);?", source))
 
 
 def which_sheet(nb: dict) -> str:
     """The sheet that a notebook is, by what is in it, whatever the file is called. `BadInput` when it is none."""
     known = checking.sheets()
-    code = [c for c in nb.get("cells", []) if isinstance(c, dict) and c.get("cell_type") == "code"]
+    code = [c for _, c in _code_cells(nb)]
     text = "\n".join(_text(c) for c in code)
-    ids = {str(c.get("metadata", {}).get("nbgrader", {}).get("grade_id", "")) for c in code}
+    ids = {str(about(c).get("grade_id", "")) for c in code}
     named = set().union(*(_defines(_text(c)) for c in code)) if code else set()
 
     def points(sheet: str) -> int:
-        score = 3 * (nb.get("metadata", {}).get("llmcourse", {}).get("sheet") == sheet)
+        score = 3 * (_dict(nb, "metadata", "llmcourse").get("sheet") == sheet)
         for ex in checking.load_sheet(sheet).values():
             score += (f'"{ex.id}"' in text) + (f"{ex.name}-answer" in ids) + (ex.name in named)
         return score
 
     best = max(known, key=points, default="")
-    require(
-        bool(best) and points(best) > 0,
-        "notebook",
-        "not an exercise sheet",
-        "a sheet of the course: " + ", ".join(known),
-    )
+    if not best or points(best) == 0:
+        raise NoSheet(f"notebook is not an exercise sheet; allowed: a sheet of the course: {', '.join(known)}.")
     return best
 
 
@@ -311,20 +377,13 @@ def _cells(nb: dict, exercises: Iterable[checking.Exercise]) -> list[_Cell]:
     """The cells that are run: no checks, and each with the exercise that it answers."""
     names = [ex.name for ex in exercises]
     out = []
-    for i, cell in enumerate(nb.get("cells", []), 1):
-        if not isinstance(cell, dict) or cell.get("cell_type") != "code":
-            continue
-        source = _text(cell)
-        about = cell.get("metadata", {}).get("nbgrader", {})
-        if _is_check(source) or (isinstance(about, dict) and about.get("grade") and not about.get("solution")):
+    for i, cell in _code_cells(nb):
+        source, kind = _text(cell), about(cell)
+        if _is_check(source) or (kind.get("grade") and not kind.get("solution")):
             continue
         defined = _defines(source)
         owners = [n for n in names if n in defined]
-        owner = (
-            str(about.get("grade_id", "")).removesuffix("-answer")
-            if isinstance(about, dict) and about.get("solution")
-            else ""
-        )
+        owner = str(kind.get("grade_id", "")).removesuffix("-answer") if kind.get("solution") else ""
         out.append(
             _Cell(i, source, owners[0] if len(owners) == 1 else "" if owners else owner if owner in names else "")
         )
@@ -334,53 +393,64 @@ def _cells(nb: dict, exercises: Iterable[checking.Exercise]) -> list[_Cell]:
 # -------------------------------------------------------------------------------------- grading
 
 
-def _grade_one(ex: checking.Exercise, cells: list[_Cell], guilty: set[int], limits: Limits) -> checking.Result:
-    """The verdict on one exercise. Cells of no exercise that had to be stopped are added to `guilty` and left out."""
-    started = time.perf_counter()
-    own = [c for c in cells if c.owner in ("", ex.name)]
-    result, lacks = _attempt(ex, own, guilty, limits)
-    if lacks and len(own) < len(cells):  # perhaps a helper is defined in the cell of another exercise
-        again, _ = _attempt(ex, cells, set(guilty), limits)
-        result = again if again.passed or (not result.passed and again.cases_passed > result.cases_passed) else result
-    return replace(result, seconds=time.perf_counter() - started)
+def _failed(ex: checking.Exercise, sentence: str, **more: Any) -> checking.Result:
+    base = dict(id=ex.id, title=ex.title, status="failed", points=0, max_points=ex.points, cases=len(ex.all_cases()))
+    return checking.Result(**base | {"sentence": sentence} | more)
 
 
-def _attempt(
-    ex: checking.Exercise, cells: list[_Cell], guilty: set[int], limits: Limits
-) -> tuple[checking.Result, bool]:
-    """One try with these cells; the second value says that a name was missing."""
-    failed = lambda sentence, **more: checking.Result(
-        id=ex.id,
-        title=ex.title,
-        status="failed",
-        points=0,
-        max_points=ex.points,
-        cases=len(ex.all_cases()),
-        sentence=sentence,
-        **more,
-    )
-    total = limits.cell_seconds * (len(cells) + 1) + ex.time_limit * len(ex.all_cases())
-    while True:
-        with Child(limits, total) as child:
-            run = [c for c in cells if c.number not in guilty]
-            stopped, errors = _run_cells(child, checking.setup_source(ex.sheet), run, limits)
-            if stopped:
+@dataclass
+class _Run:
+    """The grading of one file: what was learned about its cells, and when it has to end."""
+
+    cells: list[_Cell]
+    limits: Limits
+    end: float
+    guilty: set[int] = field(default_factory=set)
+    """cells of no exercise that had to be stopped: never run again"""
+    slow: set[int] = field(default_factory=set)
+    """cells of no exercise that take long: only run again where a name is missing"""
+    walls: tuple[str, ...] = ()
+
+    def grade(self, ex: checking.Exercise) -> checking.Result:
+        """The verdict on one exercise."""
+        started = time.monotonic()
+        if started > self.end:
+            return _failed(ex, f"Not graded: the cells of this file need more than {self.limits.sheet_seconds:g} seconds in all.")  # fmt: skip
+        own = [c for c in self.cells if c.owner in ("", ex.name) and c.number not in self.slow]
+        result, lacks = self._attempt(ex, own)
+        if lacks and len(own) < len(self.cells):  # perhaps a helper is defined in the cell of another exercise
+            before = set(self.guilty)
+            again, _ = self._attempt(ex, self.cells)
+            self.guilty = before
+            better = again.passed or (not result.passed and again.cases_passed > result.cases_passed)
+            result = again if better else result
+        return replace(result, seconds=time.monotonic() - started)
+
+    def _attempt(self, ex: checking.Exercise, cells: list[_Cell]) -> tuple[checking.Result, bool]:
+        """One try with these cells; the second value says that a name was missing."""
+        total = self.limits.cell_seconds * (len(cells) + 1) + ex.time_limit * len(ex.all_cases())
+        while True:
+            with Child(self.limits, total) as child:
+                self.walls = tuple(child.walls)
+                run = [c for c in cells if c.number not in self.guilty]
+                stopped, errors = _run_cells(child, checking.setup_source(ex.sheet), run, self.limits, self.slow)
+                if not stopped:
+                    return _call(ex, child, errors)
                 cell, why = stopped
                 if cell.owner == ex.name:
-                    return failed(f"The cell with your answer was stopped. {why}"), False
-                guilty.add(cell.number)
-                continue
-            return _call(ex, child, errors, failed)
+                    return _failed(ex, f"The cell with your answer was stopped. {why}"), False
+                self.guilty.add(cell.number)
 
 
 def _run_cells(
-    child: Child, setup: str, cells: list[_Cell], limits: Limits
+    child: Child, setup: str, cells: list[_Cell], limits: Limits, slow: set[int]
 ) -> tuple[tuple[_Cell, str] | None, dict[_Cell, dict]]:
     """Run set-up and cells in the child. Returns the cell that ended or hung it, and the errors of the others."""
     errors: dict[_Cell, dict] = {}
     child.ask({"cell": setup, "name": "<set-up>"}, seconds=limits.start_seconds)
     for again in (False, True):  # a sheet whose cells were moved: what lacked a name gets a second chance
         for cell in [c for c, e in errors.items() if e.get("type") == "NameError"] if again else cells:
+            started = time.monotonic()
             try:
                 reply, _ = child.ask(
                     {"cell": cell.python, "source": cell.source, "name": f"<cell {cell.number}>"},
@@ -390,13 +460,15 @@ def _run_cells(
                 return (cell, timeout_outcome(limits.cell_seconds)["message"]), errors
             except Gone as e:
                 return (cell, str(e)), errors
+            if not cell.owner and time.monotonic() - started > SLOW:
+                slow.add(cell.number)
             errors.pop(cell, None)
             if reply.get("kind") == "error":
                 errors[cell] = reply
     return None, errors
 
 
-def _call(ex: checking.Exercise, child: Child, errors: dict[_Cell, dict], failed: Any) -> tuple[checking.Result, bool]:
+def _call(ex: checking.Exercise, child: Child, errors: dict[_Cell, dict]) -> tuple[checking.Result, bool]:
     """Ask the child for every case, and judge."""
     outcomes: list[dict] = []
     for c in ex.all_cases():
@@ -407,18 +479,13 @@ def _call(ex: checking.Exercise, child: Child, errors: dict[_Cell, dict], failed
             if reply.get("kind") == "missing":
                 mine = [e for cell, e in errors.items() if cell.owner == ex.name] or list(errors.values())
                 if not mine:
-                    return checking.Result(
-                        id=ex.id, title=ex.title, status="not started", points=0, max_points=ex.points, cases=len(ex.all_cases()),
-                        sentence=f"No cell of the sheet defines {ex.name}.",
-                    ), True  # fmt: skip
+                    return _failed(ex, f"No cell of the sheet defines {ex.name}.", status="not started"), True
                 e = mine[0]
-                line = f"{e['lineno']}: {e['line']}" if e.get("line") else ""
                 if e["type"] == "NotImplementedError":
-                    return checking.Result(id=ex.id, title=ex.title, status="not started", points=0, max_points=ex.points,
-                                           cases=len(ex.all_cases()), sentence="There is no answer yet."), False  # fmt: skip
-                return failed(
-                    f"The cell that should define {ex.name} stopped with {e['type']}: {e['message']}", line=line
-                ), e["type"] == "NameError"
+                    return _failed(ex, "There is no answer yet.", status="not started"), False
+                sentence = f"The cell that should define {ex.name} stopped with {e['type']}: {e['message']}"
+                line = f"{e['lineno']}: {e['line']}" if e.get("line") else ""
+                return _failed(ex, sentence, line=line), e["type"] == "NameError"
             outcome = checking._read(_plain(reply), back, c)
         except TimeoutError:
             outcome = timeout_outcome(ex.time_limit)
@@ -457,10 +524,14 @@ class SheetResult:
     sheet: str
     file: str
     results: tuple[checking.Result, ...]
+    walls: tuple[str, ...] = ()
+    """what stood around the learner's code: bubblewrap, landlock, seccomp"""
+    error: str = ""
+    """why the file could not be graded"""
 
     @property
     def passed(self) -> bool:
-        return all(r.passed for r in self.results)
+        return not self.error and all(r.passed for r in self.results)
 
     @property
     def points(self) -> int:
@@ -472,11 +543,30 @@ class SheetResult:
 
     def to_dict(self) -> dict:
         return {"sheet": self.sheet, "file": self.file, "passed": self.passed, "points": self.points, "max_points": self.max_points,
-                "exercises": [r.to_dict() for r in self.results]}  # fmt: skip
+                "walls": list(self.walls), "error": self.error, "exercises": [r.to_dict() for r in self.results]}  # fmt: skip
+
+
+class NoSheet(BadInput):
+    """A notebook, but none of the course's sheets."""
+
+
+def safe(names: Iterable[str]) -> bool:
+    """Whether these walls keep a stranger's code from the checker, the teacher's files and other processes."""
+    return "seccomp" in names and bool({"bubblewrap", "landlock"} & set(names))
+
+
+def _begin(nb: dict, only: str | None, limits: Limits) -> tuple[str, list[checking.Exercise], _Run]:
+    sheet = only.split(".")[0] if only else which_sheet(nb)
+    exercises = checking.load_sheet(sheet)
+    require(only is None or only in exercises, "exercise", only, ", ".join(exercises))
+    run = _Run(_cells(nb, exercises.values()), limits, time.monotonic() + limits.sheet_seconds)
+    return sheet, [ex for ex in exercises.values() if only in (None, ex.id)], run
 
 
 def grade(nb: dict, *, file: str = "", only: str | None = None, limits: Limits | None = None) -> SheetResult:
     """Grade a notebook (its JSON as a dict). Whatever the learner's code does, every exercise gets its verdict.
+
+    The notebook is read in this process, the learner's code runs in others. For work of strangers see `grade_apart`.
 
     Args:
         nb: the notebook.
@@ -486,28 +576,135 @@ def grade(nb: dict, *, file: str = "", only: str | None = None, limits: Limits |
     Raises:
         BadInput: the notebook is not an exercise sheet, or `only` is not in it.
     """
-    limits = limits or Limits()
-    sheet = only.split(".")[0] if only else which_sheet(nb)
-    exercises = checking.load_sheet(sheet)
-    require(only is None or only in exercises, "exercise", only, ", ".join(exercises))
-    cells = _cells(nb, exercises.values())
-    guilty: set[int] = set()
-    wanted = [ex for ex in exercises.values() if only in (None, ex.id)]
-    return SheetResult(sheet, file, tuple(_grade_one(ex, cells, guilty, limits) for ex in wanted))
+    sheet, exercises, run = _begin(nb, only, limits or Limits())
+    results = tuple(run.grade(ex) for ex in exercises)
+    return SheetResult(sheet, file, results, run.walls)
+
+
+def _read(text: str, file: str) -> dict:
+    try:
+        nb = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadInput(f"sheet is {file!r}; allowed: a Jupyter notebook (this file is damaged).") from None
+    if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list):
+        raise BadInput(f"sheet is {file!r}; allowed: a Jupyter notebook (this file is none).")
+    return nb
+
+
+def _read_file(path: str | Path) -> str:
+    require(Path(path).is_file(), "sheet", str(path), "an existing notebook file")
+    try:
+        return Path(path).read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError):
+        raise BadInput(f"sheet is {str(path)!r}; allowed: a Jupyter notebook (this file cannot be read).") from None
 
 
 def grade_file(path: str | Path, *, only: str | None = None, limits: Limits | None = None) -> SheetResult:
     """Grade a notebook file; see `grade`."""
-    path = Path(path)
-    require(path.is_file(), "sheet", str(path), "an existing notebook file")
+    return grade(_read(_read_file(path), str(path)), file=str(path), only=only, limits=limits)
+
+
+# ------------------------------------------------------------------- a process for each submission
+
+
+def _grade_into(pipe: Any, text: str, file: str, only: str | None, limits: Limits, sheet_folders: list[str]) -> None:
+    """Grade in this process, and send each verdict as soon as it is there."""
+    import llmcourse.practice.sheets
+
+    walls.die_with_parent()
+    known = llmcourse.practice.sheets.__path__
+    known.extend(f for f in sheet_folders if f not in known)
+    send = lambda kind, **what: pipe.send_bytes(json.dumps({"kind": kind, **what}).encode())
     try:
-        nb = json.loads(path.read_text(encoding="utf8"))
-        require(isinstance(nb, dict) and isinstance(nb.get("cells"), list), "sheet", str(path), "a Jupyter notebook")
-    except ValueError as e:
-        if isinstance(e, BadInput):
-            raise
-        raise BadInput(f"sheet is {str(path)!r}; allowed: a Jupyter notebook (this file is damaged).") from None
-    return grade(nb, file=str(path), only=only, limits=limits)
+        import torch
+
+        torch.set_num_threads(1)
+        sheet, exercises, run = _begin(_read(text, file), only, limits)
+        blank = lambda ex: asdict(_failed(ex, ""))
+        send("begin", sheet=sheet, blank=[blank(ex) for ex in exercises])
+        for ex in exercises:
+            result = run.grade(ex)
+            send("verdict", result=asdict(result), walls=run.walls)
+        send("end")
+    except NoSheet as e:
+        send("no sheet", text=str(e))
+    except BadInput as e:
+        send("bad", text=str(e))
+
+
+def _context():
+    """Forked from a clean process that has imported PyTorch, where that exists; else a new process."""
+    import multiprocessing
+
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "llmcourse.practice.grading"])
+    return context
+
+
+def grade_apart(
+    path: str | Path, *, text: str | None = None, only: str | None = None, limits: Limits | None = None
+) -> SheetResult:
+    """Read and grade a file in a process of its own, with one deadline. Whatever happens there is this file's result.
+
+    Args:
+        path: the notebook file; with `text`, only the name to show.
+        text: the notebook's text, instead of reading it.
+    Raises:
+        BadInput: the file is not there, or `only` is no exercise.
+        NoSheet: the file is a notebook, but no exercise sheet.
+    """
+    import llmcourse.practice.sheets
+
+    limits, file = limits or Limits(), str(path)
+    if text is None:
+        try:
+            text = _read_file(path)
+        except BadInput as e:
+            if not Path(path).is_file():
+                raise
+            return SheetResult("", file, (), error=str(e))
+    context = _context()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_grade_into,
+        args=(theirs, text, file, only, limits, list(llmcourse.practice.sheets.__path__)),
+        daemon=True,
+    )
+    process.start()
+    theirs.close()
+    end = time.monotonic() + limits.sheet_seconds + limits.start_seconds
+    sheet, results, done, stood, why = "", [], 0, (), ""
+    try:
+        while not why:
+            if not ours.poll(max(0.0, end - time.monotonic())):
+                why = f"it took more than {limits.sheet_seconds:g} seconds"
+                break
+            message = json.loads(ours.recv_bytes(MAX_REPLY))
+            if message["kind"] == "begin":
+                sheet, results = message["sheet"], [_result(r) for r in message["blank"]]
+            elif message["kind"] == "verdict":
+                results[done], stood, done = _result(message["result"]), tuple(message["walls"]), done + 1
+            elif message["kind"] == "no sheet":
+                raise NoSheet(message["text"])
+            elif message["kind"] == "bad":
+                return SheetResult("", file, (), error=message["text"])
+            else:
+                break
+    except (EOFError, OSError):
+        why = "the process that graded it ended"
+    finally:
+        ours.close()
+        process.kill()
+        process.join()
+    results[done:] = [replace(r, sentence=f"Not graded: {why}.") for r in results[done:]]
+    error = "" if results else f"The file could not be graded: {why}."
+    return SheetResult(sheet, file, tuple(results), stood, error)
+
+
+def _result(fields: dict) -> checking.Result:
+    return checking.Result(**fields | {"given": tuple(map(tuple, fields["given"]))})
 
 
 def junit(results: Iterable[SheetResult]) -> str:

@@ -18,15 +18,20 @@ import math
 import os
 import re
 import signal
+import socket
 import struct
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
-MAX_MESSAGE = 64 * 2**20  # bytes in one message: a learner's result that is larger is refused
+from llmcourse.practice import walls
+
+MAX_MESSAGE = 16 * 2**20  # bytes of the tensors in one message: a learner's result that is larger is refused
+MAX_HEAD = 4 * 2**20  # bytes of its JSON
 MAX_ITEMS = 100_000  # entries of a nested result
 MAX_DEPTH = 20
 MAX_PRINTED = 2000  # characters of the learner's prints that are kept
@@ -206,8 +211,6 @@ def read_message(stream: BinaryIO) -> tuple[dict, list[bytes]]:
     """The next message. `EOFError` at the end, `ValueError` when it is no message."""
 
     def exactly(n: int) -> bytes:
-        if n > MAX_MESSAGE:
-            raise ValueError("a message is too large")
         data = bytearray()
         while len(data) < n:
             piece = stream.read(n - len(data))
@@ -216,11 +219,14 @@ def read_message(stream: BinaryIO) -> tuple[dict, list[bytes]]:
             data += piece
         return bytes(data)
 
-    head = json.loads(exactly(struct.unpack("<I", exactly(4))[0]))
+    size = struct.unpack("<I", exactly(4))[0]
+    if size > MAX_HEAD:
+        raise ValueError("a message is too large")
+    head = json.loads(exactly(size))
     if not isinstance(head, dict) or not isinstance(head.get("message"), dict):
         raise ValueError("not a message")
     sizes = [int(n) for n in head.get("sizes", [])]
-    if sum(sizes) > MAX_MESSAGE or min(sizes, default=0) < 0:
+    if min(sizes, default=0) < 0 or sum(sizes) > MAX_MESSAGE:
         raise ValueError("a message is too large")
     return head["message"], [exactly(n) for n in sizes]
 
@@ -457,148 +463,8 @@ def _gradients(result: Any, leaves: list, blobs: list[bytes]) -> Any:
 # ------------------------------------------------------------------------------ the child process
 
 
-def _limit(limits: dict) -> None:
-    """Ask the system for the limits; what it does not know is left out (Windows: time only, kept by the grader)."""
-    try:
-        import resource
-    except ImportError:
-        return
-
-    def at_most(what: str, n: int) -> None:
-        if hasattr(resource, what):
-            number = getattr(resource, what)
-            hard = resource.getrlimit(number)[1]
-            n = n if hard == resource.RLIM_INFINITY else min(n, hard)
-            with contextlib.suppress(ValueError, OSError):
-                resource.setrlimit(number, (n, n))
-
-    at_most("RLIMIT_CPU", int(limits["seconds"]) + 5)
-    at_most("RLIMIT_FSIZE", int(limits["file_bytes"]))
-    at_most("RLIMIT_CORE", 0)
-    at_most("RLIMIT_NOFILE", 256)
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        # Address space: what Python and torch have mapped already, and the allowance on top.
-        with open("/proc/self/statm") as f:
-            mapped = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        at_most("RLIMIT_AS", mapped + int(limits["memory_bytes"]))
-
-
-_NO_PROCESS = (
-    "os.fork",
-    "os.forkpty",
-    "os.exec",
-    "os.posix_spawn",
-    "os.spawn",
-    "os.system",
-    "subprocess.Popen",
-    "os.startfile",
-    "pty.spawn",
-)
-_NO_OTHER = ("socket.connect", "socket.bind", "os.kill", "os.killpg", "signal.pthread_kill")
-_NO_C = (
-    "ctypes.dlopen",
-    "ctypes.dlsym",
-    "ctypes.cdata",
-)  # the way around an audit hook, where the kernel does not stop it
-
-
-def _refuse(hidden: list[str], also: tuple[str, ...]) -> None:
-    """An audit hook, which no Python code can take away: no programs, no network, no look at the checker."""
-    hidden = [os.path.realpath(p) for p in hidden]
-
-    def hook(event: str, args: tuple) -> None:
-        if event in _NO_PROCESS:
-            raise PermissionError("starting another process is not allowed in an exercise")
-        if event in _NO_OTHER or event in also:
-            raise PermissionError(f"{event} is not allowed in an exercise")
-        if event == "import" and str(args[0]).startswith("llmcourse.practice.sheets"):
-            raise ImportError("the checker cannot be imported in an exercise")
-        if event in ("open", "os.listdir", "os.scandir", "os.link", "os.rename", "os.symlink") and isinstance(
-            args[0], (str, bytes)
-        ):
-            path = os.path.realpath(os.fsdecode(args[0]))
-            if any(path == h or path.startswith(h + os.sep) for h in hidden):
-                raise PermissionError("this folder cannot be read in an exercise")
-
-    sys.addaudithook(hook)
-    for module, name in (("_posixsubprocess", "fork_exec"), ("_winapi", "CreateProcess")):
-        with contextlib.suppress(ImportError, AttributeError):
-            found = __import__(module)
-            setattr(found, name, lambda *a, **k: hook("subprocess.Popen", ()))
-
-
-# Linux: the kernel itself refuses, whatever the code is written in. Landlock (files, TCP), then a system call filter.
-_CALLS = {  # per machine: audit number, clone, clone3, and the calls that fail with "not permitted"
-    # fork vfork execve execveat kill tkill tgkill pidfd_send_signal ptrace process_vm_readv/writev setsid setpgid socket
-    "x86_64": (0xC000003E, 56, 435, (57, 58, 59, 322, 62, 200, 234, 424, 101, 310, 311, 112, 109, 41)),
-    "aarch64": (0xC00000B7, 220, 435, (221, 281, 129, 130, 131, 424, 117, 270, 271, 157, 154, 198)),
-}
-
-
-def _confine(readable: list[str], listable: list[str], writable: list[str]) -> list[str]:
-    """Use what the Linux kernel offers. Returns the names of what is in force.
-
-    Args:
-        readable: files and folders that may be read.
-        listable: folders of which only the names inside may be read (Python's import looks there).
-        writable: folders in which anything may be done.
-    """
-    done: list[str] = []
-    if sys.platform != "linux":
-        return done
-    import ctypes
-    import platform
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(38, 1, 0, 0, 0):  # no new privileges: the condition for both
-        return done
-
-    version = libc.syscall(444, None, 0, 1)
-    if version >= 1:
-        files = (1 << (13 + (version >= 2) + (version >= 3) + (version >= 5))) - 1
-        read, on_file = 0b1101, 0b111 | (1 << 14 if version >= 3 else 0) | (1 << 15 if version >= 5 else 0)
-        attributes = struct.pack("<QQ", files, 0b11)[: 16 if version >= 4 else 8]
-        ruleset = libc.syscall(444, attributes, len(attributes), 0)
-        if ruleset >= 0:
-            for paths, allowed in ((readable, read), (listable, 0b1000), (writable, files)):
-                for path in paths:
-                    with contextlib.suppress(OSError):
-                        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-                        rights = allowed if os.path.isdir(path) else allowed & on_file
-                        libc.syscall(445, ruleset, 1, struct.pack("<Qi", rights, handle), 0)
-                        os.close(handle)
-            if libc.syscall(446, ruleset, 0) == 0:
-                done.append("landlock")
-            os.close(ruleset)
-
-    if platform.machine() in _CALLS:
-        arch, clone, clone3, refused = _CALLS[platform.machine()]
-        op = lambda code, k, yes=0, no=0: struct.pack("<HBBI", code, yes, no, k)
-        LOAD, EQ, GE, SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-        ALLOW, NOT_PERMITTED, UNKNOWN = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38
-        program = [op(LOAD, 4), op(EQ, arch, 1, 0), op(RETURN, NOT_PERMITTED), op(LOAD, 0)]
-        program += [op(GE, 0x40000000, 0, 1), op(RETURN, NOT_PERMITTED)]  # the second numbering of x86
-        for number in refused:
-            program += [op(EQ, number, 0, 1), op(RETURN, NOT_PERMITTED)]
-        program += [op(EQ, clone3, 0, 1), op(RETURN, UNKNOWN)]  # the C library then uses clone
-        program += [
-            op(EQ, clone, 0, 3),
-            op(LOAD, 16),
-            op(SET, 0x10000, 1, 0),
-            op(RETURN, NOT_PERMITTED),
-            op(RETURN, ALLOW),
-        ]
-        code = ctypes.create_string_buffer(b"".join(program))
-        fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
-        if libc.prctl(22, 2, fprog, 0, 0) == 0:
-            done.append("seccomp")
-    return done
-
-
 def _no_checker() -> None:
     """A sheet imports `check` and friends; in the child they do nothing, because the grader asks from outside."""
-    import types
-
     quiet = types.ModuleType("llmcourse.practice.checking")
     for name in ("check", "hint", "reveal", "progress"):
         setattr(quiet, name, lambda *a, **k: None)
@@ -629,7 +495,7 @@ def as_python(source: str) -> str:
         return "\n" * skipped + f"{first}\n{as_python(body)}" if name in _MAGIC_BODY else ""
     if _parses(source):
         return source
-    with contextlib.suppress(ImportError, SyntaxError):
+    with contextlib.suppress(Exception):  # no IPython, or no Python in the cell: its compiler says what is wrong
         from IPython.core.inputtransformer2 import TransformerManager
 
         return TransformerManager().transform_cell(source)
@@ -686,26 +552,25 @@ def _run_cell(python: str, name: str, space: dict) -> None:
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer the grader until it hangs up: set the limits once, run cells, serve calls."""
+    """Answer the grader until it hangs up: put up the walls once, run cells, serve calls."""
     settings, _ = read_message(source)
+    os.makedirs(settings["folder"], exist_ok=True)
     os.chdir(settings["folder"])
+    os.environ["HOME"] = os.environ["TMPDIR"] = settings["folder"]
     import torch
 
     torch.set_num_threads(1)
     _no_checker()
-    _limit(settings)
-    in_force = (
-        _confine(settings["readable"], settings["listable"], [settings["folder"]])
-        if settings.get("confine", True)
-        else []
-    )
-    _refuse(settings["hidden"], () if len(in_force) == 2 else _NO_C)
+    walls.limit(settings)
+    in_force = []
+    if settings.get("confine", True):
+        writable = [settings["folder"], "/dev/null"]
+        in_force = walls.confine(settings["readable"], settings["listable"], writable)
+    walls.refuse(settings["hidden"], strict="seccomp" not in in_force or "landlock" not in in_force)
     write_message(sink, {"ready": True, "in_force": in_force})
-    import types
 
     sheet = sys.modules["__main__"] = types.ModuleType("__main__")
-    space = sheet.__dict__
-    shell = _Shell()
+    space, shell = sheet.__dict__, _Shell()
     space["get_ipython"] = lambda: shell
     space["display"] = lambda *a, **k: None  # a notebook has it without an import
     while True:
@@ -713,22 +578,22 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
             request, blobs = read_message(source)
         except EOFError:
             return
-        if "cell" in request:
-            _lines(request["name"], request.get("source", request["cell"]))
-            try:
-                with contextlib.redirect_stdout(_Printed()), contextlib.redirect_stderr(_Printed()):
-                    _run_cell(request["cell"], request["name"], space)
-                reply = {"kind": "done"}
-            except BaseException as e:
-                reply = error_outcome(e)
-            out: list[bytes] = []
-        elif request["answer"] not in space:
-            reply, out = {"kind": "missing"}, []
-        else:
-            try:
-                reply, out = run_call(space[request["answer"]], request, blobs)
-            except BaseException as e:
-                reply, out = error_outcome(e), []
+        out: list[bytes] = []
+        try:
+            with time_limit(request["seconds"]):
+                if "cell" in request:
+                    _lines(request["name"], request.get("source", request["cell"]))
+                    with contextlib.redirect_stdout(_Printed()), contextlib.redirect_stderr(_Printed()):
+                        _run_cell(request["cell"], request["name"], space)
+                    reply = {"kind": "done"}
+                elif request["answer"] not in space:
+                    reply = {"kind": "missing"}
+                else:
+                    reply, out = run_call(space[request["answer"]], request, blobs)
+        except TimeLimit:
+            reply = {"kind": "timeout"}
+        except BaseException as e:
+            reply = error_outcome(e)
         write_message(sink, reply, out)
 
 
@@ -741,28 +606,35 @@ def _quiet_streams() -> None:
 
 
 def _nursery(control_fd: int) -> None:
-    """Linux: import torch once, then fork one worker for each request. Trusted code only runs here."""
-    import socket
+    """Linux: import torch once, then fork one worker for each request. Trusted code only runs here.
 
+    A worker's folder lies below this process's own, and goes with it when the grader hangs up or is killed.
+    """
     import torch  # noqa: F401
 
+    walls.die_with_parent()
+    own = os.getcwd()
     control = socket.socket(fileno=control_fd)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, fds, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
-            return
+            break
         if not fds:
             continue
+        for left in os.listdir(own):
+            walls.remove(os.path.join(own, left))
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
+                walls.die_with_parent()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 control.close()
                 os.setsid()
                 _quiet_streams()
                 talk = socket.socket(fileno=fds[0])
+                talk.send(b"!")  # the kernel adds who this is, as the grader sees it
                 serve(talk.makefile("rb"), talk.makefile("wb"))
                 status = 0
             except BaseException:
@@ -770,7 +642,8 @@ def _nursery(control_fd: int) -> None:
             finally:
                 os._exit(status)
         os.close(fds[0])
-        control.sendall(struct.pack("<i", pid))
+    os.chdir("/")
+    walls.remove(own)
 
 
 def main() -> None:
