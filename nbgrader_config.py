@@ -6,7 +6,7 @@ c = get_config()  # noqa: F821 - nbgrader defines it
 c.CourseDirectory.course_id = "llmcourse"
 c.CourseDirectory.source_directory = "solutions"
 c.CourseDirectory.release_directory = "exercises"
-c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", "llmcourse-progress.json*"]
+c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", ".llmcourse-progress*"]
 
 # A release leaves out the cells that only the checker needs.
 from nbgrader.converters import Autograde, GenerateAssignment  # noqa: E402

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcourse.practice.worker import Other, Rng, TimeLimit, decode, encode, run_call, time_limit, timeout_outcome
-from llmcourse.settings import require
+from llmcourse.settings import BadInput, require
 
 __all__ = [
     "Case",
@@ -47,7 +47,8 @@ __all__ = [
 
 RTOL, ATOL = 1e-5, 1e-6  # the default closeness of floating-point results
 LOOSE_FOR = {"float16": 1e-3, "bfloat16": 1e-2}  # results in half precision cannot be closer than their format
-PROGRESS_FILE = "llmcourse-progress.json"
+PROGRESS_FILE = ".llmcourse-progress.json"
+IN_SHELL = False  # set by the command line: help is then named by its commands, and nothing prints itself
 
 
 # --------------------------------------------------------------------- what a checker is made of
@@ -260,18 +261,23 @@ def exercise(
     return made
 
 
-def sheets() -> list[str]:
-    """The names of all sheets, in the order of their chapters."""
+def chapters() -> dict[str, str]:
+    """Chapter folder -> sheet (03_attention -> attention), in the order of the chapters."""
     import pkgutil
 
     package = importlib.import_module("llmcourse.practice.sheets")
-    chapter = {}
+    found = {}
     for m in pkgutil.iter_modules(package.__path__):
-        if not m.name.startswith("_") and m.name not in chapter:
+        if not m.name.startswith("_") and m.name not in found.values():
             spec = m.module_finder.find_spec(f"llmcourse.practice.sheets.{m.name}")
-            found = re.search(r'^CHAPTER = "(.*)"$', Path(spec.origin).read_text(encoding="utf8"), re.M)
-            chapter[m.name] = found[1] if found else m.name
-    return sorted(chapter, key=lambda n: (chapter[n], n))
+            line = re.search(r'^CHAPTER = "(.*)"$', Path(spec.origin).read_text(encoding="utf8"), re.M)
+            found[line[1] if line else m.name] = m.name
+    return dict(sorted(found.items()))
+
+
+def sheets() -> list[str]:
+    """The names of all sheets, in the order of their chapters."""
+    return list(chapters().values())
 
 
 def load_sheet(sheet: str) -> dict[str, Exercise]:
@@ -656,7 +662,7 @@ class Result:
         if self.printed and not self.passed:
             lines += ["", "Your code printed: " + self.printed.strip()[:500]]
         if not self.passed:
-            lines += ["", f'A hint: hint("{self.id}")']
+            lines += ["", f"A hint: {_ask('hint', self.id)}"]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -933,6 +939,24 @@ def kill_matrix(ex: Exercise) -> tuple[list[dict], list[str]]:
 _MISSING = object()
 
 
+def _ask(word: str, id: str) -> str:
+    """How a learner asks for more, here."""
+    return f"llmcourse {word} {id}" if IN_SHELL else f'{word}("{id}")'
+
+
+def _in_a_script() -> bool:
+    """Whether nothing shows the value of an expression: no notebook, no interactive Python, not the command line."""
+    shell = sys.modules.get("IPython")
+    return not (IN_SHELL or hasattr(sys, "ps1") or (shell is not None and shell.get_ipython() is not None))
+
+
+def _shown(thing: Any) -> Any:
+    """In a plain script a result prints itself."""
+    if _in_a_script():
+        print(thing)
+    return thing
+
+
 def check(id: str, answer: Any = _MISSING) -> Result:
     """Check an answer: run its cases, and on failure say which known mistake gives the same results.
 
@@ -940,11 +964,14 @@ def check(id: str, answer: Any = _MISSING) -> Result:
         id: the exercise, for example `"attention.scaled_dot_product"`.
         answer: the function, class or value; by default what the notebook calls by the exercise's name.
     Returns:
-        The verdict. In a notebook it shows itself as a card. Nothing that the answer does is raised from here.
+        The verdict. In a notebook it shows itself as a card, in a plain script it prints itself. Nothing that the
+        answer does is raised from here.
     """
-    ex = find(id)
+    return _shown(_check(find(id), answer, sys._getframe(1).f_globals))
+
+
+def _check(ex: Exercise, answer: Any, space: dict) -> Result:
     if answer is _MISSING:
-        space = sys._getframe(1).f_globals
         if ex.name not in space:
             return Result(id=ex.id, title=ex.title, status="not started", points=0, max_points=ex.points, cases=len(ex.all_cases()),
                           sentence=f"There is no {ex.name} yet: run the cell that defines it first.")  # fmt: skip
@@ -990,9 +1017,13 @@ class Note:
 
 def hint(id: str) -> Note:
     """The next hint of an exercise, from gentle to almost there; the last one again when all were given."""
+    return _shown(_hint(id))
+
+
+def _hint(id: str) -> Note:
     ex = find(id)
     given = Progress().add(ex.id, "hints", limit=len(ex.hints))
-    more = "This was the last hint." if given == len(ex.hints) else f'The next one: hint("{ex.id}")'
+    more = "This was the last hint." if given == len(ex.hints) else f"The next one: {_ask('hint', ex.id)}"
     return Note(f"Hint {given} of {len(ex.hints)} – {ex.title}", f"{ex.hints[given - 1]} {more}")
 
 
@@ -1000,21 +1031,29 @@ def reveal(id: str) -> Note:
     """The solution of an exercise. Progress remembers that it was seen; the points are not lost."""
     ex = find(id)
     Progress().add(ex.id, "reveals", limit=1)
-    return Note(
-        f"Solution – {ex.title}",
-        "One way to do it. Close it, and write it again in your own words.",
-        ex.section("solution"),
-    )
+    advice = "One way to do it. Close it, and write it again in your own words."
+    return _shown(Note(f"Solution – {ex.title}", advice, ex.section("solution")))
 
 
 def _learner_folder() -> Path:
-    """Where progress is kept: the nearest folder above with the course's settings, else this one."""
+    """Where progress is kept: the course's root, so that all its sheets share one file; outside a course, this folder.
+
+    The root is the nearest folder above with the course's settings, or a clone or copy that has its `exercises`.
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         own = folder / "settings.ini"
         if own.is_file() and re.search(r"^\[llmcourse\]", own.read_text(encoding="utf8", errors="replace"), re.M):
             return folder
+        if any((folder / "exercises").glob("[0-9][0-9]*_*/*.ipynb")) or (folder / PROGRESS_FILE).is_file():
+            return folder
     return here
+
+
+def _sheets_at_hand() -> list[str]:
+    """All sheets; those that lie in this folder first."""
+    here = Path.cwd()
+    return sorted(sheets(), key=lambda name: not (here / f"{name}.ipynb").is_file())
 
 
 class Progress:
@@ -1030,14 +1069,14 @@ class Progress:
     def read(self) -> dict[str, dict]:
         """The entries by exercise id. A damaged file is set aside beside itself, not deleted, and counts as empty."""
         try:
-            data = json.loads(self.path.read_text(encoding="utf8"))
+            data = json.loads(self.path.read_text(encoding="utf-8-sig"))
             entries = data["exercises"]
             if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
                 raise TypeError
             return entries
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             with contextlib.suppress(OSError):
                 os.replace(self.path, self.path.with_suffix(f".damaged-{time.strftime('%Y%m%d-%H%M%S')}.json"))
             return {}
@@ -1061,16 +1100,16 @@ class Progress:
                 new.unlink(missing_ok=True)
 
     def record(self, result: Result) -> None:
-        """One more attempt; a pass is never taken back."""
+        """One more attempt; a pass is never taken back, and tries after it do not count."""
         if result.status == "not started":
             return
         with self._changing() as entries:
             e = entries.setdefault(result.id, {})
-            e["attempts"] = _whole(e.get("attempts")) + 1
             e["last"] = result.status
-            if result.passed and not e.get("passed"):
-                e["passed"] = time.strftime("%Y-%m-%d")
-                e["attempts_until_passed"] = e["attempts"]
+            if not e.get("passed"):
+                e["attempts"] = _whole(e.get("attempts")) + 1
+                if result.passed:
+                    e["passed"] = time.strftime("%Y-%m-%d")
 
     def add(self, id: str, what: str, *, limit: int) -> int:
         """Count one more hint or reveal, up to `limit`; returns the count."""
@@ -1084,7 +1123,13 @@ class Progress:
 
     def merge(self, other: str | Path) -> None:
         """Take over another progress file: of each entry the larger counts, and the earlier pass."""
-        theirs = Progress(other).read()
+        try:
+            theirs = json.loads(Path(other).read_text(encoding="utf-8-sig"))["exercises"]
+            require(
+                all(isinstance(e, dict) for e in theirs.values()), "progress file", str(other), "a file of progress"
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise BadInput(f"progress file is {str(other)!r}; allowed: a {PROGRESS_FILE} of the course.") from None
         with self._changing() as entries:
             for id, new in theirs.items():
                 e = entries.setdefault(id, {})
@@ -1142,10 +1187,14 @@ class Overview:
 
 
 def progress(sheet: str | None = None, *, path: str | Path | None = None) -> Overview:
-    """What is passed, how many tries and hints it took, and where the solution was seen."""
+    """What is passed, how many tries and hints it took, and where the solution was seen; the sheet at hand first."""
+    return _shown(_overview(sheet, path))
+
+
+def _overview(sheet: str | None, path: str | Path | None = None) -> Overview:
     entries = Progress(path).read()
     rows = []
-    for name in [sheet] if sheet else sheets():
+    for name in [sheet] if sheet else _sheets_at_hand():
         for ex in load_sheet(name).values():
             e = entries.get(ex.id, {})
             status = "passed" if e.get("passed") else "not yet" if _whole(e.get("attempts")) else "not started"

@@ -21,11 +21,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
     """Bad input ends the command with its one sentence and exit code 2."""
+    from llmcourse.practice import checking
+
+    before, checking.IN_SHELL = checking.IN_SHELL, True
     try:
         yield
     except BadInput as e:
-        print(f"llmcourse: {e}", file=sys.stderr)
+        print(f"llmcourse: {checking.clean(e)}", file=sys.stderr)
         raise typer.Exit(2) from None
+    finally:
+        checking.IN_SHELL = before
 
 
 def _console():
@@ -35,14 +40,13 @@ def _console():
 
 
 def _table(title: str, *columns: str):
+    """One line for each row: what does not fit is cut, with a sign."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=_escape(title), title_justify="left", caption_justify="left")
+    numbers = ("points", "cases", "min", "level", "tries", "hints", "known")
     for name in columns:
-        right = name in ("points", "cases", "minutes", "difficulty", "tries", "hints", "wrong answers")
-        table.add_column(
-            name, justify="right" if right else "left", overflow="fold", no_wrap=name in ("exercise", "wrong answer")
-        )
+        table.add_column(name, justify="right" if name in numbers else "left", overflow="ellipsis", no_wrap=True)
     return table
 
 
@@ -61,22 +65,31 @@ def _sheet_files(what: str) -> tuple[list[Path], str | None]:
         return sorted(p for p in path.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts), None
     if path.suffix == ".ipynb" or path.is_file():
         return [path], None
-    sheet, _, name = what.partition(".")
-    known = checking.sheets()
-    if sheet not in known:
+    chapters = _chapters()
+    name, _, exercise = chapters.get(what, what).partition(".")
+    if name not in chapters.values():
         raise BadInput(
-            f"sheet is {what!r}; allowed: the path of a notebook, a folder, or one of {', '.join(known)} (or SHEET.EXERCISE)."
+            f"sheet is {what!r}; allowed: the path of a notebook, a folder, or one of {', '.join(chapters.values())} "
+            "(or SHEET.EXERCISE)."
         )
-    exercises = checking.load_sheet(sheet)
-    if name and what not in exercises:
-        raise BadInput(f"exercise is {what!r}; allowed: {', '.join(exercises)}.")
+    if exercise:
+        checking.find(what)
     for folder in (Path.cwd(), *Path.cwd().parents, course_root()):
-        found = sorted(folder.glob(f"exercises/*/{sheet}.ipynb")) or sorted(folder.glob(f"{sheet}.ipynb"))
+        found = sorted(folder.glob(f"exercises/*/{name}.ipynb")) or sorted(folder.glob(f"{name}.ipynb"))
         if found:
-            return found[:1], what if name else None
+            if folder != Path.cwd():
+                print(f"grading {found[0]}", file=sys.stderr)  # not here: say which copy this is
+            return found[:1], what if exercise else None
     raise BadInput(
-        f"sheet is {what!r}; allowed: a sheet that is in exercises/ here or above; {sheet}.ipynb was not found."
+        f"sheet is {what!r}; allowed: a sheet that is in exercises/ here or above; {name}.ipynb was not found."
     )
+
+
+def _chapters() -> dict[str, str]:
+    """Chapter folder -> sheet: 03_attention -> attention."""
+    from llmcourse.practice import checking
+
+    return checking.chapters()
 
 
 def check(
@@ -84,61 +97,88 @@ def check(
         str,
         typer.Argument(
             metavar="PATH_OR_ID",
-            help="A sheet's notebook, a folder of sheets, a sheet's name, or one exercise: attention.scaled_dot_product",
+            help="A sheet's notebook, a folder of sheets, a sheet or its chapter (attention, 03_attention), or one exercise: attention.scaled_dot_product",
         ),
     ],
     as_json: AsJson = False,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML to this file.")] = None,
     seconds: Annotated[float, typer.Option(help="Time limit for one cell.")] = 10.0,
+    require_sandbox: Annotated[
+        bool, typer.Option("--require-sandbox", help="Refuse where the system cannot wall in a stranger's code.")
+    ] = False,
 ) -> None:
     """Grade a sheet in a child process. Exit code 0 only if every exercise passes."""
     from llmcourse.practice import grading
 
     with _plainly():
+        if junit is not None and not junit.parent.is_dir():
+            raise BadInput(f"--junit is {str(junit)!r}; allowed: a file in a folder that exists.")
         files, only = _sheet_files(what)
         if not files:
             raise BadInput(f"folder is {what!r}; allowed: a folder with notebooks in it.")
         limits = grading.Limits(cell_seconds=number("seconds", seconds, above=0))
+        if require_sandbox and not grading.safe(stands := grading.walls_here()):
+            raise BadInput(
+                f"--require-sandbox: this system offers {', '.join(stands) or 'nothing'}; allowed: seccomp with "
+                "bubblewrap or landlock (Linux; apt-get install bubblewrap)."
+            )
         results = []
         for file in files:
             try:
-                results.append(grading.grade_file(file, only=only, limits=limits))
-            except BadInput as e:
+                sheet = grading.grade_apart(file, only=only, limits=limits)
+            except grading.NoSheet as e:
                 if len(files) == 1:
                     raise
-                print(f"left out: {file}: {e}", file=sys.stderr)  # a folder may hold other notebooks
+                print(f"left out: {_clean(file)}: {e}", file=sys.stderr)  # a folder may hold other notebooks
+                continue
+            results.append(sheet)
+            _remember(sheet)
+            if not as_json:
+                _print_sheet(sheet, alone=len(files) == 1)
+            if junit is not None:  # after every file: what was found is there, whatever happens next
+                try:
+                    junit.write_text(grading.junit(results), encoding="utf8")
+                except OSError as e:
+                    raise BadInput(
+                        f"--junit is {str(junit)!r}; allowed: a file that can be written ({e.strerror})."
+                    ) from None
         if not results:
             raise BadInput(f"folder is {what!r}; allowed: a folder with exercise sheets in it.")
-        _remember(results)
-        if junit is not None:
-            try:
-                junit.write_text(grading.junit(results), encoding="utf8")
-            except OSError as e:
-                raise BadInput(
-                    f"--junit is {str(junit)!r}; allowed: a file that can be written ({e.strerror})."
-                ) from None
+    passed = all(r.passed for r in results)
     if as_json:
-        print(
-            json.dumps({"passed": all(r.passed for r in results), "sheets": [r.to_dict() for r in results]}, indent=1)
-        )
-    else:
-        out = _console()
-        for sheet in results:
-            table = _table(
-                f"{sheet.file}: {sheet.points} of {sheet.max_points} points",
-                "exercise",
-                "result",
-                "cases",
-                "points",
-                "what to read",
-            )
-            for r in sheet.results:
-                table.add_row(r.id.split(".")[1], _mark(r.status), f"{r.cases_passed}/{r.cases}", f"{r.points}/{r.max_points}",
-                              "" if r.status == "not started" and len(sheet.results) > 1 else _escape(r.sentence))  # fmt: skip
-            out.print(table)
-        if only and not results[0].passed:
-            print(f"\n{results[0].results[0]!r}")
-    raise typer.Exit(0 if all(r.passed for r in results) else 1)
+        print(json.dumps({"passed": passed, "sheets": [r.to_dict() for r in results]}, indent=1))
+    if len(files) == 1 and results[0].error:
+        raise typer.Exit(2)
+    raise typer.Exit(0 if passed else 1)
+
+
+def _print_sheet(sheet, alone: bool) -> None:
+    """The verdicts of one file; of a file on its own also the smallest failing case of each exercise."""
+    if sheet.error:
+        print(f"llmcourse: {_clean(sheet.error)}", file=sys.stderr)
+        return
+    from llmcourse.practice import grading
+
+    table = _table(
+        f"{_clean(sheet.file)}: {sheet.points} of {sheet.max_points} points", "exercise", "result", "cases", "points"
+    )
+    for r in sheet.results:
+        table.add_row(r.id.split(".")[1], _mark(r.status), f"{r.cases_passed}/{r.cases}", f"{r.points}/{r.max_points}")
+    _console().print(table)
+    for r in sheet.results:
+        if r.status == "failed":
+            print(f"\n{r!r}" if alone else f"  {r.id}: {r.sentence}")
+    stands = ", ".join(sheet.walls) or "nothing but Python's own"
+    print(
+        f"\nWalls around the code: {stands}."
+        + ("" if grading.safe(sheet.walls) else " Not enough for the work of strangers.")
+    )
+
+
+def _clean(text: object) -> str:
+    from llmcourse.practice import checking
+
+    return checking.clean(text)
 
 
 def _escape(text: str) -> str:
@@ -147,17 +187,16 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _remember(results: list) -> None:
+def _remember(sheet) -> None:
     """The learner's own sheets count in the learner's progress; a teacher's pile of submissions does not."""
     from llmcourse.practice import checking
 
     store = checking.Progress()
     mine = (store.path.parent / "exercises").resolve()
-    for sheet in results:
-        if mine in Path(sheet.file).resolve().parents:
-            with contextlib.suppress(OSError):
-                for r in sheet.results:
-                    store.record(r)
+    if mine in Path(sheet.file).resolve().parents:
+        with contextlib.suppress(OSError):
+            for r in sheet.results:
+                store.record(r)
 
 
 def hint(id: Annotated[str, typer.Argument(help="An exercise, for example attention.scaled_dot_product")]) -> None:
@@ -189,13 +228,13 @@ def progress(
             if not merge.is_file():
                 raise BadInput(f"--merge is {str(merge)!r}; allowed: an existing progress file.")
             checking.Progress().merge(merge)
-        seen = checking.progress(sheet)
+        seen = checking._overview(_chapters().get(sheet, sheet))
     if as_json:
         print(json.dumps(seen.to_dict(), indent=1))
         return
-    table = _table(seen.verdict, "exercise", "result", "tries", "hints", "solution seen")
+    table = _table(seen.verdict, "exercise", "result", "tries", "hints", "solution")
     for r in seen.rows:
-        table.add_row(r["id"], _mark(r["status"]), str(r["attempts"]), str(r["hints"]), "yes" if r["reveals"] else "")
+        table.add_row(r["id"], _mark(r["status"]), str(r["attempts"]), str(r["hints"]), "seen" if r["reveals"] else "")
     _console().print(table)
 
 
@@ -226,19 +265,11 @@ def exercises(
         print(json.dumps(rows, indent=1))
         return
     total = sum(ex.points for ex in every)
-    table = _table(
-        f"{len(rows)} exercises, {total} points",
-        "exercise",
-        "title",
-        "minutes",
-        "difficulty",
-        "points",
-        "wrong answers",
-    )
+    table = _table(f"{len(rows)} exercises, {total} points", "exercise", "title", "min", "level", "points", "known")
     for r in rows:
-        table.add_row(
-            r["id"], r["title"], str(r["minutes"]), str(r["difficulty"]), str(r["points"]), str(len(r["wrong_answers"]))
-        )
+        numbers = (r["minutes"], r["difficulty"], r["points"], len(r["wrong_answers"]))
+        table.add_row(r["id"], _escape(r["title"]), *map(str, numbers))
+    table.caption = "level: difficulty from 1 to 5; known: wrong answers that have a sentence of their own"
     _console().print(table)
 
 
@@ -296,13 +327,11 @@ def classroom(
     ] = "attention",
 ) -> None:
     """The five commands that a teacher needs, in order."""
-    from llmcourse.practice import checking
-
     with _plainly():
-        folders = {name: next(iter(checking.load_sheet(name).values())).chapter for name in checking.sheets()}
-        folder = folders.get(sheet, sheet)
-        if folder not in folders.values():
-            raise BadInput(f"sheet is {sheet!r}; allowed: {', '.join(folders)}.")
+        chapters = _chapters()
+        folder = next((folder for folder, name in chapters.items() if sheet in (folder, name)), None)
+        if folder is None:
+            raise BadInput(f"sheet is {sheet!r}; allowed: {', '.join(chapters.values())}.")
     print("Once: pip install 'llmcourse[classroom]', in a clone of the course. Then, in its top folder:\n")
     for i, (command, what) in enumerate(COMMANDS, 1):
         print(f"{i}. {command.format(folder)}\n   {what.format(folder)}")

@@ -555,6 +555,12 @@ def safe(names: Iterable[str]) -> bool:
     return "seccomp" in names and bool({"bubblewrap", "landlock"} & set(names))
 
 
+def walls_here() -> list[str]:
+    """The walls that this system offers."""
+    with Child(Limits(), 10.0) as child:
+        return child.walls
+
+
 def _begin(nb: dict, only: str | None, limits: Limits) -> tuple[str, list[checking.Exercise], _Run]:
     sheet = only.split(".")[0] if only else which_sheet(nb)
     exercises = checking.load_sheet(sheet)
