@@ -7,6 +7,7 @@ imported inside the command that needs it. Exit codes: 0 done, 1 something broke
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -223,6 +224,11 @@ def start(
         for part in ("nbs", "exercises", "recipes"):
             if (root / part).is_dir():
                 shutil.copytree(root / part, partial / part, ignore=left_out)
+        for notebook in (partial / "nbs").glob("*.ipynb"):  # no link to what is left out
+            text = notebook.read_text(encoding="utf8")
+            plain_text = re.sub(r"\[([^\]\[]*)\]\(92_teaching\.ipynb[^)]*\)", r"\1", text)
+            if plain_text != text:
+                notebook.write_text(plain_text, encoding="utf8")
         shutil.copyfile(root / "settings.ini", partial / "settings.ini")
         write_atomic(
             partial / "README.md", (Path(__file__).parent / "templates" / "start.md").read_text(encoding="utf8")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, run_cli
 
 # what is in the folder that the commands run in; {model} and {recipe} are good ones
 FILES = {
@@ -167,3 +170,91 @@ def test_a_plain_command_line_writes_nothing_either(cli, there, tiny_model, line
     before = contents(there)
     code, _, err = cli(*words(line, tiny_model))
     assert code == 0 and "Traceback" not in err and contents(there) == before
+
+
+# ------------------------------------------------------------------------------------------- what start hands out
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "course"
+    result = run_cli("start", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_start_unpacks_the_course_and_does_not_touch_what_is_there(unpacked, tmp_path):
+    assert {p.name for p in unpacked.iterdir()} == {"README.md", "exercises", "nbs", "recipes", "settings.ini"}
+    chapters = {p.name for p in (ROOT / "nbs").glob("*.ipynb")} - {"92_teaching.ipynb"}
+    assert {p.name for p in (unpacked / "nbs").glob("*.ipynb")} == chapters
+    sheets = lambda root: {p.relative_to(root) for p in root.rglob("exercises/**/*.ipynb")}
+    assert sheets(unpacked) == {p for p in sheets(ROOT) if p.parts[0] == "exercises"}
+    before = contents(unpacked)
+    again = run_cli("start", unpacked)
+    assert again.returncode == 2 and "DIR is" in again.stderr and contents(unpacked) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    assert run_cli("start", tmp_path / "mine").returncode == 2
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_learners_do_not_get_the_teachers_page_nor_the_solutions(unpacked):
+    assert not (unpacked / "solutions").exists() and not list(unpacked.rglob("*teaching*"))
+    page = json.loads((ROOT / "nbs" / "92_teaching.ipynb").read_text(encoding="utf8"))
+    text = "".join("".join(c["source"]) for c in page["cells"] if c["cell_type"] == "markdown")
+    sentences = [line for line in text.splitlines() if len(line) > 200][:20]
+    everything = "".join(p.read_text(encoding="utf8") for p in unpacked.rglob("*.ipynb"))
+    assert sentences and not any(json.dumps(line)[1:-1] in everything for line in sentences)
+
+
+def prose(file: Path) -> str:
+    text = file.read_text(encoding="utf8")
+    if file.suffix == ".md":
+        return text
+    return "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+
+
+def test_every_link_of_the_unpacked_course_leads_somewhere(unpacked):
+    links = 0
+    for file in [*unpacked.rglob("*.ipynb"), unpacked / "README.md"]:
+        for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", prose(file)):
+            if re.search(r"\.(ipynb|png|svg|md|toml)$", target):
+                links += 1
+                assert (file.parent / target).exists(), f"{file.name}: {target}"
+    assert links > 20
+
+
+def test_the_start_page_has_a_path_for_each_reader(unpacked):
+    page = (unpacked / "README.md").read_text(encoding="utf8")
+    for words in ("want to learn", "teach", "model to shrink", "nbs/index.ipynb", "`check`", "`hint`", "`progress`"):
+        assert words in page, words
+
+
+# ------------------------------------------------------------------------------------------- llmcourse data --verify
+
+
+def test_verify_tells_every_fault_and_says_when_there_is_nothing(cli, monkeypatch, tmp_path, home):
+    home = tmp_path / "home"
+    code, out, err = cli("data", "--verify")
+    assert code == 2 and "nothing is prepared" in err and "sotu: not prepared" in out and "course-3m: every file" in out
+    from llmcourse.store import CATALOG, write_manifest
+
+    def prepared(name):
+        folder = home / CATALOG[name].kind / name
+        folder.mkdir(parents=True)
+        for file in ("a.txt", "b.txt"):
+            (folder / file).write_text(name)
+        write_manifest(folder, carrier=CATALOG[name].carrier.sha256, revision=CATALOG[name].revision)
+        return folder
+
+    sotu, banking = prepared("sotu"), prepared("banking")
+    code, out, err = cli("data", "--verify")
+    assert code == 0 and "sotu: every file has its digest" in out and "en-fr: not prepared" in out, err
+    (sotu / "a.txt").write_text("SOTU")
+    (sotu / "b.txt").unlink()
+    (banking / "b.txt").write_text("bankin")
+    (home / "data" / "old-set").mkdir()
+    code, out, err = cli("data", "--verify")
+    assert code == 2 and "--fetch sotu --fetch banking" in err
+    for words in ("sotu: has a a.txt whose sha256", "sotu: lacks b.txt", "banking: has a b.txt of 6 bytes", "old-set"):
+        assert words in out, out

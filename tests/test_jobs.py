@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, clean_env, run_cli
+from conftest import ROOT, SMALL, clean_env
 from safetensors.torch import load_file, save_file
 
 from llmcourse.data import load_model
@@ -626,22 +626,6 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
             runs.append(time.perf_counter() - start)
         times[name] = min(runs)
     assert times["help"] < max(0.5, 12 * times["python"])
-
-
-def test_start_unpacks_the_course_and_does_not_touch_what_is_there(tmp_path):
-    target = tmp_path / "course"
-    result = run_cli("start", target)
-    assert result.returncode == 0, result.stderr
-    assert {"nbs", "recipes", "settings.ini"} <= {p.name for p in target.iterdir()} and (
-        target / "nbs" / "00_runtime.ipynb"
-    ).is_file()
-    again = run_cli("start", target)
-    assert again.returncode == 2 and "DIR is" in again.stderr
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").write_text("x")
-    assert run_cli("start", tmp_path / "mine").returncode == 2 and [p.name for p in (tmp_path / "mine").iterdir()] == [
-        "file"
-    ]
 
 
 def test_every_shipped_recipe_is_valid():

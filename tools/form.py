@@ -10,6 +10,7 @@ never to be edited by hand:
 - the first Markdown cell (id `head`): title, promise, what to read first, minutes, sources, sheet, links to the neighbors;
 - the last cell (id `foot`): the sheet with its command, and the links again;
 - a caption after each figure (id `…-caption`): JupyterLab shows no `fig-cap`. The page drops it and shows Quarto's own;
+- the table of chapters and sheets (id `contents`) of the tour;
 - a citation `[@key]`: a link to the entry in nbs/93_references.ipynb, which is made here from references.bib;
 - `minutes-read` in the front matter: words / 200 + visible lines of code / 10, rounded up.
 
@@ -224,6 +225,17 @@ def foot(name: str) -> str:
     return "\n\n".join([*parts, navigation(name)])
 
 
+def contents() -> str:
+    """The table of the tour: every chapter with its promise and its sheets (the teachers' page is no chapter)."""
+    rows = ["| chapter | what it does | practice |", "|---|---|---|"]
+    for name in reading_order():
+        if name == "index.ipynb" or "teaching" in name:
+            continue
+        promise = front_matter(nbformat.read(NBS / name, 4))["subtitle"].strip()
+        rows.append(f"| [{title_of(name)}]({name}) | {promise} | {'; '.join(practice(name))} |")
+    return "\n".join(rows)
+
+
 def caption(text: str, number: int) -> str:
     return f'<div class="figure-caption">\n\n*Figure {number}.* {with_citations(text)}\n\n</div>'
 
@@ -267,6 +279,9 @@ def generate(name: str, nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.metadata["jupyter"] = FOLDED
         else:
             cell.metadata.pop("jupyter", None)
+    for cell in nb.cells:
+        if cell.id == "contents":
+            cell.source = contents()
     raw, numbers = nb.cells[0], {}
     if "minutes-read" in raw.source:
         raw.source = re.sub(r"(?m)^(\s*minutes-read:).*$", rf"\1 {minutes_to_read(nb)}", raw.source)

@@ -9,5 +9,11 @@ end
 -- one folder up.
 function Link(el)
   if el.target:match("^[%w_%-]+%.ipynb") then el.target = "nbs/" .. el.target end
+  el.target = el.target:gsub("^%.%./", "")
+  return el
+end
+
+function Image(el)
+  if el.src:match("^_images/") then el.src = "nbs/" .. el.src end
   return el
 end
