@@ -17,7 +17,7 @@ _PUBLIC = {
     "load_data": "data",
     "token_data": "data",
     "TokenData": "data",
-    "BPE": "data",
+    "BPE": "tokenizer",
     "perplexity": "evaluation",
     "make_optimizer": "optim",
     "TrainConfig": "training",

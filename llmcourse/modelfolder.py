@@ -7,17 +7,63 @@ is missing, unexpected or of another shape is an error: transformers would fill 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmcourse.settings import BadInput, require
-from llmcourse.store import MANIFEST, manifest_faults
+from llmcourse.settings import BadInput, Settings, require
+from llmcourse.store import CATALOG, MANIFEST, manifest_faults, verify
 
-__all__ = ["check_model_folder", "from_pretrained", "library_errors", "weight_files"]
+__all__ = [
+    "check_model_folder",
+    "from_pretrained",
+    "is_hub_id",
+    "library_errors",
+    "locate_model",
+    "on_disk",
+    "weight_files",
+]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PACKED, SINGLE, INDEX = "packed.safetensors", "model.safetensors", "model.safetensors.index.json"
+
+
+def on_disk(name: str | Path) -> Path | None:
+    """The file or folder of that name, if there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if str(name) and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL character, the home of nobody
+        return None
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name has the form `owner/name`."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)))
+
+
+def locate_model(name: str | Path, settings: Settings) -> Path | None:
+    """Where a model lies: its folder, or None for the hub. The one place that decides what a name means.
+
+    Raises:
+        BadInput: a name that is neither in the catalog nor a folder, a model that is not prepared, or a hub id while
+            offline.
+    """
+    name, models = str(name), [a.name for a in CATALOG.values() if a.kind == "models"]
+    if name in CATALOG:
+        require(name in models, "model", name, ", ".join(models))
+        return Path(verify(name, settings.home))
+    if (folder := on_disk(name)) is not None and folder.is_dir():
+        return folder
+    allowed = f"{', '.join(models)}, a folder, or a hub id owner/name"
+    require(is_hub_id(name), "model", name, allowed)
+    if settings.offline:
+        raise BadInput(
+            f"model is {name!r}, which is not in the cache nor a folder, and the course is offline; "
+            f"allowed: {allowed} with LLMCOURSE_OFFLINE=false."
+        )
+    return None
 
 
 def _json(path: Path) -> dict:
@@ -123,7 +169,7 @@ def from_pretrained(auto: Any, source: str | Path, what: str, **options: Any) ->
 
     if Path(source).is_dir():
         options["local_files_only"] = True
-    is_model = "Model" in getattr(auto, "__name__", "")
+    is_model = "Model" in getattr(auto, "__name__", "") or hasattr(auto, "forward")
     if is_model:
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     before = logging.get_verbosity()

@@ -45,7 +45,12 @@ class Runtime:
 
     def __post_init__(self):
         require(self.dtype.is_floating_point, "dtype", self.dtype, "a floating-point dtype")
-        require(0 <= self.rank < self.world_size, "rank", self.rank, f"0 to world_size - 1 = {self.world_size - 1}")
+        require(
+            0 <= self.rank < self.world_size,
+            "rank",
+            self.rank,
+            f"0 to world_size - 1 = {self.world_size - 1}",
+        )
 
     @classmethod
     def auto(cls, device: str = "auto", dtype: str = "auto") -> "Runtime":
@@ -64,12 +69,21 @@ class Runtime:
             present.append("mps")
         if device == "auto":
             device = next((d for d in ("cuda", "mps") if d in present), "cpu")
-        require(device in present, "device", device, "auto, " + ", ".join(present) + " on this machine")
+        require(
+            device in present, "device", device, "auto, " + ", ".join(present) + " on this machine"
+        )
         formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         require(dtype in ("auto", *formats), "dtype", dtype, "auto, " + ", ".join(formats))
         if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
-        rank, world = environment_whole("RANK", 0), environment_whole("WORLD_SIZE", 1)  # set by torchrun
+            dtype = (
+                "bfloat16"
+                if device.startswith("cuda") and torch.cuda.is_bf16_supported()
+                else "float32"
+            )
+        rank, world = (
+            environment_whole("RANK", 0),
+            environment_whole("WORLD_SIZE", 1),
+        )  # set by torchrun
         return cls(device=torch.device(device), dtype=formats[dtype], rank=rank, world_size=world)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -98,13 +112,22 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for the head of a report."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
         return f"{self.device} ({name}), {str(self.dtype).removeprefix('torch.')}, torch {torch.__version__}"
 
 # %% ../nbs/00_runtime.ipynb #dead8c5d
 def seed_everything(seed: int) -> torch.Generator:
     """Seed Python, NumPy and PyTorch (every device), and return a fresh CPU generator with the same seed."""
-    require(isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 4294967295")
+    require(
+        isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32,
+        "seed",
+        seed,
+        "a whole number from 0 to 4294967295",
+    )
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # also seeds every GPU
@@ -134,7 +157,11 @@ class Timing:
         return float(q1), float(q3)
 
     def __str__(self) -> str:
-        scale, unit = next((s, u) for s, u in ((1, "s"), (1e3, "ms"), (1e6, "µs"), (1e9, "ns")) if self.median * s >= 1 or s == 1e9)
+        scale, unit = next(
+            (s, u)
+            for s, u in ((1, "s"), (1e3, "ms"), (1e6, "µs"), (1e9, "ns"))
+            if self.median * s >= 1 or s == 1e9
+        )
         q1, q3 = self.quartiles
         return f"{self.median * scale:.3g} {unit} (quartiles {q1 * scale:.3g} to {q3 * scale:.3g}, n = {self.n})"
 
@@ -169,7 +196,15 @@ class Comparison:
         return f"{self.ratio:.2f}× (95 % interval {self.low:.2f} to {self.high:.2f}), {self.timing}"
 
 
-def compare(fns: dict[str, Callable[[], Any]], rt: Runtime, *, baseline: str | None = None, warmup: int = 3, repeats: int = 20, seed: int = 0) -> dict[str, Comparison]:
+def compare(
+    fns: dict[str, Callable[[], Any]],
+    rt: Runtime,
+    *,
+    baseline: str | None = None,
+    warmup: int = 3,
+    repeats: int = 20,
+    seed: int = 0,
+) -> dict[str, Comparison]:
     """Time several functions in turn and give each one's ratio to the baseline (smaller is faster).
 
     Args:
@@ -187,15 +222,24 @@ def compare(fns: dict[str, Callable[[], Any]], rt: Runtime, *, baseline: str | N
     rng = np.random.default_rng(seed)
     names, seconds = list(fns), {name: [] for name in fns}
     for _ in range(repeats):
-        for i in rng.permutation(len(names)):  # no candidate always runs right after the same other one
+        for i in rng.permutation(
+            len(names)
+        ):  # no candidate always runs right after the same other one
             seconds[names[i]].append(_timed(fns[names[i]], rt))
     rounds = rng.integers(repeats, size=(2000, repeats))
     base = np.array(seconds[baseline])
     results = {}
     for name in names:
         own = np.array(seconds[name])
-        low, high = np.quantile(np.median(own[rounds], axis=1) / np.median(base[rounds], axis=1), [0.025, 0.975])
-        results[name] = Comparison(Timing(tuple(own.tolist())), float(np.median(own) / np.median(base)), float(low), float(high))
+        low, high = np.quantile(
+            np.median(own[rounds], axis=1) / np.median(base[rounds], axis=1), [0.025, 0.975]
+        )
+        results[name] = Comparison(
+            Timing(tuple(own.tolist())),
+            float(np.median(own) / np.median(base)),
+            float(low),
+            float(high),
+        )
     return results
 
 # %% ../nbs/00_runtime.ipynb #ad756a50
@@ -261,7 +305,12 @@ def evaluating(*modules: Any) -> Iterator[None]:
     Also after an exception. What is not a module (a function that maps ids to logits) has no mode and passes.
     Weights that a parametrization computes are computed once inside the context.
     """
-    before = {m: m.training for module in modules if isinstance(module, torch.nn.Module) for m in module.modules()}
+    before = {
+        m: m.training
+        for module in modules
+        if isinstance(module, torch.nn.Module)
+        for m in module.modules()
+    }
     try:
         for m in before:
             m.training = False

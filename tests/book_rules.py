@@ -49,8 +49,8 @@ def cells(nb: dict, kind: str) -> list[tuple[int, dict]]:
 
 
 def slug(name: str) -> str:
-    """`14_quantization` -> `quantization`: the page's name and the chapter's name."""
-    return re.sub(r"^\d+_", "", name)
+    """`14_quantization` -> `quantization`, `02b_tokenization` -> `tokenization`: the page's name and the chapter's name."""
+    return re.sub(r"^\d+[a-z]?_", "", name)
 
 
 def chapter_files(config: dict) -> list[str]:
@@ -137,7 +137,7 @@ def listing(listed: list[str], existing: set[str], home: str = "nbs/index.ipynb"
         for f in sorted(existing)
         if f.endswith(".ipynb") and f not in listed and f != home
     ]
-    numbers = [f for f in listed if re.match(r"nbs/\d+_", f)]
+    numbers = [f for f in listed if re.match(r"nbs/\d+[a-z]?_", f)]
     if numbers != sorted(numbers):
         problems.append("the chapters are not listed in the order of their numbers, which is the reading order")
     return problems

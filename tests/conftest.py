@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def clean_env(**more: str) -> dict[str, str]:
         | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
         | more
     )
+
+
+def exported_modules() -> dict[str, str]:
+    """module -> the key of its chapter, the start of the notebook's name: "02" < "02b" < "02c" < "03"."""
+    found = {}
+    for notebook in (ROOT / "nbs").glob("*.ipynb"):
+        match = re.search(r"#\|\s*default_exp:?\s*(\w+)", notebook.read_text(encoding="utf8"))
+        if match:
+            found[match[1]] = notebook.name.split("_")[0]
+    return found
 
 
 def run_cli(*args: str, cwd: Path | str | None = None, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:

@@ -277,7 +277,7 @@ def solved(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def make(master: Path, root: Path) -> dict[Path, str]:
     """What the files of a master should hold: the master itself, the checker, the learner's sheet."""
     chapter, sheet = master.parent.name, master.stem
-    need(re.fullmatch(r"\d\d_[a-z_0-9]+", chapter), str(master), "a master is solutions/NN_chapter/sheet.ipynb.")
+    need(re.fullmatch(r"\d\d[a-z]?_[a-z_0-9]+", chapter), str(master), "a master is solutions/NN_chapter/sheet.ipynb.")
     need(re.fullmatch(r"[a-z][a-z_0-9]*", sheet), str(master), "a sheet's name is a Python name.")
     nb = nbformat.read(master, 4)
     module = checker_module(nb, master, sheet, chapter)
