@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -422,9 +422,12 @@ def back_translate(texts: Sequence[str], translator: BackTranslator) -> list[str
 
 
 def back_translation_flops(tokens: int, parameters: int) -> float:
-    """Floating-point operations to translate `tokens` tokens there and back: 2 per parameter and token, each way.
+    """Floating-point operations to translate `tokens` tokens there and back.
 
-    A lower bound: no beam search, no attention scores. Tokens are also made one by one, so it is slower than it counts.
+    2 per parameter and token, each way.
+
+    A lower bound: no beam search, no attention scores. Tokens are also made one by one, so it takes
+    longer than the count says.
     """
     return 2 * 2.0 * parameters * tokens
 

@@ -67,9 +67,10 @@ def load_model(
     import transformers
 
     settings = settings or load_settings()
-    rt = rt or Runtime.auto(settings.device, settings.dtype)
+    rt = Runtime.of(rt, settings=settings)
     folder, name = locate_model(name, settings), str(name)
     source, what = folder or name, f"model {name!r}"
+    transformers.utils.logging.disable_progress_bar()
     if folder is None:
         print(
             f"Downloading {name} from the Hugging Face hub (this is kept in the hub's own cache)."
@@ -127,16 +128,17 @@ def split_of(text: str) -> str:
     return next(name for name, bound in _BOUNDS if position < bound)
 
 
-def words_of(text: str) -> list[str]:
+def words_of(text: str, *, symbols: bool = True) -> list[str]:
     """What a text says, without case, spacing and the punctuation of sentences.
 
-    Words are letters with their marks, digits and `_`; a symbol or an operator (`+`, `*`, `-`, an
-    emoji) is a word of its own, so that `a - b` and `a + b` are two texts.
+    Words are letters with their marks, digits and `_`. With `symbols`, a symbol or an operator (as
+    `+`, `*`, `-`, an emoji) is a word of its own, so that `a - b` and `a + b` are two texts.
     """
     import regex
 
     text = unicodedata.normalize("NFC", text).lower()
-    return regex.findall(r"[\p{L}\p{M}\p{N}_]+|!=|[\p{S}*/%&@#\\-]", text)
+    symbol = r"|!=|[\p{S}*/%&@#\\-]" if symbols else ""
+    return regex.findall(r"[\p{L}\p{M}\p{N}_]+" + symbol, text)
 
 # %% ../nbs/02_data.ipynb #02da000e
 def _read_wikipedia(language: str) -> Callable[[Path], Iterator[dict]]:
@@ -270,7 +272,7 @@ def _read_txt(file: Path, alone: bool) -> Iterator[tuple[int, dict]]:
 
 
 def _pieces(text: str, least: int = 500) -> list[str]:
-    """A text cut at blank lines into pieces of `least` characters or more; the last may be short."""
+    """A text cut at blank lines into pieces of `least` or more characters, the last maybe less."""
     pieces = [""]
     for paragraph in re.split(r"\n\s*\n", text):
         if len(pieces[-1]) >= least:
@@ -429,7 +431,7 @@ def leak_test(test: Iterable[str], train: Iterable[str], *, n: int = 13) -> Over
 
 def word_runs(text: str, n: int) -> list[str]:
     """All runs of `n` neighboring words of a text, in order."""
-    words = words_of(text)
+    words = words_of(text, symbols=False)  # the lines of a table are no words
     return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 # %% ../nbs/02_data.ipynb #02da001b
