@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llmcourse.data import BPE, SPLITS, TokenData, load_records, token_data
+from llmcourse.data import SPLITS, TokenData, load_records, token_data
 from llmcourse.evaluation import KneserNey, compare_perplexity, perplexity
 from llmcourse.launch import check_machine
 from llmcourse.llama import check_llama
@@ -27,6 +27,7 @@ from llmcourse.optim import make_optimizer
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput, Settings, load_settings, one_of, read_text, require, whole
 from llmcourse.store import CATALOG, MANIFEST, atomic_folder, manifest_faults, sha256, write_manifest
+from llmcourse.tokenizer import BPE
 from llmcourse.training import TrainConfig, TrainResult, train, training_curve
 
 __all__ = ["PretrainRecipe", "load_pretrain_recipe", "pretrain"]
