@@ -1,15 +1,17 @@
 """Packed storage: layers that keep their weights in a few bits, and folders that load back as what was saved.
 
 Hand-written: the lesson (what a packed byte is) is in the quantization chapter; this is the machine around it.
+`save_student` and `load_student` write and read any student: dense, masked, quantized, of other shapes, or all of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +20,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from llmcourse.compression import FakeQuant, QParams
-from llmcourse.quantization import pack, unpack
-from llmcourse.settings import BadInput, require, whole
+from llmcourse.adapters.base import is_plain_linear
+from llmcourse.adapters.separate import is_separated, separate
+from llmcourse.compression import ActQuant, Mask, QParams, parametrizations, parametrize_like, qparams_of, round_input
+from llmcourse.model import GPT, GPTConfig
+from llmcourse.quantization import pack, pack_bits, unpack, unpack_bits
+from llmcourse.runtime import evaluating
+from llmcourse.settings import BadInput, one_of, require, whole
+from llmcourse.store import MANIFEST, manifest_faults, scratch_folder, write_manifest
 
 __all__ = [
-    "LoadedPacked",
+    "LoadedStudent",
     "PackedEmbedding",
     "PackedHead",
     "PackedLinear",
     "dequantize_model",
     "load_packed",
+    "load_student",
     "pack_model",
     "save_packed",
+    "save_student",
     "stored_bytes",
 ]
 
@@ -43,12 +52,8 @@ class _Packed(nn.Module):
         whole("bits", bits, 2, 8)
         require(scale_rows in (1, rows), "scale_rows", scale_rows, f"1 or {rows}")
         self.rows, self.columns, self.bits, self.symmetric = rows, columns, bits, symmetric
-        require(
-            columns % whole("group_size", group_size, 1) == 0,
-            "group_size",
-            group_size,
-            f"a divisor of the {columns} columns",
-        )
+        divides = columns % whole("group_size", group_size, 1) == 0
+        require(divides, "group_size", group_size, f"a divisor of the {columns} columns")
         self.group_size, self.scale_rows = group_size, scale_rows
         groups = columns // self.group_size
         self.register_buffer("codes", torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8))
@@ -70,12 +75,8 @@ class _Packed(nn.Module):
 
     def _fill(self, W: Tensor, qparams: QParams) -> None:
         scale = qparams.scale.to(torch.float16)
-        require(
-            torch.equal(scale.to(qparams.scale.dtype), qparams.scale),
-            "scale",
-            "not exact in float16",
-            "a grid made with scale_dtype=torch.float16",
-        )
+        exact = torch.equal(scale.to(qparams.scale.dtype), qparams.scale)
+        require(exact, "scale", "not exact in float16", "scales made with scale_dtype=torch.float16")
         self.codes, self.scale = pack(qparams.quantize(W.to(qparams.scale.dtype)), self.bits), scale
         if not self.symmetric:
             self.zero = pack(qparams.zero.to(torch.uint8), self.bits)
@@ -114,20 +115,17 @@ class _Packed(nn.Module):
 
     def layout(self) -> dict[str, Any]:
         """What is needed to make an empty layer of this shape again."""
-        return {
-            "kind": type(self).__name__,
-            "rows": self.rows,
-            "columns": self.columns,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "symmetric": self.symmetric,
-            "scale_rows": self.scale_rows,
-            "bias": getattr(self, "bias", None) is not None,
-        }
+        names = ("rows", "columns", "bits", "group_size", "symmetric", "scale_rows")
+        bias = {"bias": True} if getattr(self, "bias", None) is not None else {}
+        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in names}, **bias}
 
     def extra_repr(self) -> str:
         size = f"{self.rows}, {self.columns}, bits={self.bits}, group_size={self.group_size}"
         return f"{size}, symmetric={self.symmetric}, nbytes={self.nbytes}"
+
+
+def _storage(q: QParams) -> dict[str, Any]:
+    return {"bits": q.bits, "group_size": q.group_size, "symmetric": q.symmetric, "scale_rows": q.scale.shape[0]}
 
 
 class PackedLinear(_Packed):
@@ -135,34 +133,18 @@ class PackedLinear(_Packed):
 
     Args:
         rows, columns: O and I of the weight (O, I).
+        storage: bits, group_size, symmetric and scale_rows, as in `QParams`.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        *,
-        bits: int,
-        group_size: int,
-        symmetric: bool,
-        scale_rows: int,
-        bias: bool = False,
-    ):
-        super().__init__(rows, columns, bits=bits, group_size=group_size, symmetric=symmetric, scale_rows=scale_rows)
+    def __init__(self, rows: int, columns: int, *, bias: bool = False, **storage: Any):
+        super().__init__(rows, columns, **storage)
         self.in_features, self.out_features, self.linear_shape = columns, rows, (rows, columns)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
 
     @classmethod
     def from_weight(cls, W: Tensor, qparams: QParams, bias: Tensor | None = None) -> PackedLinear:
-        """Pack W (O, I) on its grid."""
-        layer = cls(
-            *W.shape,
-            bits=qparams.bits,
-            group_size=qparams.group_size,
-            symmetric=qparams.symmetric,
-            scale_rows=qparams.scale.shape[0],
-            bias=bias is not None,
-        )
+        """Pack W (O, I), which is representable with these parameters."""
+        layer = cls(*W.shape, **_storage(qparams), bias=bias is not None)
         layer._fill(W, qparams)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -175,30 +157,14 @@ class PackedLinear(_Packed):
 class PackedEmbedding(_Packed):
     """An embedding with packed rows; only the rows that are asked for are unpacked."""
 
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        *,
-        bits: int,
-        group_size: int,
-        symmetric: bool,
-        scale_rows: int,
-        bias: bool = False,
-    ):
-        super().__init__(rows, columns, bits=bits, group_size=group_size, symmetric=symmetric, scale_rows=scale_rows)
+    def __init__(self, rows: int, columns: int, **storage: Any):
+        super().__init__(rows, columns, **storage)
         self.num_embeddings, self.embedding_dim = rows, columns
 
     @classmethod
     def from_weight(cls, W: Tensor, qparams: QParams) -> PackedEmbedding:
-        """Pack W (V, D) on its grid."""
-        layer = cls(
-            *W.shape,
-            bits=qparams.bits,
-            group_size=qparams.group_size,
-            symmetric=qparams.symmetric,
-            scale_rows=qparams.scale.shape[0],
-        )
+        """Pack W (V, D), which is representable with these parameters."""
+        layer = cls(*W.shape, **_storage(qparams))
         layer._fill(W, qparams)
         return layer
 
@@ -232,20 +198,14 @@ def _raw_weight(module: nn.Module) -> Tensor | None:
     return module._parameters.get("weight")
 
 
-def _fake_quant_params(model: nn.Module) -> dict[int, QParams]:
-    """id of a raw weight → the grid of its FakeQuant."""
-    qparams_by_id = {}
-    for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            for step in module.parametrizations["weight"]:
-                if isinstance(step, FakeQuant):
-                    qparams_by_id[id(_raw_weight(module))] = step.qparams
-    return qparams_by_id
-
-
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def _quantized(model: nn.Module) -> dict[int, QParams]:
+    """id of a raw weight → the quantization parameters of its layer."""
+    return {id(_raw_weight(m)): q for m in model.modules() if (q := qparams_of(m)) is not None}
 
 
 @torch.no_grad()
@@ -253,73 +213,84 @@ def pack_model(model: nn.Module) -> nn.Module:
     """A copy of the model in which every fake-quantized layer keeps its weights packed. The outputs are the same.
 
     Raises:
-        BadInput: nothing is fake-quantized, or a quantized weight belongs to a module that is no linear or embedding.
+        BadInput: nothing is fake-quantized, or a quantized weight belongs to something that cannot be packed.
     """
-    packed = copy.deepcopy(model)
-    qparams_by_id = _fake_quant_params(packed)
     require(
-        len(qparams_by_id) > 0,
+        bool(_quantized(model)),
         "model",
         type(model).__name__,
         "a model in which at least one weight is fake-quantized (run RTN or GPTQ first)",
     )
-    users: dict[int, list[tuple[str, nn.Module]]] = {key: [] for key in qparams_by_id}
-    for name, module in packed.named_modules():
-        if (raw := _raw_weight(module)) is not None and id(raw) in qparams_by_id:
-            users[id(raw)].append((name, module))
-    for key, found in users.items():
-        found.sort(
-            key=lambda item: not isinstance(item[1], nn.Embedding)
-        )  # the embedding first: the others refer to it
-        owner = None
-        for name, module in found:
-            bias = getattr(module, "bias", None)
-            if isinstance(module, nn.Embedding) and owner is None:
-                owner = new = PackedEmbedding.from_weight(module.weight, qparams_by_id[key])
-            elif isinstance(module, nn.Linear) and len(found) == 1:
-                new = PackedLinear.from_weight(module.weight, qparams_by_id[key], bias)
-            else:
-                tied = isinstance(module, nn.Linear) and isinstance(owner, PackedEmbedding) and bias is None
-                require(
-                    tied,
-                    f"quantized layer {name}",
-                    type(module).__name__,
-                    "a linear layer, an embedding, or an embedding tied to an output layer without bias",
-                )
-                new = PackedHead(owner)
-            new.train(module.training)
-            _replace(packed, name, new)
+    packed = copy.deepcopy(model)
+    _pack_in_place(packed)
     return packed
 
 
-_PARTS = ("codes", "scales", "zero points", "embedding", "dense linears", "other")
+def _pack_in_place(model: nn.Module) -> None:
+    quantized = _quantized(model)
+    users: dict[int, list[tuple[str, nn.Module]]] = {key: [] for key in quantized}
+    for name, module in model.named_modules():
+        if (raw := _raw_weight(module)) is not None and id(raw) in quantized:
+            users[id(raw)].append((name, module))
+    for key, found in users.items():
+        found.sort(key=lambda item: not isinstance(item[1], nn.Embedding))  # the embedding first: others refer to it
+        owner = None
+        for name, module in found:
+            bias = getattr(module, "bias", None)
+            if _is_plain_embedding(module) and owner is None:
+                owner = new = PackedEmbedding.from_weight(module.weight, quantized[key])
+            elif is_plain_linear(module) and len(found) == 1:
+                new = PackedLinear.from_weight(module.weight, quantized[key], bias)
+            else:
+                tied = is_plain_linear(module) and isinstance(owner, PackedEmbedding) and bias is None
+                allowed = "nn.Linear, nn.Embedding, or an nn.Embedding tied to an output layer without bias"
+                require(tied, f"quantized layer {name}", type(module).__name__, allowed)
+                new = PackedHead(owner)
+            if (act := getattr(module, "input_quant", None)) is not None:
+                round_input(new, act)
+            _replace(model, name, new.train(module.training))
+
+
+def _is_plain_embedding(module: nn.Module) -> bool:
+    """Whether the module looks up rows and does nothing else (Gemma's embedding also scales them)."""
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+
+# ---------------------------------------------------------------------------------------------- bytes
+
+_PARTS = ("codes", "scales", "zero points", "masks", "embedding", "dense linears", "other")
+_PACKED_BUFFERS = {"codes": "codes", "scale": "scales", "zero": "zero points"}
 
 
 def _stored(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Name of each stored tensor → (its part, the tensor); a tensor with two names appears under the first."""
     out, seen = {}, set()
-    for prefix, module in model.named_modules(remove_duplicate=True):
-        own = {
-            **module._parameters,
-            **{k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set},
-        }
-        for key, tensor in own.items():
+    for prefix, module in model.named_modules():
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **buffers}.items():
             if tensor is None or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             if isinstance(module, (PackedEmbedding, nn.Embedding)):
                 part = "embedding"
-            elif isinstance(module, PackedLinear) and key in ("codes", "scale", "zero"):
-                part = {"codes": "codes", "scale": "scales", "zero": "zero points"}[key]
+            elif isinstance(module, PackedLinear) and key in _PACKED_BUFFERS:
+                part = _PACKED_BUFFERS[key]
+            elif isinstance(module, Mask):
+                part = "masks"
             else:
-                part = "dense linears" if isinstance(module, nn.Linear) else "other"
+                linear = isinstance(module, (nn.Linear, parametrize.ParametrizationList))
+                part = "dense linears" if linear else "other"
             out[f"{prefix}.{key}" if prefix else key] = (part, tensor)
     return out
 
 
-def _is_packed_buffer(model: nn.Module, name: str) -> bool:
-    owner, _, key = name.rpartition(".")
-    return isinstance(model.get_submodule(owner), _Packed) and key in ("codes", "scale", "zero")
+def _as_stored(model: nn.Module, name: str, tensor: Tensor, rest_dtype: torch.dtype) -> Tensor:
+    """The form in which a tensor is written: masks as bits, what is not packed in `rest_dtype`."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, Mask):
+        return pack_bits(tensor.detach().cpu().flatten().to(torch.uint8), 1)
+    exact = isinstance(owner, (_Packed, ActQuant))
+    return tensor.detach().to("cpu", tensor.dtype if exact or not tensor.is_floating_point() else rest_dtype)
 
 
 def stored_bytes(model: nn.Module, rest_dtype: torch.dtype | None = None) -> dict[str, int]:
@@ -327,93 +298,132 @@ def stored_bytes(model: nn.Module, rest_dtype: torch.dtype | None = None) -> dic
 
     Args:
         model: dense or packed.
-        rest_dtype: count floating-point tensors outside the packed ones as if they were stored in this format.
+        rest_dtype: count them as `save_student` would write them, with this format for what is not packed.
     """
     sizes = dict.fromkeys(_PARTS, 0)
     for name, (part, tensor) in _stored(model).items():
-        convert = rest_dtype is not None and tensor.is_floating_point() and not _is_packed_buffer(model, name)
-        sizes[part] += tensor.numel() * rest_dtype.itemsize if convert else tensor.nbytes
+        sizes[part] += (tensor if rest_dtype is None else _as_stored(model, name, tensor, rest_dtype)).nbytes
     return {**sizes, "total": sum(sizes.values())}
 
 
-_METHOD, _VERSION, _WEIGHTS = "llmcourse", 1, "packed.safetensors"
+# ---------------------------------------------------------------------------------------------- folders
+
+_METHOD, _VERSION, _WEIGHTS = "llmcourse", 2, "packed.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_KINDS = {"PackedLinear": PackedLinear, "PackedEmbedding": PackedEmbedding}
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename: a reader never sees a part of a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+class LoadedStudent(NamedTuple):
+    """A model from `load_student`, and its tokenizer (None if the folder has none)."""
+
+    model: nn.Module
+    tokenizer: Any
 
 
-def save_packed(
+def save_student(
     model: nn.Module, tokenizer: Any, folder: str | Path, *, rest_dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, int]:
-    """Write a packed `transformers` model as a folder that `load_packed` reads.
+    """Write a model as a folder that `load_student` reads: what is quantized packed, masks as bits, the rest dense.
+
+    The folder is read back, and compared tensor by tensor and in its logits, before it is put in its place.
 
     Args:
-        model: from `pack_model`, or still fake-quantized (then it is packed here).
+        model: a `GPT` or a causal model of transformers, as `compress` or `pack_model` return it.
         tokenizer: saved beside it; None for none.
-        folder: made if it is not there.
+        folder: made if it is not there; files of the same names are replaced.
         rest_dtype: the format of what is not quantized.
     Returns:
         The bytes of all tensors in the file, by part, as `stored_bytes`. The file itself has a header on top.
+    Raises:
+        BadInput: before anything is written, if this model could not be read back.
     """
+    one_of("rest_dtype", rest_dtype, (torch.float32, torch.bfloat16, torch.float16))
+    config, folder = _config_of(model), Path(folder)
+    student = copy.deepcopy(model)
+    _pack_in_place(student)
+    config["quantization_config"] = _layout(student) | {"rest_dtype": str(rest_dtype).removeprefix("torch.")}
+    folder.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder.parent, f".{folder.name}.saving-") as scratch:
+        _write(student, tokenizer, config, scratch, rest_dtype)
+        _read_back(student, scratch)
+        # the manifest last: a folder whose files and manifest agree is whole
+        for file in sorted(scratch.iterdir(), key=lambda f: (f.name == MANIFEST, f.name == "config.json", f.name)):
+            os.replace(file, folder / file.name)
+    return stored_bytes(student, rest_dtype)
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    """The configuration as JSON can hold it; raises if no class would be found for it again."""
+    import transformers
+
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if type(model) is GPT:
+        return {"model_type": "llmcourse-gpt", **asdict(config)}
+    known = hasattr(config, "to_json_string") and getattr(transformers, kind, None) is type(model)
+    require(known, "model", kind, "a GPT, or a model of transformers of a class that it has by that name")
+    # json.loads(to_json_string()) and not to_dict(): the latter holds objects that JSON cannot write
+    return json.loads(config.to_json_string(use_diff=False)) | {"architectures": [kind]}
+
+
+def _layout(model: nn.Module) -> dict[str, Any]:
+    """What `load_student` has to know beside the architecture."""
+    names = {id(module): name for name, module in model.named_modules()}
+    packed: dict[str, dict] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _Packed):
+            packed[name] = module.layout()
+        elif isinstance(module, PackedHead):
+            packed[name] = {"kind": "PackedHead", "of": names[id(module.source[0])]}
+    about = {"quant_method": _METHOD, "version": _VERSION, "separated": is_separated(model)}
+    return about | {"layers": packed, "parametrized": parametrizations(model)}
+
+
+def _write(model: nn.Module, tokenizer: Any, config: dict, folder: Path, rest_dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
 
-    require(
-        rest_dtype in (torch.float32, torch.bfloat16, torch.float16),
-        "rest_dtype",
-        rest_dtype,
-        "torch.float32, torch.bfloat16, torch.float16",
-    )
-    require(
-        hasattr(getattr(model, "config", None), "to_json_string"),
-        "model",
-        type(model).__name__,
-        "a transformers model (its config is stored with it)",
-    )
-    if _fake_quant_params(model):
-        model = pack_model(model)
-    layers = {name: module.layout() for name, module in model.named_modules() if isinstance(module, _Packed)}
-    require(len(layers) > 0, "model", type(model).__name__, "a model with at least one packed or fake-quantized layer")
-    names = {id(module): name for name, module in model.named_modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedHead):
-            layers[name] = {"kind": "PackedHead", "of": names[id(module.source[0])]}
-    tensors = {}
-    for name, (_, tensor) in _stored(model).items():
-        convert = tensor.is_floating_point() and not _is_packed_buffer(model, name)
-        tensors[name] = tensor.detach().to("cpu", rest_dtype if convert else tensor.dtype).contiguous()
-    # json.loads(to_json_string()) and not to_dict(): the latter holds objects that JSON cannot write
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config["quantization_config"] = {
-        "quant_method": _METHOD,
-        "version": _VERSION,
-        "rest_dtype": str(rest_dtype).removeprefix("torch."),
-        "layers": layers,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    stored = {name: _as_stored(model, name, tensor, rest_dtype) for name, (_, tensor) in _stored(model).items()}
+    save_file({name: t.contiguous() for name, t in stored.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    # last, so that a folder with a config.json is complete
-    _write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1), encoding="utf8"))
-    return stored_bytes(model, rest_dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf8")
+    write_manifest(folder)
+
+
+def _read_back(model: nn.Module, folder: Path) -> None:
+    """Load the folder and compare: the same modules, the same tensors (as stored), the same logits."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    back = load_student(folder, dtype=like.dtype).model.to(like.device)
+    kinds = {name: type(m).__name__ for name, m in model.named_modules()}
+    odd = kinds.items() ^ {name: type(m).__name__ for name, m in back.named_modules()}.items()
+    if odd:
+        name = min(n for n, _ in odd)
+        raise BadInput(f"model has a module {name!r} that does not load back; allowed: what its configuration builds.")
+    loaded = {name: tensor for name, (_, tensor) in _stored(back).items()}
+    ids = torch.arange(8, device=like.device)[None] % model.get_input_embeddings().weight.shape[0]
+    with evaluating(model, back):
+        for name, (_, tensor) in _stored(model).items():
+            tensor.copy_(loaded[name])  # the copy that is being saved, rounded to the format of the file
+        ours, theirs = (getattr(out := m(ids, use_cache=False), "logits", out) for m in (model, back))
+    close = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    require(
+        close, "model", type(model).__name__, "one that computes the same after loading (a part is not in its config)"
+    )
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _NoInit(torch.overrides.TorchFunctionMode):
-    """Inside this context, filling a tensor with random numbers does nothing."""
+    """Inside this context, filling a tensor with random numbers does nothing: each would be thrown away."""
 
     _SKIPPED = (
         Tensor.normal_,
@@ -431,108 +441,100 @@ class _NoInit(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class LoadedPacked(NamedTuple):
-    """A model from `load_packed`, and its tokenizer (None if the folder has none)."""
-
-    model: nn.Module
-    tokenizer: Any
-
-
-def _read_packed_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a packed folder, or the reason why it is none."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a student's folder, or the reason why it is none."""
     if folder.suffix in _PICKLES or (folder.is_dir() and not (folder / _WEIGHTS).is_file()):
-        pickles = [folder] if folder.suffix in _PICKLES else sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
-        require(
-            not pickles,
-            "model file",
-            pickles[0].name if pickles else "",
-            f"{_WEIGHTS}; a pickle can run any program when it is opened, so it is not read",
-        )
-    require(folder.is_dir(), "folder", str(folder), "a folder written by save_packed")
+        pickles = [p for p in (folder, *(sorted(folder.iterdir()) if folder.is_dir() else ())) if p.suffix in _PICKLES]
+        allowed = f"{_WEIGHTS}; a pickle can run any program when it is opened, so it is not read"
+        require(not pickles, "model file", pickles[0].name if pickles else "", allowed)
+    require(folder.is_dir(), "folder", str(folder), "a folder written by save_student")
     for name in ("config.json", _WEIGHTS):
         require((folder / name).is_file(), "folder", str(folder), f"a folder with {name}, which is missing")
+    faults = manifest_faults(folder)  # digests: once per file and change
+    allowed = f"a whole one, so copy or make it again (it {faults[0]})" if faults else ""
+    require(not faults, "folder", str(folder), allowed)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     except ValueError as e:
-        raise BadInput(
-            f"config.json in {str(folder)!r} is not JSON ({e}); allowed: a folder written by save_packed."
-        ) from None
+        text = f"config.json in {str(folder)!r} is not JSON ({e}); allowed: a folder written by save_student."
+        raise BadInput(text) from None
     about = config.get("quantization_config") if isinstance(config, dict) else None
-    require(isinstance(about, dict), "quantization_config", about, "an entry in config.json, as save_packed writes it")
+    require(isinstance(about, dict), "quantization_config", about, "an entry in config.json, as save_student writes it")
     require(about.get("quant_method") == _METHOD, "quant_method", about.get("quant_method"), repr(_METHOD))
     require(about.get("version") == _VERSION, "quantization_config version", about.get("version"), str(_VERSION))
     return config
 
 
+def _empty_model(config: dict[str, Any], about: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The architecture with packed layers, masks and rounded inputs in their places, and any numbers in them."""
+    import transformers
+
+    with _NoInit(), _default_dtype(dtype):
+        if config.get("model_type") == "llmcourse-gpt":
+            model = GPT(GPTConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+        else:
+            kind = (config.get("architectures") or ["?"])[0]
+            model_class = getattr(transformers, kind, None)
+            known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+            require(known, "architectures", kind, "a class of transformers")
+            model = model_class(transformers.AutoConfig.for_model(**config))
+        if about.get("separated"):
+            separate(model)
+    heads_last = sorted(about["layers"].items(), key=lambda item: item[1]["kind"] == "PackedHead")
+    for name, layout in heads_last:
+        layout = dict(layout)
+        kind = layout.pop("kind")
+        one_of(f"kind of {name}", kind, (*_KINDS, "PackedHead"))
+        new = PackedHead(model.get_submodule(layout["of"])) if kind == "PackedHead" else _KINDS[kind](**layout)
+        _replace(model, name, new)
+    parametrize_like(model, about["parametrized"])
+    return model
+
+
 @torch.no_grad()
-def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.float32, dequantize: bool = False) -> LoadedPacked:
-    """Read a folder written by `save_packed`.
+def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32, dequantize: bool = False) -> LoadedStudent:
+    """Read a folder written by `save_student`.
 
     Args:
         dtype: format of what is not packed, and so of the computation.
         dequantize: make ordinary dense layers with the same weights: faster, and as large as before.
     Raises:
-        BadInput: a pickle, a missing, cut or foreign file, or tensors that do not fit the configuration.
+        BadInput: a pickle, a missing, changed, cut or foreign file, or tensors that do not fit the configuration.
     """
     import transformers
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    config = _read_packed_config(folder)
+    config = _read_config(folder)
     about = config.pop("quantization_config")
     try:
         tensors = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as e:
-        raise BadInput(
-            f"{_WEIGHTS} in {str(folder)!r} cannot be read ({e}); allowed: a complete file, so copy or make it again."
-        ) from None
-    with _NoInit():
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config), dtype=dtype)
-    layouts = sorted(
-        about["layers"].items(), key=lambda item: item[1]["kind"] == "PackedHead"
-    )  # heads after what they refer to
-    for name, layout in layouts:
-        layout = dict(layout)
-        kind = layout.pop("kind")
-        require(
-            kind in ("PackedLinear", "PackedEmbedding", "PackedHead"),
-            f"kind of {name}",
-            kind,
-            "PackedLinear, PackedEmbedding, PackedHead",
-        )
-        new = (
-            PackedHead(model.get_submodule(layout["of"]))
-            if kind == "PackedHead"
-            else {"PackedLinear": PackedLinear, "PackedEmbedding": PackedEmbedding}[kind](**layout)
-        )
-        _replace(model, name, new)
+        text = f"{_WEIGHTS} in {str(folder)!r} cannot be read ({e}); allowed: a complete file."
+        raise BadInput(text) from None
+    model = _empty_model(config, about, dtype)
     stored = {name: tensor for name, (_, tensor) in _stored(model).items()}
     odd = sorted(stored.keys() ^ tensors.keys())
-    require(
-        not odd,
-        f"tensors in {_WEIGHTS}",
-        f"{len(tensors)}, and {odd[0]!r} has no partner" if odd else "",
-        "exactly those that config.json describes",
-    )
+    partner = f"{len(tensors)}, and {odd[0]!r} has no partner" if odd else ""
+    require(not odd, f"tensors in {_WEIGHTS}", partner, "exactly those that config.json describes")
     for name, tensor in stored.items():
-        require(
-            tensors[name].shape == tensor.shape,
-            f"shape of {name}",
-            tuple(tensors[name].shape),
-            f"{tuple(tensor.shape)}, as config.json says",
-        )
-        tensor.copy_(tensors.pop(name))
+        value, expected = tensors.pop(name), tensor.shape
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), Mask):
+            bits = 8 * value.numel() >= tensor.numel() > 8 * (value.numel() - 1)
+            value = unpack_bits(value, 1, tensor.numel()).view(tensor.shape) if bits else value
+        fits = value.shape == expected
+        require(fits, f"shape of {name}", tuple(value.shape), f"{tuple(expected)}, as config.json says")
+        tensor.copy_(value)
     for module in model.modules():
         if isinstance(module, _Packed):
             module.like = module.like.to(dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
-    )
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     model = model.eval()
-    return LoadedPacked(dequantize_model(model, dtype=dtype) if dequantize else model, tokenizer)
+    return LoadedStudent(dequantize_model(model, dtype=dtype) if dequantize else model, tokenizer)
 
 
 @torch.no_grad()
@@ -553,5 +555,10 @@ def dequantize_model(model: nn.Module, *, dtype: torch.dtype = torch.float32) ->
         else:
             new = nn.Linear(source.columns, source.rows, bias=False, device="meta")
             new.weight, new.bias = weight, getattr(module, "bias", None)
+        if (act := getattr(module, "input_quant", None)) is not None:
+            round_input(new, act)
         _replace(dense, name, new.train(module.training))
     return dense
+
+
+save_packed, load_packed = save_student, load_student  # the names before a student could be anything else

@@ -9,15 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmcourse.compression import FakeQuant, Mask, QParams, layer_error, write_back
+from llmcourse.compression import FakeQuant, Mask, QParams, check_passes, layer_error, write_back
 from llmcourse.packed import (
     PackedEmbedding,
     PackedHead,
     PackedLinear,
     dequantize_model,
-    load_packed,
+    load_student,
     pack_model,
-    save_packed,
+    save_student,
     stored_bytes,
 )
 from llmcourse.quantization import (
@@ -35,6 +35,7 @@ from llmcourse.quantization import (
     unpack_bits,
 )
 from llmcourse.settings import BadInput
+from llmcourse.store import write_manifest
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -42,7 +43,7 @@ quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCh
 
 @st.composite
 def weights(draw, max_rows=5):
-    """Weights (O, I) of very different sizes, with zero rows and constant rows among them, and a group size that fits."""
+    """Weights (O, I) of very different sizes, with zero and constant rows among them, and a group size that fits."""
     rows, groups, width = draw(st.integers(1, max_rows)), draw(st.integers(1, 4)), draw(st.integers(1, 9))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     W = torch.randn(rows, groups * width, generator=g) * 10.0 ** draw(st.integers(-6, 3)) + draw(
@@ -136,19 +137,67 @@ def test_group_size_that_does_not_divide_is_refused(group_size):
         rtn(torch.ones(2, 4), bits=4, group_size=group_size)
 
 
-def test_passes_refuse_before_they_change_anything():
-    from llmcourse.compression import compress
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: RTN(symmetric="false"), "symmetric is 'false'"),
+        (lambda: GPTQ(act_order="no"), "act_order is 'no'"),
+        (lambda: GPTQ(damping=float("nan")), "damping is nan"),
+        (lambda: GPTQ(damping=-1), "damping is -1"),
+        (lambda: GPTQ(block_size=0), "block_size is 0"),
+        (lambda: GPTQ(n_calib="16"), "n_calib is '16'"),
+        (lambda: EmbeddingRTN(symmetric=1), "symmetric is 1"),
+    ],
+)
+def test_options_of_another_type_are_refused(make, sentence):
+    with pytest.raises(BadInput) as caught:
+        make()
+    assert sentence in str(caught.value)
 
-    class Tiny(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 6))])
 
-    for method in (RTN(group_size=3), GPTQ(group_size=3)):
-        with pytest.raises(BadInput, match=r"layers.0.0.*group_size is 3"):
-            compress(Tiny(), [method], None, None)
+def test_passes_refuse_before_they_change_anything(student):
+    for method in (RTN(group_size=3), GPTQ(group_size=3, seq_len=16)):
+        with pytest.raises(BadInput, match=r"layers.0.*group_size is 3"):
+            check_passes(student, [method])
     with pytest.raises(BadInput, match="input embedding"):
-        compress(Tiny(), [EmbeddingRTN()], None, None)
+        check_passes(student, [EmbeddingRTN()])
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused():
+    from archs import build
+
+    with pytest.raises(BadInput, match="ScaledWordEmbedding"):
+        check_passes(build("gemma3"), [EmbeddingRTN()])
+
+
+def test_tiny_weights_are_refused_rather_than_lost():
+    tiny = torch.full((2, 4), 1e-9)
+    with pytest.raises(BadInput, match="largest weight is 9"):
+        rtn(tiny, bits=4)
+    assert rtn(tiny, bits=4, scale_dtype=torch.float32).weight.all()
+    assert not rtn(torch.zeros(2, 4), bits=4).weight.any()
+
+
+def test_an_expert_that_no_token_visits_is_rounded_and_named():
+    from archs import build
+
+    from llmcourse.compression import compress
+    from llmcourse.data import TokenData
+    from llmcourse.runtime import Runtime
+
+    stream = torch.full((64,), 7)  # one token only: few experts are visited
+    data = TokenData(
+        train=stream, val=stream, test=stream, calib=stream, bytes={}, name="one", tokenizer="none", separator=0
+    )
+    rt = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    model = build("ours, experts")
+    student, (report,) = compress(model, [GPTQ(bits=4, group_size=16, n_calib=2, seq_len=16)], data, rt)
+    unseen = [layer for layer in report.layers if layer.tokens == 0]
+    assert unseen and all(layer.output_error is None for layer in unseen)
+    assert f"{len(unseen)} layers saw no calibration token" in str(report)
+    name = unseen[0].name
+    W = model.get_submodule(name).weight.detach()
+    assert torch.equal(student.get_submodule(name).weight, rtn(W, bits=4, group_size=16).weight)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -375,7 +424,7 @@ def student():
                 torch.arange(module.weight.numel()).view_as(module.weight) % 2 == 0 if name.endswith("q_proj") else None
             )
             write_back(module, rtn(module.weight.detach().clone(), bits=3, group_size=16, mask=mask))
-    EmbeddingRTN()(model)
+    EmbeddingRTN().run(model)
     return model
 
 
@@ -384,7 +433,7 @@ IDS = torch.arange(40).view(2, 20)
 
 @pytest.fixture
 def folder(student, tmp_path):
-    save_packed(student, None, tmp_path / "m")
+    save_student(student, None, tmp_path / "m")
     return tmp_path / "m"
 
 
@@ -412,7 +461,7 @@ def test_pack_model_changes_nothing_but_the_bytes(student):
 
 
 def test_bytes_on_disk_are_those_of_the_report(student, tmp_path):
-    report = save_packed(student, None, tmp_path)
+    report = save_student(student, None, tmp_path)
     raw = (tmp_path / "packed.safetensors").read_bytes()
     header = int.from_bytes(raw[:8], "little")
     about = json.loads(raw[8 : 8 + header])
@@ -423,6 +472,7 @@ def test_bytes_on_disk_are_those_of_the_report(student, tmp_path):
     assert report["embedding"] == 96 * 32 + 96 * 2
     assert report["codes"] == 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 64) * 3 // 8
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "MANIFEST.json",
         "config.json",
         "generation_config.json",
         "packed.safetensors",
@@ -431,15 +481,15 @@ def test_bytes_on_disk_are_those_of_the_report(student, tmp_path):
 
 def test_folder_loads_back(student, folder):
     expected = student(IDS).logits
-    model, tokenizer = load_packed(folder)
+    model, tokenizer = load_student(folder)
     assert tokenizer is None and not model.training
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)  # the norms are 1, exact in bfloat16
-    dense, _ = load_packed(folder, dequantize=True)
+    dense, _ = load_student(folder, dequantize=True)
     torch.testing.assert_close(dense(IDS).logits, expected, rtol=1e-5, atol=1e-6)
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
-    assert load_packed(folder, dtype=torch.bfloat16).model(IDS).logits.dtype == torch.bfloat16
+    assert load_student(folder, dtype=torch.bfloat16).model(IDS).logits.dtype == torch.bfloat16
     again = folder.parent / "again"
-    save_packed(model, None, again)
+    save_student(model, None, again)
     assert (again / "packed.safetensors").read_bytes() == (folder / "packed.safetensors").read_bytes()
 
 
@@ -458,9 +508,9 @@ def test_an_embedding_that_is_left_alone_stays_tied(tmp_path):
     write_back(
         model.model.layers[0].mlp.up_proj, rtn(model.model.layers[0].mlp.up_proj.weight.detach().clone(), bits=4)
     )
-    report = save_packed(model, None, tmp_path, rest_dtype=torch.float32)
+    report = save_student(model, None, tmp_path, rest_dtype=torch.float32)
     assert report["embedding"] == 4 * 96 * 32
-    loaded, _ = load_packed(tmp_path)
+    loaded, _ = load_student(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-6)
 
@@ -479,6 +529,13 @@ def edit(folder, change):
     path.write_text(json.dumps(config))
 
 
+def rewrite(folder, name, change):
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -489,40 +546,43 @@ def edit(folder, change):
         (lambda f: (f / "config.json").write_text("{}"), "quantization_config is None"),
         (lambda f: edit(f, lambda q: q.update(quant_method="gptq")), "quant_method is 'gptq'"),
         (lambda f: edit(f, lambda q: q.update(version=99)), "version is 99"),
-        (lambda f: edit(f, lambda q: q["layers"].pop("model.layers.0.mlp.up_proj")), "has no partner"),
-        (
-            lambda f: edit(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(bits=5)),
-            "shape of model.layers.0.mlp.up_proj.codes",
-        ),
-        (
-            lambda f: edit(f, lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(kind="Surprise")),
-            "kind of model.layers.0.mlp.up_proj",
-        ),
-        (
-            lambda f: (f / "packed.safetensors").write_bytes((f / "packed.safetensors").read_bytes()[:-100]),
-            "cannot be read",
-        ),
-        (lambda f: (f / "packed.safetensors").write_bytes(b""), "cannot be read"),
+        (lambda f: edit(f, lambda q: q["layers"].pop(UP)), "has no partner"),
+        (lambda f: edit(f, lambda q: q["layers"][UP].update(bits=5)), f"shape of {UP}.codes"),
+        (lambda f: edit(f, lambda q: q["layers"][UP].update(kind="Surprise")), f"kind of {UP}"),
+        (lambda f: rewrite(f, "packed.safetensors", lambda b: b[:-100]), "cannot be read"),
+        (lambda f: rewrite(f, "packed.safetensors", lambda b: b""), "cannot be read"),
+        (lambda f: rewrite(f, "config.json", lambda b: b.replace(b"LlamaForCausalLM", b"os")), "architectures is 'os'"),
     ],
 )
-def test_damaged_folders_are_refused_in_one_sentence(folder, damage, sentence):
+@pytest.mark.parametrize("hidden", [False, True], ids=["as found", "with a manifest that agrees"])
+def test_damaged_folders_are_refused_in_one_sentence(folder, damage, sentence, hidden):
     damage(folder)
+    if hidden:
+        write_manifest(folder)
     with pytest.raises(BadInput) as caught:
-        load_packed(folder)
-    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+        load_student(folder)
+    missing = "missing" in sentence or "pickle" in sentence
+    expected = sentence if hidden or missing else "manifest says" if "cannot be read" in sentence else "manifest"
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_is_noticed(folder):
+    rewrite(folder, "packed.safetensors", lambda b: b[:-50] + bytes([b[-50] ^ 1]) + b[-49:])
+    with pytest.raises(BadInput, match=r"packed\.safetensors whose sha256 is not the one in the manifest"):
+        load_student(folder)
 
 
 def test_paths_that_are_no_folder(tmp_path):
     with pytest.raises(BadInput, match="folder is"):
-        load_packed(tmp_path / "nowhere")
+        load_student(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="pickle"):
-        load_packed(tmp_path / "model.pt")
+        load_student(tmp_path / "model.pt")
 
 
-def test_a_failed_write_leaves_the_old_file(student, folder, monkeypatch):
+def test_a_failed_write_leaves_the_old_folder(student, folder, monkeypatch):
     import safetensors.torch
 
-    before = (folder / "packed.safetensors").read_bytes()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def disk_full(tensors, path, metadata=None):
         path.write_bytes(b"half")
@@ -530,22 +590,22 @@ def test_a_failed_write_leaves_the_old_file(student, folder, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
-        save_packed(student, None, folder)
-    assert (folder / "packed.safetensors").read_bytes() == before
-    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+        save_student(student, None, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # nothing half-written beside it
 
 
 def test_save_refuses_what_it_cannot_store(student, tmp_path):
-    with pytest.raises(BadInput, match="transformers"):
-        save_packed(nn.Linear(2, 2), None, tmp_path / "a")
+    with pytest.raises(BadInput, match="a GPT, or a model of transformers"):
+        save_student(nn.Linear(2, 2), None, tmp_path / "a")
     with pytest.raises(BadInput, match="rest_dtype"):
-        save_packed(student, None, tmp_path / "a", rest_dtype=torch.int8)
+        save_student(student, None, tmp_path / "a", rest_dtype=torch.int8)
     assert not (tmp_path / "a").exists()
 
 
 def test_embedding_is_quantized_once(student):
     with pytest.raises(BadInput, match="input embedding"):
-        EmbeddingRTN()(student)
+        EmbeddingRTN().check(student)
 
 
 def test_counts_of_packed_layers(student):

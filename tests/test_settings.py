@@ -99,7 +99,10 @@ FILES = {  # how a person's editor may have saved it: the bytes, and the words o
     "utf-8": (lambda text: text.encode(), ()),
     "byte-order mark": (lambda text: text.encode("utf-8-sig"), ()),
     "windows line ends": (lambda text: text.replace("\n", "\r\n").encode(), ()),
-    "latin-1": (lambda text: text.replace("home =", "home = /srv/données", 1).encode("latin-1", "ignore"), ("UTF-8", "byte ")),
+    "latin-1": (
+        lambda text: text.replace("home =", "home = /srv/données", 1).encode("latin-1", "ignore"),
+        ("UTF-8", "byte "),
+    ),
     "utf-16": (lambda text: text.encode("utf-16"), ("UTF-8",)),
     "a NUL": (lambda text: text.replace("home =", "home = a\0b", 1).encode(), ("home", "control characters")),
     "defaults": (lambda text: ("[DEFAULT]\nseed = 3\n" + text).encode(), ("section", "DEFAULT")),
