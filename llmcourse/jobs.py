@@ -310,6 +310,7 @@ class _Job:
         """Model and text, and everything that the later steps ask of them."""
         import torch
 
+        from llmcourse.compression import check_passes
         from llmcourse.data import load_model
 
         self.model, self.tokenizer, self.card = load_model(self.model_name, rt=self.rt, settings=self.settings)
@@ -320,20 +321,15 @@ class _Job:
             require(bool(torch.isfinite(tensor).all()), f"weights of {name}", "NaN or infinite", "finite weights")
         limit = positions(self.model.config) if hasattr(self.model.config, "to_dict") else None
         for name, passes in self.arms.items():
-            for p in passes:
-                try:
-                    p.check(self.model)
-                    length = getattr(p, "seq_len", 0)
-                    require(
-                        limit is None or length <= limit, "seq_len", length, f"at most {limit}, the model's positions"
-                    )
-                except BadInput as e:
-                    raise BadInput(f"arm {name!r}: {e}") from e
+            try:
+                check_passes(self.model, passes)
+            except BadInput as e:
+                raise BadInput(f"arm {name!r}: {e}") from e
         scale = self.settings.scale
         require(
             limit is None or scale.context <= limit, "context", scale.context, f"at most {limit}, the model's positions"
         )
-        needed = {p.n_calib * p.seq_len for passes in self.arms.values() for p in passes if getattr(p, "stat", None)}
+        needed = {p.needs.get("calib", 0) for passes in self.arms.values() for p in passes}
         self.data = job_data(self.tokenizer, self.settings, calib, scale.eval_tokens, max(needed, default=0))
 
     def _evaluate(self, model, folder: Path | None, packed=None) -> dict:
@@ -433,11 +429,7 @@ class _Job:
         scale, total = self.settings.scale, 2 * len(self.recipe.arms) + 3
         evaluation = scale.eval_tokens * scale.context / scale.stride
         costs = {
-            arm.name: 2.0
-            * max(
-                (p.n_calib * p.seq_len for p in self.arms[arm.name] if getattr(p, "stat", None)),
-                default=evaluation / 20,
-            )
+            arm.name: 2.0 * max(evaluation / 20, *(p.needs.get("calib", 0) for p in self.arms[arm.name]))
             for arm in self.recipe.arms
         }
         steps = _Steps(work, total, self.say)
