@@ -22,13 +22,24 @@ _PUBLIC = {
     "make_optimizer": "optim",
     "TrainConfig": "training",
     "train": "training",
+    "adapter_for": "adapters",
+    "coverage": "adapters",
     "compress": "compression",
     "Passport": "compression",
     "RTN": "quantization",
     "GPTQ": "quantization",
+    "save_student": "packed",
+    "load_student": "packed",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, "passes"])
+
+
+def passes() -> dict[str, type]:
+    """Every compression method of the package by the name in its class, which is the one that recipes use."""
+    for module in sorted(set(_PUBLIC.values())):
+        _import_module(f"{__name__}.{module}")
+    return dict(_import_module(f"{__name__}.compression").Pass.registry)
 
 
 def __getattr__(name: str):

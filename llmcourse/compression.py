@@ -64,7 +64,9 @@ class _Running:
     @property
     def value(self) -> Tensor:
         if self._sum is None:
-            raise BadInput(f"{type(self).__name__} has seen no input; allowed: at least one call of add.")
+            raise BadInput(
+                f"{type(self).__name__} has seen no input; allowed: at least one call of add."
+            )
         return self._finish(self._sum)
 
     def _finish(self, total: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ class QParams:
     """The quantization parameters of a weight W (O, I): which values its codes stand for.
 
     Attributes:
-        scale: distance between neighboring values (R, G), with R = O or 1 rows and G groups of columns.
+        scale: distance between neighboring values (R, G); R is O or 1 rows, G groups of columns.
         zero: the code that stands for 0.0, whole numbers, same shape.
         bits: 2 to 8.
         group_size: columns that share a scale; I / G.
@@ -129,7 +131,9 @@ class QParams:
         whole("bits", self.bits, 2, 8)  # a code is stored in at most one byte
         whole("group_size", self.group_size, 1)
         same = self.scale.ndim == 2 and self.scale.shape == self.zero.shape
-        require(same, "zero", tuple(self.zero.shape), f"the shape of scale, {tuple(self.scale.shape)}")
+        require(
+            same, "zero", tuple(self.zero.shape), f"the shape of scale, {tuple(self.scale.shape)}"
+        )
 
     @property
     def top(self) -> int:
@@ -138,13 +142,17 @@ class QParams:
 
     def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of the columns [start, stop), one per column: (R, stop - start)."""
-        if start == 0 and stop == self.group_size * self.scale.shape[1]:  # the whole matrix: faster than indexing
-            return self.scale.repeat_interleave(self.group_size, 1), self.zero.repeat_interleave(self.group_size, 1)
+        if (
+            start == 0 and stop == self.group_size * self.scale.shape[1]
+        ):  # the whole matrix: faster than indexing
+            return self.scale.repeat_interleave(self.group_size, 1), self.zero.repeat_interleave(
+                self.group_size, 1
+            )
         group = torch.arange(start, stop, device=self.scale.device) // self.group_size
         return self.scale[:, group], self.zero[:, group]
 
     def quantize(self, W: Tensor) -> Tensor:
-        """The nearest code of each weight: (O, I) uint8. Ties go to the even code, as in IEEE rounding."""
+        """The nearest code of each weight: (O, I) uint8. Ties go to the even code (IEEE)."""
         scale, zero = self.columns(0, W.shape[1])
         return (torch.round(W / scale) + zero).clamp(0, self.top).to(torch.uint8)
 
@@ -158,7 +166,7 @@ class QParams:
         return self.dequantize(self.quantize(W.to(self.scale.dtype))).to(W.dtype)
 
     def inside(self, W: Tensor) -> Tensor:
-        """True where a weight lies between the smallest and the largest value, or within half a step of them."""
+        """True where a weight rounds to a value of its own, False where it is clipped to an end."""
         scale, zero = self.columns(0, W.shape[1])
         code = torch.round(W / scale) + zero
         return (code >= 0) & (code <= self.top)
@@ -176,7 +184,7 @@ class Mask(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the quantized weight. Backward: the gradient as it came, but none for weights beyond the range."""
+    """Forward: the quantized weight. Backward: the gradient, but none for clipped weights."""
 
     @staticmethod
     def forward(ctx, W: Tensor, qparams: QParams) -> Tensor:
@@ -190,13 +198,17 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class FakeQuant(nn.Module):
-    """Parametrization: the nearest representable value of each weight; the raw weight is what learns."""
+    """Parametrization: the nearest representable value of each weight; the raw weight learns."""
 
     def __init__(self, qparams: QParams):
         super().__init__()
         self.register_buffer("scale", qparams.scale)
         self.register_buffer("zero", qparams.zero)
-        self.bits, self.group_size, self.symmetric = qparams.bits, qparams.group_size, qparams.symmetric
+        self.bits, self.group_size, self.symmetric = (
+            qparams.bits,
+            qparams.group_size,
+            qparams.symmetric,
+        )
 
     @property
     def qparams(self) -> QParams:
@@ -208,11 +220,11 @@ class FakeQuant(nn.Module):
 
 # %% ../nbs/11_compression.ipynb #c0b8e101
 class ActQuant(nn.Module):
-    """Rounds what a layer reads: x (…, I) to 2ᵇ - 1 values, symmetric around 0. It runs in front of the layer.
+    """Rounds what a layer reads: x (…, I) to 2ᵇ - 1 values, symmetric around 0.
 
     Args:
         bits: 2 to 8.
-        scale: distance between neighboring values, fixed beforehand; None: for each token from its largest entry.
+        scale: distance between neighboring values; None: for each token from its largest entry.
     """
 
     def __init__(self, bits: int = 8, scale: Tensor | None = None):
@@ -223,7 +235,9 @@ class ActQuant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         top = 2 ** (self.bits - 1) - 1  # 127 for 8 bits: as many steps below 0 as above
         with torch.no_grad():
-            scale = x.abs().amax(-1, keepdim=True) / top if self.scale is None else self.scale.to(x)  # (…, 1)
+            scale = (
+                x.abs().amax(-1, keepdim=True) / top if self.scale is None else self.scale.to(x)
+            )  # (…, 1)
             scale = torch.where(scale == 0, 1.0, scale)
             rounded = (x / scale).round().clamp(-top, top) * scale
         return x + (rounded - x).detach() if x.requires_grad else rounded
@@ -267,8 +281,8 @@ class SiteUpdate:
 
     Attributes:
         layers: an update for each layer.
-        scale: (I,), positive: the tensor is divided by it, column by column, in the module before. The weights in
-            `layers` are those for the divided tensor.
+        scale: (I,), positive: the module before divides the tensor by it, column by column. The
+            weights in `layers` are those for the divided tensor.
     """
 
     layers: Mapping[str, LayerUpdate]
@@ -300,11 +314,13 @@ def write_back(layer: nn.Module, update: LayerUpdate) -> None:
     An old mask stays unless the update brings another.
 
     Raises:
-        BadInput: the layer is quantized already and the update is not: its weights would no longer be representable.
+        BadInput: the layer is quantized already and the update is not.
     """
     if qparams_of(layer) is not None and update.qparams is None:
-        raise BadInput("the layer is quantized already and this pass would undo it; "
-                       "allowed: prune first, quantize last.")
+        raise BadInput(
+            "the layer is quantized already and this pass would undo it; "
+            "allowed: prune first, quantize last."
+        )
     mask = mask_of(layer) if update.mask is None else update.mask.bool()
     if parametrize.is_parametrized(layer, "weight"):
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
@@ -346,7 +362,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _forward(adapter: Adapter, ids: Tensor, upto: int = -1) -> tuple[list[Tensor], list[Call]]:
-    """One forward pass over one sequence: the hidden states that each block gets, and the rest of its arguments."""
+    """One forward pass over one sequence: the hidden states and other arguments of each block."""
     blocks, hidden, calls = [block for _, block in adapter.blocks()], [], []
 
     def see(block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -365,7 +381,7 @@ def _forward(adapter: Adapter, ids: Tensor, upto: int = -1) -> tuple[list[Tensor
 
 # %% ../nbs/11_compression.ipynb #c0bff703
 def capture(adapter: Adapter, sequences: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
-    """The hidden states that the first block gets, and how each block is called, sequence by sequence.
+    """The hidden states that the first block gets, and how each block is called.
 
     Args:
         sequences: token ids (n, T).
@@ -376,12 +392,14 @@ def capture(adapter: Adapter, sequences: Tensor) -> tuple[list[Tensor], list[lis
     """
     starts, calls = [], []
     for k, ids in enumerate(sequences):
-        # masks and positions depend on the length only: once two texts agree, the first block's input is enough
+        # masks and positions depend on the length: once two texts agree, block 0's input is enough
         agree = k >= 2 and all(a is b for a, b in zip(calls[0], calls[1], strict=True))
         hidden, found = _forward(adapter, ids, upto=0 if agree else -1)
         if k == 0:
             _check_replay(adapter, hidden, found)
-        found = [old if _same(old, new) else new for old, new in zip(calls[0] if k else found, found)]
+        found = [
+            old if _same(old, new) else new for old, new in zip(calls[0] if k else found, found)
+        ]
         starts.append(hidden[0])
         calls.append(found + calls[0][len(found) :] if agree else found)
     return starts, [list(block) for block in zip(*calls, strict=True)]
@@ -391,9 +409,12 @@ def _check_replay(adapter: Adapter, hidden: list[Tensor], calls: list[Call]) -> 
     """Each block, called by itself, must produce what the model gave to the next one."""
     for (name, block), x, after, call in zip(adapter.blocks(), hidden, hidden[1:], calls):
         out = call.run(block, x)
-        if out.shape != after.shape or not torch.allclose(out, after, rtol=1e-4, atol=1e-4 * float(after.abs().max())):
+        if out.shape != after.shape or not torch.allclose(
+            out, after, rtol=1e-4, atol=1e-4 * float(after.abs().max())
+        ):
             raise BadInput(
-                f"model is {type(adapter.model).__name__!r}, which does something between {name} and the next block; "
+                f"model is {type(adapter.model).__name__!r}, which does something between {name} "
+                "and the next block; "
                 "allowed: models whose blocks pass their output straight to the next one."
             )
 
@@ -412,9 +433,13 @@ class Seen(NamedTuple):
 
 
 def watch(
-    block: nn.Module, sites: Sequence[Site], kinds: Sequence[type], hidden: list[Tensor], calls: list[Call]
+    block: nn.Module,
+    sites: Sequence[Site],
+    kinds: Sequence[type],
+    hidden: list[Tensor],
+    calls: list[Call],
 ) -> dict[str, Seen]:
-    """Run the sequences through a block and collect, for each site, the statistics of what it reads."""
+    """Run the sequences through a block and collect the statistics of what each site reads."""
     stats = {site.name: {kind: kind() for kind in kinds} for site in sites}
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     count = dict.fromkeys(stats, 0)
@@ -437,7 +462,9 @@ def watch(
     for site in sites:
         weight = next(iter(site.layers.values())).weight
         nothing = weight.new_zeros(1, weight.shape[1])
-        if count[site.name] == 0:  # an expert that no token visits: one input of zeros, which says nothing
+        if (
+            count[site.name] == 0
+        ):  # an expert that no token visits: one input of zeros, which says nothing
             for stat in stats[site.name].values():
                 stat.add(nothing)
         kept = torch.cat(inputs[site.name]) if inputs[site.name] else nothing[:0]
@@ -454,7 +481,7 @@ class LayerReport:
     weight_error: float
     """‖ΔW‖² / ‖W‖²"""
     output_error: float | None
-    """mean squared change of the output / mean square of the output, on calibration inputs; None: no inputs were seen"""
+    """‖ΔWx‖² / ‖Wx‖² over calibration inputs x; None: none were seen"""
     zeros: float
     """share of weights that are exactly zero"""
     tokens: int
@@ -479,17 +506,21 @@ class Report:
             text += f" with {self.coverage.share:.1%} of the parameters"
         text += f" in {self.seconds:.0f} s"
         for kind in ("output", "weight"):
-            errors = [e for layer in self.layers if (e := getattr(layer, f"{kind}_error")) is not None]
+            errors = [
+                e for layer in self.layers if (e := getattr(layer, f"{kind}_error")) is not None
+            ]
             if errors:
                 middle = sorted(errors)[len(errors) // 2]
                 text += f", relative {kind} error median {middle:.2%}, worst {max(errors):.2%}"
         unseen = sum(layer.output_error is None for layer in self.layers)
-        return text + (f"; {unseen} layers saw no calibration token" if 0 < unseen < len(self.layers) else "")
+        return text + (
+            f"; {unseen} layers saw no calibration token" if 0 < unseen < len(self.layers) else ""
+        )
 
 # %% ../nbs/11_compression.ipynb #c0bff706
 @dataclass(frozen=True)
 class Context:
-    """What a pass works with: the adapter of the model, text, a device, and a folder for finished blocks (or None)."""
+    """What a pass works with: adapter, text, device, and a folder for finished blocks or None."""
 
     adapter: Adapter
     data: TokenData | None
@@ -500,12 +531,12 @@ class Context:
 class Pass:
     """A compression method.
 
-    A subclass with a `name` is registered under it: recipes, reports and the command line find it there.
+    A subclass with a `name` is registered under it; recipes and reports find it there.
     """
 
     name: ClassVar[str] = ""
     reshapes: ClassVar[bool] = False
-    """whether it returns a model of other shapes: later passes are then checked only when their turn comes"""
+    """whether the model gets other shapes: later passes are then checked when their turn comes"""
     registry: ClassVar[dict[str, type["Pass"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -520,7 +551,7 @@ class Pass:
 
     @property
     def config(self) -> dict:
-        """Everything that distinguishes this pass: for the report, the recipe and the fingerprint of a job."""
+        """Everything that distinguishes this pass, for reports, recipes and fingerprints."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def check(self, model: nn.Module, adapter: Adapter) -> None:
@@ -535,7 +566,9 @@ def chosen_sites(method: "LayerPass", adapter: Adapter, index: int) -> list[Site
     """The sites of a block, reduced to the layers that `method.layers` names."""
     kept = []
     for site in adapter.sites(index):
-        layers = {name: layer for name, layer in site.layers.items() if matches(name, method.layers)}
+        layers = {
+            name: layer for name, layer in site.layers.items() if matches(name, method.layers)
+        }
         if layers:  # a scale can be folded in only if all that read the tensor are treated
             prev = site.prev if len(layers) == len(site.layers) else None
             kept.append(Site(site.name, layers, prev, site.stage))
@@ -546,13 +579,21 @@ def check_sites(method: "LayerPass", adapter: Adapter) -> None:
     """Every condition of a layer pass that can be known before the work.
 
     Raises:
-        BadInput: no layer has a chosen name, sequences are longer than the model's positions, or a layer does not fit.
+        BadInput: no layer has a chosen name, sequences are longer than the model's positions, or
+            a layer does not fit.
     """
-    sites = [site for i in range(len(adapter.blocks())) for site in chosen_sites(method, adapter, i)]
+    sites = [
+        site for i in range(len(adapter.blocks())) for site in chosen_sites(method, adapter, i)
+    ]
     require(bool(sites), "layers", method.layers, "globs that match the name of at least one layer")
     limit = adapter.positions()
     if method.stats and limit is not None:
-        require(method.seq_len <= limit, "seq_len", method.seq_len, f"at most {limit}, the positions of this model")
+        require(
+            method.seq_len <= limit,
+            "seq_len",
+            method.seq_len,
+            f"at most {limit}, the positions of this model",
+        )
     for name, layer in (pair for site in sites for pair in site.layers.items()):
         try:
             method.check_layer(layer)
@@ -562,14 +603,14 @@ def check_sites(method: "LayerPass", adapter: Adapter) -> None:
 # %% ../nbs/11_compression.ipynb #c0bff708
 @dataclass(frozen=True, kw_only=True)
 class LayerPass(Pass):
-    """A method that treats linear layers. A subclass says which statistics it needs and how to `solve` one layer.
+    """A method that treats linear layers: which statistics it needs, and how to `solve` one.
 
     Attributes:
-        layers: which layers, by globs of their full names, separated by commas; `!` in front excludes.
+        layers: globs of full names, separated by commas; `!` in front excludes.
         n_calib: calibration sequences.
         seq_len: tokens in each.
         seed: which calibration sequences are drawn.
-        true_sequential: within a block, collect the statistics of a layer only after those that run before it.
+        true_sequential: treat the sites of a block one after the other.
     """
 
     stats: ClassVar[tuple[type, ...]] = ()
@@ -588,7 +629,7 @@ class LayerPass(Pass):
         one_of("true_sequential", self.true_sequential, (True, False))
 
     def solve(self, W: Tensor, stats: Mapping[type, Stat], mask: Tensor | None) -> LayerUpdate:
-        """New weights for W (O, I), float32, given the statistics of its input and its mask. Pure: changes nothing."""
+        """New weights for W (O, I), float32, given its input's statistics and its mask. Pure."""
         raise NotImplementedError
 
     def solve_site(
@@ -598,7 +639,7 @@ class LayerPass(Pass):
         stats: Mapping[type, Stat],
         masks: Mapping[str, Tensor | None],
     ) -> SiteUpdate:
-        """The same for all layers that read one tensor; a method that scales this tensor overrides it."""
+        """The same for all layers that read one tensor; who scales the tensor overrides it."""
         return SiteUpdate({name: self.solve(W, stats, masks[name]) for name, W in weights.items()})
 
     @property
@@ -606,7 +647,7 @@ class LayerPass(Pass):
         return {"calib": self.n_calib * self.seq_len} if self.stats else {}
 
     def check_layer(self, layer: nn.Linear) -> None:
-        """Raise BadInput for a layer that this method cannot treat; a subclass adds its own conditions."""
+        """Raise BadInput for a layer that cannot be treated; a subclass adds conditions."""
         if not torch.isfinite(layer.weight).all():
             raise BadInput("weights are NaN or infinite; allowed: finite weights.")
 
@@ -616,7 +657,9 @@ class LayerPass(Pass):
     def run(self, model: nn.Module, ctx: Context) -> tuple[nn.Module, Report]:
         start, name = perf_counter(), self.name or type(self).__name__
         layers = tuple(walk(self, ctx))
-        return model, Report(name, self.config, layers, perf_counter() - start, ctx.adapter.coverage(self.layers))
+        return model, Report(
+            name, self.config, layers, perf_counter() - start, ctx.adapter.coverage(self.layers)
+        )
 
 # %% ../nbs/11_compression.ipynb #c0bff709
 def _outputs(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -627,7 +670,7 @@ def _outputs(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def treat(method: LayerPass, site: Site, seen: Seen, adapter: Adapter) -> list[LayerReport]:
-    """Solve a site, write the result back, and measure what it did to the weights and to the outputs."""
+    """Solve a site, write the result back, and measure the change of weights and outputs."""
     began = perf_counter()
     old = {name: layer.weight.detach().float().clone() for name, layer in site.layers.items()}
     before = {name: _outputs(layer, seen.inputs) for name, layer in site.layers.items()}
@@ -637,7 +680,9 @@ def treat(method: LayerPass, site: Site, seen: Seen, adapter: Adapter) -> list[L
         update = method.solve_site(site, old, seen.stats, masks)
         if update.scale is not None:
             positive = bool((update.scale > 0).all()) and site.prev is not None
-            require(positive, "scale", "given", "positive numbers, and a site with a module before it")
+            require(
+                positive, "scale", "given", "positive numbers, and a site with a module before it"
+            )
             adapter.fold(site.prev, update.scale)
             inputs = inputs / update.scale.to(inputs)
         for name, layer in site.layers.items():
@@ -651,10 +696,59 @@ def treat(method: LayerPass, site: Site, seen: Seen, adapter: Adapter) -> list[L
             new = new / update.scale.to(new)  # as if the tensor had not been scaled
         weight_error = float((new - W).square().sum() / W.square().sum().clamp_min(1e-30))
         change = (_outputs(layer, inputs) - before[name]).square().sum()
-        output_error = float(change / before[name].square().sum().clamp_min(1e-30)) if len(inputs) else None
+        output_error = (
+            float(change / before[name].square().sum().clamp_min(1e-30)) if len(inputs) else None
+        )
         zeros = float((new == 0).float().mean())
-        reports.append(LayerReport(name, tuple(W.shape), weight_error, output_error, zeros, seen.n, seconds))
+        reports.append(
+            LayerReport(name, tuple(W.shape), weight_error, output_error, zeros, seen.n, seconds)
+        )
     return reports
+
+# %% ../nbs/11_compression.ipynb #c0bff714
+def parametrizations(module: nn.Module) -> dict[str, dict]:
+    """Layers below `module` with a mask, rounded weights or a rounded input → what they carry."""
+    found = {}
+    for name, layer in module.named_modules():
+        q, act = qparams_of(layer), getattr(layer, "input_quant", None)
+        about = {"mask": True} if mask_of(layer) is not None else {}
+        if q is not None:
+            shape = list(q.scale.shape)
+            about["weight"] = {
+                "bits": q.bits,
+                "group_size": q.group_size,
+                "symmetric": q.symmetric,
+                "scale": shape,
+            }
+        if act is not None:
+            about["input"] = {
+                "bits": act.bits,
+                "scale": None if act.scale is None else list(act.scale.shape),
+            }
+        if about:
+            found[name] = about
+    return found
+
+
+def parametrize_like(module: nn.Module, layers: Mapping[str, dict]) -> None:
+    """Give the layers what `parametrizations` listed, with numbers to be filled from a file."""
+    for name, about in layers.items():
+        layer, q, act = module.get_submodule(name), about.get("weight"), about.get("input")
+        device = layer.weight.device
+        if q is not None:
+            scale = torch.ones(q["scale"], device=device)
+            q = QParams(scale, torch.zeros_like(scale), q["bits"], q["group_size"], q["symmetric"])
+        if act is not None:
+            scale = None if act["scale"] is None else torch.ones(act["scale"], device=device)
+            round_input(layer, ActQuant(act["bits"], scale))
+        if q is not None or about.get("mask"):
+            W = layer.weight.detach().clone()
+            write_back(
+                layer,
+                LayerUpdate(
+                    W, torch.ones_like(W, dtype=torch.bool) if about.get("mask") else None, q
+                ),
+            )
 
 # %% ../nbs/11_compression.ipynb #c0bff710
 class _Saved:
@@ -672,7 +766,10 @@ class _Saved:
         from safetensors.torch import save_file
 
         tensors = {name: t.detach().cpu().contiguous() for name, t in block.state_dict().items()}
-        about = {"reports": json.dumps([asdict(r) for r in reports]), "layers": json.dumps(parametrizations(block))}
+        about = {
+            "reports": json.dumps([asdict(r) for r in reports]),
+            "layers": json.dumps(parametrizations(block)),
+        }
         write_atomic(self.file, lambda path: save_file(tensors, path, metadata=about))
 
     def restore(self, block: nn.Module) -> list[LayerReport]:
@@ -682,43 +779,13 @@ class _Saved:
             tensors, about = {name: f.get_tensor(name) for name in list(f.keys())}, f.metadata()
         parametrize_like(block, json.loads(about["layers"]))
         block.load_state_dict(tensors)
-        return [LayerReport(**r | {"shape": tuple(r["shape"])}) for r in json.loads(about["reports"])]
-
-
-def parametrizations(module: nn.Module) -> dict[str, dict]:
-    """Name of each layer below `module` with a mask, rounded weights or a rounded input → what it carries."""
-    found = {}
-    for name, layer in module.named_modules():
-        q, act = qparams_of(layer), getattr(layer, "input_quant", None)
-        about = {"mask": True} if mask_of(layer) is not None else {}
-        if q is not None:
-            shape = list(q.scale.shape)
-            about["weight"] = {"bits": q.bits, "group_size": q.group_size, "symmetric": q.symmetric, "scale": shape}
-        if act is not None:
-            about["input"] = {"bits": act.bits, "scale": None if act.scale is None else list(act.scale.shape)}
-        if about:
-            found[name] = about
-    return found
-
-
-def parametrize_like(module: nn.Module, layers: Mapping[str, dict]) -> None:
-    """Give the layers below `module` what `parametrizations` listed, with empty numbers, to be filled from a file."""
-    for name, about in layers.items():
-        layer, q, act = module.get_submodule(name), about.get("weight"), about.get("input")
-        device = layer.weight.device
-        if q is not None:
-            scale = torch.ones(q["scale"], device=device)
-            q = QParams(scale, torch.zeros_like(scale), q["bits"], q["group_size"], q["symmetric"])
-        if act is not None:
-            scale = None if act["scale"] is None else torch.ones(act["scale"], device=device)
-            round_input(layer, ActQuant(act["bits"], scale))
-        if q is not None or about.get("mask"):
-            W = layer.weight.detach().clone()
-            write_back(layer, LayerUpdate(W, torch.ones_like(W, dtype=torch.bool) if about.get("mask") else None, q))
+        return [
+            LayerReport(**r | {"shape": tuple(r["shape"])}) for r in json.loads(about["reports"])
+        ]
 
 # %% ../nbs/11_compression.ipynb #c0bff711
 def _sequences(method: LayerPass, ctx: Context) -> Tensor | None:
-    """Calibration sequences; for a method that needs none the beginning of the first one, to measure the output error."""
+    """Calibration sequences; for a method that needs none, text to measure the output error."""
     if method.stats:
         return ctx.rt.move(ctx.data.calib_batch(method.n_calib, method.seq_len, method.seed))
     if ctx.data is None or ctx.rt is None or len(ctx.data.calib) == 0:
@@ -728,7 +795,7 @@ def _sequences(method: LayerPass, ctx: Context) -> Tensor | None:
 
 
 def walk(method: LayerPass, ctx: Context) -> Iterator[LayerReport]:
-    """Visit the blocks in order: watch, solve, write back, and pass the text through the changed block."""
+    """Visit the blocks: watch, solve, write back, pass the text through the changed block."""
     adapter, sequences = ctx.adapter, _sequences(method, ctx)
     hidden, calls = [], [[] for _ in adapter.blocks()]
     if sequences is not None:
@@ -750,7 +817,9 @@ def walk(method: LayerPass, ctx: Context) -> Iterator[LayerReport]:
             saved.write(block, reports)
             yield from reports
         if i < last:
-            with evaluating(block):  # no dropout; masks and rounding are computed once, not once per sequence
+            with evaluating(
+                block
+            ):  # no dropout; masks and rounding are computed once, not once per sequence
                 hidden = [call.run(block, x) for x, call in zip(hidden, calls[i], strict=True)]
 
 
@@ -762,17 +831,17 @@ def _stages(sites: list[Site], sequential: bool) -> list[list[Site]]:
 
 # %% ../nbs/11_compression.ipynb #c0bff712
 def check_passes(model: nn.Module, methods: Sequence[Pass]) -> Coverage:
-    """Raise BadInput, in one sentence, if `compress` could not apply these passes to the model. Changes nothing.
+    """Raise BadInput if `compress` could not apply these passes to the model. Changes nothing.
 
     Returns:
-        which share of the model's parameters passes over all layers treat, and which matrices they leave.
+        which share of the model's parameters is treated, and which matrices are left.
     """
     _, adapter = _prepared(model, methods)
     return adapter.coverage()
 
 
 def _prepared(model: nn.Module, methods: Sequence[Pass]) -> tuple[nn.Module, Adapter]:
-    """A copy in the form that passes can treat, its adapter, and every condition checked that can be known before."""
+    """A copy that passes can treat, and its adapter; all that can be known before is checked."""
     adapter_for(model)  # an architecture that cannot be treated is refused before the copy
     student = copy.deepcopy(model)
     adapter = adapter_for(student)
@@ -784,9 +853,17 @@ def _prepared(model: nn.Module, methods: Sequence[Pass]) -> tuple[nn.Module, Ada
     return student, adapter
 
 
-def _folder_of(root: Path, k: int, p: Pass, student: nn.Module, data: TokenData | None, rt: Runtime | None) -> Path:
-    """The folder for finished blocks of pass k: its name holds a digest of all that the result depends on."""
-    about = (str(student), str(student.config), type(p).__qualname__, p.config, rt and rt.describe())
+def _folder_of(
+    root: Path, k: int, p: Pass, student: nn.Module, data: TokenData | None, rt: Runtime | None
+) -> Path:
+    """Folder for the blocks of pass k, named by a digest of all that the result depends on."""
+    about = (
+        str(student),
+        str(student.config),
+        type(p).__qualname__,
+        p.config,
+        rt and rt.describe(),
+    )
     digest = hashlib.sha256(repr(about).encode())
     for tensor in (*student.state_dict().values(), *(() if data is None else (data.calib,))):
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -806,16 +883,18 @@ def compress(
     """Apply passes one after the other to a copy of `model`.
 
     Args:
-        data: `calib` is what passes look at; None if no pass needs text (then no output error is measured).
-        checkpoint: a folder that gets every finished block. The same call again goes on from there, to the same bits;
-            another model, text or list of passes begins anew.
+        data: `calib` is what passes look at; None: no text, and no output error is measured.
+        checkpoint: a folder that gets every finished block. The same call again goes on from
+            there, to the same bits; another model, text or list of passes begins anew.
     Returns:
         the compressed copy (the model that was given is unchanged) and one report per pass.
     Raises:
         BadInput: before any work, if the model or a pass does not fit, or there is too little text.
     """
     for p in passes:
-        require(isinstance(p, Pass), "passes", type(p).__name__, "objects of classes derived from Pass")
+        require(
+            isinstance(p, Pass), "passes", type(p).__name__, "objects of classes derived from Pass"
+        )
     for part, n in ((part, n) for p in passes for part, n in p.needs.items()):
         have = 0 if data is None else len(getattr(data, part))
         require(have >= n, f"tokens of data.{part}", have, f"at least {n}, which the passes need")
@@ -825,20 +904,24 @@ def compress(
         if k:
             adapter = adapter_for(student)
             p.check(student, adapter)  # on the model that it will see
-        folder = None if checkpoint is None else _folder_of(Path(checkpoint), k, p, student, data, rt)
+        folder = (
+            None if checkpoint is None else _folder_of(Path(checkpoint), k, p, student, data, rt)
+        )
         student, report = p.run(student, Context(adapter, data, rt, folder))
         reports.append(report)
     return student, reports
 
 # %% ../nbs/11_compression.ipynb #826cf9e5
 def _dice(W: Tensor, seed: int) -> torch.Generator:
-    """A source of random numbers that differs from weight to weight: equal layers do not get equal noise."""
-    return torch.Generator(device=W.device).manual_seed(seed * 2**32 + zlib.crc32(W[0].cpu().numpy().tobytes()))
+    """Random numbers that depend on the weight: equal layers do not get equal noise."""
+    return torch.Generator(device=W.device).manual_seed(
+        seed * 2**32 + zlib.crc32(W[0].cpu().numpy().tobytes())
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(LayerPass):
-    """Null control: Gaussian noise with the relative energy ‖ΔW‖² / ‖W‖² = `energy`, in every layer."""
+    """Null control: Gaussian noise with the relative energy ‖ΔW‖² / ‖W‖² = `energy`."""
 
     name = "noise"
     energy: float = 0.01
@@ -854,7 +937,7 @@ class Noise(LayerPass):
 # %% ../nbs/11_compression.ipynb #c0826c01
 @dataclass(frozen=True, kw_only=True)
 class RoundingNoise(LayerPass):
-    """Null control of quantization: noise that is uniform in ±s/2, with the step s that `bits` give each group.
+    """Null control of quantization: noise uniform in ±s/2, with the step s of each group.
 
     Attributes:
         bits: 2 to 8.
@@ -873,19 +956,29 @@ class RoundingNoise(LayerPass):
     def check_layer(self, layer: nn.Linear) -> None:
         super().check_layer(layer)
         columns = layer.weight.shape[1]
-        require(columns % self.group_size == 0, "group_size", self.group_size, f"a divisor of the {columns} columns")
+        require(
+            columns % self.group_size == 0,
+            "group_size",
+            self.group_size,
+            f"a divisor of the {columns} columns",
+        )
 
     def solve(self, W: Tensor, stats: Mapping[type, Stat], mask: Tensor | None) -> LayerUpdate:
         groups = W.unflatten(1, (-1, self.group_size))  # (O, G, group_size)
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # the range contains 0
+        low, high = (
+            groups.amin(-1).clamp(max=0),
+            groups.amax(-1).clamp(min=0),
+        )  # the range contains 0
         step = (high - low) / (2**self.bits - 1)  # (O, G)
-        dice = torch.rand(W.shape, generator=_dice(W, self.seed), device=W.device, dtype=W.dtype) - 0.5
+        dice = (
+            torch.rand(W.shape, generator=_dice(W, self.seed), device=W.device, dtype=W.dtype) - 0.5
+        )
         return LayerUpdate(W + dice * step.repeat_interleave(self.group_size, 1))
 
 # %% ../nbs/11_compression.ipynb #3c3aed77
 @dataclass(frozen=True, kw_only=True)
 class Passport:
-    """The numbers of one model. Times and perplexity carry their spread; None means not measured."""
+    """The numbers of one model. Times and perplexity carry their spread; None: not measured."""
 
     name: str
     parameters: int
@@ -893,7 +986,7 @@ class Passport:
     bytes_memory: int
     bytes_disk: int | None
     flops_per_token: int
-    """2 × the weight entries of all linear layers, head included; attention between tokens is not counted"""
+    """2 × the weight entries of all linear layers, head included; attention is not counted"""
     prefill: Timing | None
     """seconds to read `prefill_tokens` tokens"""
     prefill_tokens: int
@@ -906,20 +999,38 @@ class Passport:
         """As plain numbers and text, for JSON."""
 
         def timing(t: Timing | None) -> dict | None:
-            return t and {"median_s": t.median, "q1_s": t.quartiles[0], "q3_s": t.quartiles[1], "n": t.n}
+            return t and {
+                "median_s": t.median,
+                "q1_s": t.quartiles[0],
+                "q3_s": t.quartiles[1],
+                "n": t.n,
+            }
 
-        special = {"prefill": timing(self.prefill), "decode": timing(self.decode), "perplexity": None}
+        special = {
+            "prefill": timing(self.prefill),
+            "decode": timing(self.decode),
+            "perplexity": None,
+        }
         if (p := self.perplexity) is not None:
-            numbers = {"value": p.value, "low": p.low, "high": p.high, "bits_per_byte": p.bits_per_byte}
+            numbers = {
+                "value": p.value,
+                "low": p.low,
+                "high": p.high,
+                "bits_per_byte": p.bits_per_byte,
+            }
             special["perplexity"] = numbers | {"protocol": asdict(p.protocol)}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special} | special
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in special
+        } | special
 
 # %% ../nbs/11_compression.ipynb #c03c3a01
 def _counts(model: nn.Module) -> Iterator[tuple[int, int]]:
     """(parameters, non-zeros) of each tensor that the forward pass uses, shared ones once."""
     seen: set[int] = set()
     for module in model.modules():
-        if hasattr(module, "passport_counts"):  # a layer with packed storage says itself what it stands for
+        if hasattr(
+            module, "passport_counts"
+        ):  # a layer with packed storage says itself what it stands for
             yield module.passport_counts()
             continue
         if isinstance(module, (parametrize.ParametrizationList, Mask, FakeQuant)):
@@ -943,11 +1054,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def memory_bytes(model: nn.Module) -> int:
     """Bytes that parameters and buffers occupy; shared storage counts once."""
     tensors = (*model.parameters(), *model.buffers())
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def disk_bytes(folder: str | Path) -> int:
-    """Bytes of the weight files that a reader of a model folder opens; a second copy of the weights is not counted."""
+    """Bytes of the weight files that a reader opens; a second copy of them is not counted."""
     folder = Path(folder)
     files = {f.name: f.stat().st_size for f in folder.glob("*.safetensors")}
     require(bool(files), "folder", str(folder), "a folder with *.safetensors")
@@ -963,12 +1076,21 @@ def disk_bytes(folder: str | Path) -> int:
 
 # %% ../nbs/11_compression.ipynb #c03c3a02
 def flops_per_token(model: nn.Module) -> int:
-    """2 × (outputs × inputs) summed over the linear layers, a shared head included; attention is not counted.
+    """2 × (outputs × inputs), summed over the linear layers and a shared head.
+
+    Attention between tokens is not counted.
 
     Of E routed experts only the k that a token visits count.
     """
     config = getattr(model, "config", None)
-    k = next((v for n in ("experts_per_token", "num_experts_per_tok") if (v := getattr(config, n, None))), None)
+    k = next(
+        (
+            v
+            for n in ("experts_per_token", "num_experts_per_tok")
+            if (v := getattr(config, n, None))
+        ),
+        None,
+    )
     total, inside = 0.0, set()
     for module in model.modules():
         experts = expert_matrices(module)
@@ -982,10 +1104,14 @@ def flops_per_token(model: nn.Module) -> int:
     return round(2 * total)
 
 # %% ../nbs/11_compression.ipynb #c03c3a03
-def latency(model: nn.Module, rt: Runtime, *, tokens: int, repeats: int = 5) -> tuple[Timing, Timing]:
-    """Time to read a prompt of `tokens` tokens, and to write one more token with a key-value cache (batch size 1)."""
+def latency(
+    model: nn.Module, rt: Runtime, *, tokens: int, repeats: int = 5
+) -> tuple[Timing, Timing]:
+    """Time to read `tokens` tokens, and to write one more with a cache (batch size 1)."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = rt.move(torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)))
+    ids = rt.move(
+        torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    )
     with torch.inference_mode():
         prefill = benchmark(lambda: model(ids, use_cache=False), rt, warmup=1, repeats=repeats)
         cache = model(ids, use_cache=True).past_key_values

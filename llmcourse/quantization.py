@@ -34,7 +34,12 @@ from .settings import number, one_of, require, whole
 # %% ../nbs/14_quantization.ipynb #f8cb0541
 def _check_weight(W: Tensor) -> None:
     what = f"{str(W.dtype).removeprefix('torch.')} of shape {tuple(W.shape)}"
-    require(W.dim() == 2 and W.is_floating_point() and W.numel() > 0, "W", what, "a floating-point matrix (O, I)")
+    require(
+        W.dim() == 2 and W.is_floating_point() and W.numel() > 0,
+        "W",
+        what,
+        "a floating-point matrix (O, I)",
+    )
     bad = ~W.isfinite()
     if bad.any():
         row, col = bad.nonzero()[0].tolist()
@@ -44,7 +49,12 @@ def _check_weight(W: Tensor) -> None:
 
 def _check_mask(W: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
-        require(mask.shape == W.shape, "mask shape", tuple(mask.shape), f"the shape of W, {tuple(W.shape)}")
+        require(
+            mask.shape == W.shape,
+            "mask shape",
+            tuple(mask.shape),
+            f"the shape of W, {tuple(W.shape)}",
+        )
 
 
 def group_width(group_size: int | str, columns: int) -> int:
@@ -58,7 +68,7 @@ def group_width(group_size: int | str, columns: int) -> int:
 
 
 def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest numbers of `dtype` that are at least `scale` (which is not negative), in the dtype of `scale`."""
+    """The smallest numbers of `dtype` that are at least `scale` (≥ 0), in the dtype of `scale`."""
     near = scale.to(dtype)
     if dtype in (torch.float16, torch.bfloat16):
         # for positive floats the next larger one has the next larger bit pattern
@@ -66,20 +76,30 @@ def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
         near = torch.where(near.to(scale.dtype) < scale, above, near)
     near, name = near.to(scale.dtype), str(dtype).removeprefix("torch.")
     largest = scale.max().item()
-    require(bool(near.isfinite().all()), "largest scale", largest, f"at most {torch.finfo(dtype).max:g} in {name}")
+    require(
+        bool(near.isfinite().all()),
+        "largest scale",
+        largest,
+        f"at most {torch.finfo(dtype).max:g} in {name}",
+    )
     return near
 
 # %% ../nbs/14_quantization.ipynb #c1a20001
 def scale_and_zero(
-    low: Tensor, high: Tensor, *, bits: int, symmetric: bool = False, scale_dtype: torch.dtype = torch.float16
+    low: Tensor,
+    high: Tensor,
+    *,
+    bits: int,
+    symmetric: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid that covers [low, high] and contains 0 [jacob2018, nagel2021].
+    """Scale and zero point that cover [low, high] and contain 0 [jacob2018, nagel2021].
 
     Args:
         low, high: smallest and largest weight of each group, any shape.
         bits: 2 to 8.
         symmetric: fix the zero point in the middle.
-        scale_dtype: the format that the scale will be stored in; it is rounded up to that format here.
+        scale_dtype: the format that the scale is stored in; it is rounded up to that format.
     Returns:
         scale, zero: of the same shape and dtype as `low`. Where all weights are 0, the scale is 1.
     """
@@ -92,10 +112,12 @@ def scale_and_zero(
     scale = _round_up(scale, scale_dtype)
     scale = torch.where(scale == 0, 1.0, scale)  # a row of zeros: any scale will do, but not 0 / 0
     middle = torch.full_like(scale, 2 ** (bits - 1))
-    zero = middle if symmetric else ((0 - low) / scale).round()  # 0 - low, because -0.0 would print as such
+    zero = (
+        middle if symmetric else ((0 - low) / scale).round()
+    )  # 0 - low, because -0.0 would print as such
     return scale, zero
 
-
+# %% ../nbs/14_quantization.ipynb #c1a20007
 def choose_qparams(
     W: Tensor,
     *,
@@ -109,8 +131,8 @@ def choose_qparams(
     Args:
         W: weights (O, I).
         bits: 2 to 8.
-        group_size: `tensor` (one grid for all), `channel` (one per row), or how many neighboring columns of a row
-            share a grid; must divide I.
+        group_size: `tensor` (one scale for all), `channel` (one per row), or how many neighboring
+            columns of a row share a scale; must divide I.
         symmetric: zero point fixed in the middle.
         scale_dtype: the format that scales are stored in.
     Raises:
@@ -121,17 +143,26 @@ def choose_qparams(
     O, I = W.shape
     width = group_width(group_size, I)
     W = W.to(torch.promote_types(W.dtype, torch.float32))
-    tiny = torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps  # the smallest step above 0
+    tiny = (
+        torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps
+    )  # the smallest step above 0
     largest = W.abs().max().item()
-    require(largest == 0 or largest > tiny / 2, "largest weight", largest, f"above {tiny / 2:g}, or all become 0")
-    groups = W.reshape(1, 1, O * I) if group_size == "tensor" else W.reshape(O, I // width, width)  # (R, G, weights)
+    require(
+        largest == 0 or largest > tiny / 2,
+        "largest weight",
+        largest,
+        f"above {tiny / 2:g}, or all become 0",
+    )
+    groups = (
+        W.reshape(1, 1, O * I) if group_size == "tensor" else W.reshape(O, I // width, width)
+    )  # (R, G, weights)
     low, high = groups.amin(-1), groups.amax(-1)  # (R, G)
     scale, zero = scale_and_zero(low, high, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
     return QParams(scale=scale, zero=zero, bits=bits, group_size=width, symmetric=symmetric)
 
 # %% ../nbs/14_quantization.ipynb #c1a20002
 def rtn(W: Tensor, *, mask: Tensor | None = None, **options: Any) -> LayerUpdate:
-    """Round every weight to the nearest representable value. Weights outside `mask` become exactly 0.
+    """Round every weight to the nearest representable value; outside `mask` it becomes 0.
 
     Args:
         W: weights (O, I). Not changed.
@@ -146,10 +177,10 @@ def rtn(W: Tensor, *, mask: Tensor | None = None, **options: Any) -> LayerUpdate
 
 # %% ../nbs/14_quantization.ipynb #3c94dc9c
 def damped(H: Tensor, damping: float) -> Tensor:
-    """H with `damping` times its mean diagonal added to the diagonal; a diagonal entry that is still 0 becomes 1.
+    """H with `damping` times its mean diagonal on the diagonal; an entry that is still 0 becomes 1.
 
-    A column with a zero on the diagonal belongs to an input that was 0 in the whole calibration text. Nothing is known
-    about it, and it is tied to no other column, so it is rounded to the nearest.
+    A column with a zero on the diagonal belongs to an input that was 0 in the whole calibration
+    text. Nothing is known about it, and it is tied to no other column: it is just rounded.
     """
     require(damping >= 0, "damping", damping, "0 or more, as a fraction of the mean diagonal of H")
     H = H.clone()
@@ -164,9 +195,13 @@ def _check_hessian(W: Tensor, H: Tensor) -> None:
     allowed = f"({I}, {I}), one row and column for each input of the layer"
     require(H.shape == (I, I), "shape of H", tuple(H.shape), allowed)
     finite = bool(H.isfinite().all())
-    require(finite, "H", "not finite", "finite numbers; look for an overflow in the calibration inputs")
+    require(
+        finite, "H", "not finite", "finite numbers; look for an overflow in the calibration inputs"
+    )
     smallest = H.diagonal().min().item()
-    require(smallest >= 0, "smallest diagonal entry of H", smallest, "0 or more: H is a sum of squares")
+    require(
+        smallest >= 0, "smallest diagonal entry of H", smallest, "0 or more: H is a sum of squares"
+    )
 
 # %% ../nbs/14_quantization.ipynb #c1a20003
 @torch.no_grad()
@@ -182,7 +217,7 @@ def gptq_reference(
     mask: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
 ) -> LayerUpdate:
-    """GPTQ column by column in float64, from the formulas of OBS: no blocks, no Cholesky [hassibi1993, frantar2022obc].
+    """GPTQ column by column in float64, from the formulas of OBS [hassibi1993, frantar2022obc].
 
     The specification that `gptq` is tested against. Arguments and result as for `gptq`.
     """
@@ -191,7 +226,11 @@ def gptq_reference(
     now = W.double().clone()
     grid = {"bits": bits, "symmetric": symmetric, "scale_dtype": scale_dtype}
     qparams = choose_qparams(torch.where(keep, now, 0), group_size=group_size, **grid)
-    scale, zero, width = qparams.scale.expand(O, -1).clone(), qparams.zero.expand(O, -1).clone(), qparams.group_size
+    scale, zero, width = (
+        qparams.scale.expand(O, -1).clone(),
+        qparams.zero.expand(O, -1).clone(),
+        qparams.group_size,
+    )
     H = damped(H.double(), damping)
     inverse = torch.linalg.inv(H)
     codes = torch.zeros(O, I, dtype=torch.float64, device=W.device)
@@ -200,7 +239,9 @@ def gptq_reference(
     for j in order:
         g = j // width
         if j % width == 0 and not static:
-            group = torch.where(keep, now, 0)[:, j : j + width]  # the weights as they are now, not as they were
+            group = torch.where(keep, now, 0)[
+                :, j : j + width
+            ]  # the weights as they are now, not as they were
             scale[:, g], zero[:, g] = scale_and_zero(group.amin(1), group.amax(1), **grid)
         code = ((now[:, j] / scale[:, g]).round() + zero[:, g]).clamp(0, 2**bits - 1)
         codes[:, j] = torch.where(keep[:, j], code, zero[:, g])
@@ -210,36 +251,46 @@ def gptq_reference(
         inverse[j, :] = inverse[:, j] = 0  # exactly, so that a finished column does not move
     if not static:
         qparams = QParams(scale=scale, zero=zero, bits=bits, group_size=width, symmetric=symmetric)
-    return LayerUpdate(weight=qparams.dequantize(codes.to(torch.uint8)).to(W.dtype), mask=mask, qparams=qparams)
+    return LayerUpdate(
+        weight=qparams.dequantize(codes.to(torch.uint8)).to(W.dtype), mask=mask, qparams=qparams
+    )
 
 # %% ../nbs/14_quantization.ipynb #0ffaa000
 def inverse_factor(H: Tensor) -> Tensor:
     """Upper triangular U with H⁻¹ = Uᵀ U, for a symmetric positive definite H. Computed in float64.
 
-    In float32 the last digits of U depend on the processor's order of summation, and a weight near the middle between
-    two codes then falls to the other side; everything after it follows.
+    In float32 the last digits of U depend on the processor's order of summation. A weight near the
+    middle between two codes then falls to the other side, and everything after it follows.
     """
     # H in reverse order: a lower triangular factor there is an upper triangular one here
     lower, failed = torch.linalg.cholesky_ex(H.double().flip(0, 1))
-    allowed = "a Hessian from more calibration tokens than the layer has inputs, or a larger damping (0.01 is usual)"
+    allowed = "one from more calibration tokens than the layer has inputs, or a larger damping"
     require(int(failed) == 0, "H", "not positive definite", allowed)
     eye = torch.eye(len(H), dtype=torch.float64, device=H.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).to(H.dtype)
 
 
 def _blocks(columns: int, width: int, block_size: int) -> list[tuple[int, int]]:
-    """Blocks of at most `block_size` columns that never straddle a group's edge; at least one group where it fits."""
+    """Blocks of at most `block_size` columns that never straddle the edge of a group."""
     if width <= block_size:
         step = block_size // width * width
         return [(a, min(a + step, columns)) for a in range(0, columns, step)]
-    starts = ((a, g + width) for g in range(0, columns, width) for a in range(g, g + width, block_size))
+    starts = (
+        (a, g + width) for g in range(0, columns, width) for a in range(g, g + width, block_size)
+    )
     return [(a, min(a + block_size, end)) for a, end in starts]
 
 # %% ../nbs/14_quantization.ipynb #c1a20004
 def _gptq_columns(
-    now: Tensor, U: Tensor, keep: Tensor | None, q: QParams, group_of: list[int], block_size: int, scales_of: Any
+    now: Tensor,
+    U: Tensor,
+    keep: Tensor | None,
+    q: QParams,
+    group_of: list[int],
+    block_size: int,
+    scales_of: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1 of GPTQ [frantar2022gptq], on transposed weights, so that a column of W is contiguous in memory.
+    """Algorithm 1 of GPTQ [frantar2022gptq]; transposed, so that a column of W is contiguous.
 
     Args:
         now: weights (I, O) in the order of visiting; changed in place.
@@ -247,12 +298,15 @@ def _gptq_columns(
         keep: (I, O), False where a weight has to become 0; None: nowhere.
         q: parameters made from the original weights.
         group_of: the group of each column.
-        scales_of: (low, high) → scale, zero of a group that is reached; None: `q` holds for the whole walk.
+        scales_of: (low, high) → scale, zero of a group that is reached; None: `q` holds throughout.
     Returns:
         codes (I, O), scales (G, O) and zero points (G, O).
     """
     I, O = now.shape
-    scale, zero = q.scale.expand(O, -1).T.contiguous(), q.zero.expand(O, -1).T.contiguous()  # (G, O)
+    scale, zero = (
+        q.scale.expand(O, -1).T.contiguous(),
+        q.zero.expand(O, -1).T.contiguous(),
+    )  # (G, O)
     codes, width = torch.empty_like(now), q.group_size
     for a, b in _blocks(I, width, block_size):
         errors = torch.empty(b - a, O, dtype=now.dtype, device=now.device)
@@ -261,7 +315,11 @@ def _gptq_columns(
         for j in range(a, b):
             g = group_of[j]
             if scales_of is not None and j % width == 0:
-                group = now[j : j + width] if keep is None else torch.where(keep[j : j + width], now[j : j + width], 0)
+                group = (
+                    now[j : j + width]
+                    if keep is None
+                    else torch.where(keep[j : j + width], now[j : j + width], 0)
+                )
                 scale[g], zero[g] = scales_of(group.amin(0), group.amax(0))
             s, z, w, code = scale[g], zero[g], now[j], codes[j]
             torch.div(w, s, out=code).round_().add_(z).clamp_(0, q.top)
@@ -269,7 +327,9 @@ def _gptq_columns(
                 code.copy_(torch.where(keep[j], code, z))
             e = torch.sub(w, (code - z).mul_(s), out=errors[j - a]).mul_(per_step[j - a])
             if j + 1 < b:
-                now[j + 1 : b].addr_(local[j - a, j - a + 1 :], e, alpha=-1)  # the rest of this block, now
+                now[j + 1 : b].addr_(
+                    local[j - a, j - a + 1 :], e, alpha=-1
+                )  # the rest of this block, now
         if b < I:
             now[b:].addmm_(U[a:b, b:].T, errors, alpha=-1)  # everything after it, once
     return codes, scale, zero
@@ -293,16 +353,16 @@ def gptq(
 
     Args:
         W: weights (O, I). Not changed.
-        H: Hessian (I, I) of the layer's inputs, 2/n Σ x xᵀ. The computation runs in the wider of the two dtypes.
+        H: Hessian (I, I) of the layer's inputs, 2/n Σ x xᵀ. The wider of the two dtypes is used.
         bits, group_size, symmetric, scale_dtype: as in `choose_qparams`.
-        act_order: visit columns in descending order of diag(H), with the scales of the *original* weights. Without it
-            the scales of a group are those of the updated weights when its first column is reached (`tensor`: of the
-            original weights).
+        act_order: visit columns in descending order of diag(H), with the scales of the *original*
+            weights. Without it a group gets the scales of the updated weights when its first
+            column is reached (`tensor`: of the original weights).
         damping: fraction of the mean diagonal that is added to the diagonal.
         block_size: columns updated at once; changes the speed, not the result.
         mask: (O, I), true where a weight may differ from 0; the rest makes up for the others too.
     Returns:
-        the weights, the mask, and the parameters (always of groups of neighboring original columns).
+        the weights, the mask, and the parameters (of groups of neighboring original columns).
     Raises:
         BadInput: a bad argument, or an H that is not positive definite after damping.
     """
@@ -312,11 +372,17 @@ def gptq(
     dtype = torch.promote_types(torch.promote_types(W.dtype, H.dtype), torch.float32)
     start, keep = W.to(dtype), None if mask is None else mask.bool()
     grid = {"bits": bits, "symmetric": symmetric, "scale_dtype": scale_dtype}
-    q = choose_qparams(start if keep is None else torch.where(keep, start, 0), group_size=group_size, **grid)
+    q = choose_qparams(
+        start if keep is None else torch.where(keep, start, 0), group_size=group_size, **grid
+    )
     static = act_order or group_size == "tensor"
 
     H, I = damped(H.to(dtype), damping), W.shape[1]
-    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(I, device=W.device)
+    order = (
+        H.diagonal().argsort(descending=True, stable=True)
+        if act_order
+        else torch.arange(I, device=W.device)
+    )
     U = inverse_factor(H[order][:, order])
     kept = None if keep is None else keep.T[order]
     scales_of = None if static else partial(scale_and_zero, **grid)
@@ -332,7 +398,7 @@ def gptq(
 # %% ../nbs/14_quantization.ipynb #a81187b5
 @dataclass(frozen=True, kw_only=True)
 class RTN(LayerPass):
-    """Round every weight of every chosen layer to the nearest representable value. Looks at no data.
+    """Round every weight of the chosen layers to the nearest representable value.
 
     Attributes:
         bits: 2 to 8.
@@ -355,7 +421,9 @@ class RTN(LayerPass):
         group_width(self.group_size, layer.weight.shape[1])
 
     def solve(self, W: Tensor, stats: Mapping[type, Stat], mask: Tensor | None) -> LayerUpdate:
-        return rtn(W, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, mask=mask)
+        return rtn(
+            W, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, mask=mask
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +450,7 @@ class GPTQ(RTN):
 # %% ../nbs/14_quantization.ipynb #c1a20006
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingRTN(Pass):
-    """Round the token embedding, and with it a tied output layer. Looks at no data; attributes as in `RTN`."""
+    """Round the token embedding, and with it a tied output layer; attributes as in `RTN`."""
 
     name = "rtn-embedding"
     bits: int = 8
@@ -397,9 +465,19 @@ class EmbeddingRTN(Pass):
         found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         # Gemma's embedding also multiplies what it looks up: a packed one would not
         plain = isinstance(found, nn.Embedding) and type(found).forward is nn.Embedding.forward
-        require(plain, "input embedding", type(found).__name__, "a model with an nn.Embedding that only looks up rows")
+        require(
+            plain,
+            "input embedding",
+            type(found).__name__,
+            "a model with an nn.Embedding that only looks up rows",
+        )
         treated = parametrize.is_parametrized(found, "weight")
-        require(not treated, "input embedding", "quantized or masked already", "one that no pass has treated")
+        require(
+            not treated,
+            "input embedding",
+            "quantized or masked already",
+            "one that no pass has treated",
+        )
         _check_weight(found.weight)
         group_width(self.group_size, found.weight.shape[1])
 
@@ -408,7 +486,7 @@ class EmbeddingRTN(Pass):
         start, embedding = perf_counter(), model.get_input_embeddings()
         W = embedding.weight.detach().float().clone()
         update = rtn(W, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        # In place and before the parametrization: a tied output layer holds the same parameter and gets the same values.
+        # in place and before the parametrization: a tied output layer holds the same parameter
         write_back(embedding, update)
         error = float((update.weight - W).square().sum() / W.square().sum().clamp_min(1e-30))
         zeros, seconds = float((update.weight == 0).float().mean()), perf_counter() - start
@@ -417,22 +495,28 @@ class EmbeddingRTN(Pass):
 
 # %% ../nbs/14_quantization.ipynb #f7a36124
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes (…, n) uint8 → bytes (…, ⌈n·bits/8⌉): one stream of bits per row, lowest bit first. The plain version."""
-    planes = (codes[..., None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1  # (…, n, bits)
+    """Codes (…, n) uint8 → bytes (…, ⌈n·bits/8⌉): a stream of bits per row, lowest bit first."""
+    planes = (
+        codes[..., None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    ) & 1  # (…, n, bits)
     stream = planes.flatten(-2)
     stream = F.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))  # (…, bytes, 8)
-    return (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
+    return (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(
+        -1, dtype=torch.uint8
+    )
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `pack_bits`: bytes → codes (…, n) uint8."""
     stream = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     planes = stream.flatten(-2)[..., : n * bits].unflatten(-1, (n, bits))
-    return (planes << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)
+    return (planes << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(
+        -1, dtype=torch.uint8
+    )
 
 # %% ../nbs/14_quantization.ipynb #a714645d
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (…, n) uint8 → bytes (…, ⌈n·bits/8⌉) uint8. The same bytes as `pack_bits`, faster for 4 and 8 bits.
+    """Codes (…, n) uint8 → bytes (…, ⌈n·bits/8⌉) uint8, as `pack_bits`, faster for 4 and 8 bits.
 
     Raises:
         BadInput: codes are not uint8, or one does not fit in `bits` bits.
@@ -440,7 +524,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     whole("bits", bits, 2, 8)
     require(codes.dtype == torch.uint8, "dtype of codes", codes.dtype, "torch.uint8")
     largest = int(codes.max()) if codes.numel() else 0
-    require(largest < 2**bits, "largest code", largest, f"0 to {2**bits - 1}, what fits in {bits} bits")
+    require(
+        largest < 2**bits, "largest code", largest, f"0 to {2**bits - 1}, what fits in {bits} bits"
+    )
     if bits == 8:
         return codes.clone()
     if bits == 4:
@@ -453,8 +539,16 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `pack`: bytes (…, ⌈n·bits/8⌉) → codes (…, n) uint8."""
     whole("bits", bits, 2, 8)
     need = -(-n * bits // 8)
-    fits, found = packed.dtype == torch.uint8 and packed.shape[-1] == need, f"{packed.dtype} with {packed.shape[-1]} bytes"
-    require(fits, "packed", f"{found} in a row", f"torch.uint8 with {need} bytes for {n} codes of {bits} bits")
+    fits, found = (
+        packed.dtype == torch.uint8 and packed.shape[-1] == need,
+        f"{packed.dtype} with {packed.shape[-1]} bytes",
+    )
+    require(
+        fits,
+        "packed",
+        f"{found} in a row",
+        f"torch.uint8 with {need} bytes for {n} codes of {bits} bits",
+    )
     if bits == 8:
         return packed.clone()
     if bits == 4:
