@@ -173,7 +173,7 @@ class _Nursery:
             raise RuntimeError("the process that runs exercises could not be started") from None
         ours.settimeout(None)
         # a child that does not read must not hold up the grader: a blocked write gives up
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 5, 0))
         return pid, ours
 
     def close(self) -> None:
@@ -242,7 +242,7 @@ class Child:
     ) -> tuple[dict, list[bytes]]:
         """Send a request. The child itself keeps to `seconds` of processor time; this is for when it cannot."""
         started, before = time.monotonic(), self._processor_seconds()
-        wall = wall or 6 * seconds + 15
+        wall = wall or 3 * seconds + 8
         try:
             write_message(self.sink, message | {"seconds": seconds}, blobs)
             while True:

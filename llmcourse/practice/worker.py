@@ -256,7 +256,7 @@ class _Clock:
     def __init__(self, seconds: float, now: Any):
         self.seconds, self.now = seconds, now
         self.used, self.last = 0.0, now()
-        self.end = time.monotonic() + 6 * seconds + 10
+        self.end = time.monotonic() + 3 * seconds + 5
 
     def is_up(self, frame: Any) -> bool:
         now = self.now()
@@ -612,8 +612,7 @@ def _nursery(control_fd: int) -> None:
     """
     import torch  # noqa: F401
 
-    walls.die_with_parent()
-    own = os.getcwd()
+    own, pid = os.getcwd(), 0
     control = socket.socket(fileno=control_fd)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -642,6 +641,9 @@ def _nursery(control_fd: int) -> None:
             finally:
                 os._exit(status)
         os.close(fds[0])
+    if pid:
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
     os.chdir("/")
     walls.remove(own)
 
