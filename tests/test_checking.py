@@ -777,6 +777,37 @@ class TestProgress:
         checking.check("example.n_parameters", 20)
         assert (tmp_path / checking.PROGRESS_FILE).is_file()
 
+    def test_one_file_for_all_sheets_of_a_course(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A copy of the exercises without the course's settings: what is passed in one chapter is known in the next."""
+        for name in ("03_example", "06_other"):
+            (tmp_path / "exercises" / name).mkdir(parents=True)
+            (tmp_path / "exercises" / name / f"{name[3:]}.ipynb").write_text("{}")
+        monkeypatch.chdir(tmp_path / "exercises" / "03_example")
+        checking.check("example.n_parameters", 20)
+        monkeypatch.chdir(tmp_path / "exercises" / "06_other")
+        assert checking.Progress().read()["example.n_parameters"]["passed"]
+        assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["exercises"], (
+            "its files are hidden"
+        )
+
+    def test_tries_after_passing_do_not_count(self) -> None:
+        for value in (15, 20, 15, 20):
+            checking.check("example.n_parameters", value)
+        e = checking.Progress().read()["example.n_parameters"]
+        assert (e["attempts"], bool(e["passed"])) == (2, True)
+
+    def test_the_sheet_at_hand_comes_first(self, tmp_path: Path) -> None:
+        assert checking.progress().rows[0]["id"].split(".")[0] == checking.sheets()[0]
+        (tmp_path / "example.ipynb").write_text("{}")
+        assert checking.progress().rows[0]["id"].startswith("example.")
+
+    @pytest.mark.parametrize("text", ["{}", "", "[]", '{"cells": []}', '{"exercises": {"a": 1}}', "[" * 100_000])
+    def test_only_progress_is_merged(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(BadInput, match="progress file"):
+            checking.Progress().merge(tmp_path / "other.json")
+        assert (tmp_path / "other.json").read_text() == text, "it is left as it was"
+
     @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"exercises": 3}', '{"exercises": {"a": 1}}', "\x00\x00"])
     def test_damaged_file_is_set_aside(self, tmp_path: Path, damage: str) -> None:
         (tmp_path / checking.PROGRESS_FILE).write_text(damage)
@@ -867,6 +898,54 @@ class TestCommands:
         data = json.loads(self.run("progress", "example", "--json").stdout)
         assert {e["id"]: e["status"] for e in data["exercises"]} == {
             "example.attend": "not yet", "example.RMSNorm": "passed", "example.n_parameters": "passed", "example.sample": "passed"}  # fmt: skip
+
+    def test_chapters_and_copies(self, sheet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A chapter's name will do; a copy in a folder above is graded, and named."""
+        place = tmp_path / "exercises" / "03_example"
+        place.mkdir(parents=True)
+        nbformat.write(sheet, place / "example.ipynb")
+        here = self.run("check", "03_example")
+        assert here.exit_code == 0 and "grading" not in here.stderr
+        (tmp_path / "below").mkdir()
+        monkeypatch.chdir(tmp_path / "below")
+        above = self.run("check", "example.n_parameters")
+        assert above.exit_code == 0 and f"grading {place / 'example.ipynb'}" in above.stderr
+        assert self.run("progress", "03_example").exit_code == 0
+
+    def test_the_shell_speaks_of_its_own_commands(self, sheet, tmp_path: Path) -> None:
+        nb = answer(
+            answer(sheet, "attend", ATTEND.replace("/ math.sqrt(q.shape[-1])", "")), "n_parameters", "n_parameters = 15"
+        )
+        nbformat.write(nb, tmp_path / "mine.ipynb")
+        out = self.run("check", "mine.ipynb").output
+        assert "A hint: llmcourse hint example.attend" in out and 'hint("' not in out
+        assert "Smallest failing case: two by two" in out and "forgot the biases" in out
+        assert "llmcourse hint example.sample" in self.run("hint", "example.sample").output
+        assert 'hint("example.attend")' in repr(checking.check("example.attend", 3)), "and the notebook of its own"
+
+    def test_tables_are_one_line_a_row_at_80_columns(
+        self, sheet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        nbformat.write(sheet, tmp_path / ("a" * 60 + ".ipynb"))
+        for command, rows in (("exercises", len(checking.sheets())), ("progress", 4), ("check", 4)):
+            arguments = {"check": ["a" * 60 + ".ipynb"], "progress": ["example"], "exercises": []}[command]
+            lines = self.run(command, *arguments).stdout.splitlines()
+            assert all(len(line) <= 80 for line in lines if line.startswith(("│", "┃", "┏", "└")))
+            body = [line for line in lines if line.startswith("│")]
+            assert len(body) >= rows and all(line.split("│")[1].strip() for line in body), "no row is broken"
+
+    def test_a_plain_script_prints_the_result(self, example, tmp_path: Path) -> None:
+        code = (
+            f"import llmcourse.practice.sheets as s; s.__path__.append({str(example['module'].parent)!r})\n"
+            "from llmcourse.practice import check, hint, progress\n"
+            "check('example.n_parameters', 15)\nhint('example.n_parameters')\nprogress('example')\n"
+        )
+        (tmp_path / "script.py").write_text(code)
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert "[not yet] example.n_parameters" in done.stdout and "Hint 1 of 3" in done.stdout, done.stderr
+        assert "0 of 4 exercises passed" in done.stdout
 
     def test_check_a_folder(self, sheet, tmp_path: Path) -> None:
         nbformat.write(sheet, tmp_path / "a.ipynb")
