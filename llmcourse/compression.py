@@ -130,10 +130,8 @@ class QParams:
     def __post_init__(self):
         whole("bits", self.bits, 2, 8)  # a code is stored in at most one byte
         whole("group_size", self.group_size, 1)
-        same = self.scale.ndim == 2 and self.scale.shape == self.zero.shape
-        require(
-            same, "zero", tuple(self.zero.shape), f"the shape of scale, {tuple(self.scale.shape)}"
-        )
+        shape, same = tuple(self.scale.shape), self.scale.shape == self.zero.shape
+        require(len(shape) == 2 and same, "zero", tuple(self.zero.shape), f"shape of scale, {shape}")
 
     @property
     def top(self) -> int:
@@ -142,13 +140,10 @@ class QParams:
 
     def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of the columns [start, stop), one per column: (R, stop - start)."""
-        if (
-            start == 0 and stop == self.group_size * self.scale.shape[1]
-        ):  # the whole matrix: faster than indexing
-            return self.scale.repeat_interleave(self.group_size, 1), self.zero.repeat_interleave(
-                self.group_size, 1
-            )
-        group = torch.arange(start, stop, device=self.scale.device) // self.group_size
+        width = self.group_size
+        if (start, stop) == (0, width * self.scale.shape[1]):  # all of it: faster than indexing
+            return self.scale.repeat_interleave(width, 1), self.zero.repeat_interleave(width, 1)
+        group = torch.arange(start, stop, device=self.scale.device) // width  # (stop - start,)
         return self.scale[:, group], self.zero[:, group]
 
     def quantize(self, W: Tensor) -> Tensor:
@@ -397,9 +392,8 @@ def capture(adapter: Adapter, sequences: Tensor) -> tuple[list[Tensor], list[lis
         hidden, found = _forward(adapter, ids, upto=0 if agree else -1)
         if k == 0:
             _check_replay(adapter, hidden, found)
-        found = [
-            old if _same(old, new) else new for old, new in zip(calls[0] if k else found, found)
-        ]
+        known = calls[0] if k else found
+        found = [old if _same(old, new) else new for old, new in zip(known, found)]
         starts.append(hidden[0])
         calls.append(found + calls[0][len(found) :] if agree else found)
     return starts, [list(block) for block in zip(*calls, strict=True)]
@@ -409,13 +403,11 @@ def _check_replay(adapter: Adapter, hidden: list[Tensor], calls: list[Call]) -> 
     """Each block, called by itself, must produce what the model gave to the next one."""
     for (name, block), x, after, call in zip(adapter.blocks(), hidden, hidden[1:], calls):
         out = call.run(block, x)
-        if out.shape != after.shape or not torch.allclose(
-            out, after, rtol=1e-4, atol=1e-4 * float(after.abs().max())
-        ):
+        size = 1e-4 * float(after.abs().max())
+        if out.shape != after.shape or not torch.allclose(out, after, rtol=1e-4, atol=size):
             raise BadInput(
                 f"model is {type(adapter.model).__name__!r}, which does something between {name} "
-                "and the next block; "
-                "allowed: models whose blocks pass their output straight to the next one."
+                "and the next block; allowed: blocks that pass their output straight on."
             )
 
 # %% ../nbs/11_compression.ipynb #c0bff704
@@ -462,9 +454,7 @@ def watch(
     for site in sites:
         weight = next(iter(site.layers.values())).weight
         nothing = weight.new_zeros(1, weight.shape[1])
-        if (
-            count[site.name] == 0
-        ):  # an expert that no token visits: one input of zeros, which says nothing
+        if count[site.name] == 0:  # an expert that no token visits: zeros, which say nothing
             for stat in stats[site.name].values():
                 stat.add(nothing)
         kept = torch.cat(inputs[site.name]) if inputs[site.name] else nothing[:0]
@@ -506,16 +496,14 @@ class Report:
             text += f" with {self.coverage.share:.1%} of the parameters"
         text += f" in {self.seconds:.0f} s"
         for kind in ("output", "weight"):
-            errors = [
-                e for layer in self.layers if (e := getattr(layer, f"{kind}_error")) is not None
-            ]
-            if errors:
+            found = (getattr(layer, f"{kind}_error") for layer in self.layers)
+            if errors := [e for e in found if e is not None]:
                 middle = sorted(errors)[len(errors) // 2]
                 text += f", relative {kind} error median {middle:.2%}, worst {max(errors):.2%}"
         unseen = sum(layer.output_error is None for layer in self.layers)
-        return text + (
-            f"; {unseen} layers saw no calibration token" if 0 < unseen < len(self.layers) else ""
-        )
+        if 0 < unseen < len(self.layers):
+            text += f"; {unseen} layers saw no calibration token"
+        return text
 
 # %% ../nbs/11_compression.ipynb #c0bff706
 @dataclass(frozen=True)
@@ -541,7 +529,7 @@ class Pass:
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__:
+        if cls.__dict__.get("name"):
             Pass.registry[cls.name] = cls
 
     @property
@@ -566,9 +554,7 @@ def chosen_sites(method: "LayerPass", adapter: Adapter, index: int) -> list[Site
     """The sites of a block, reduced to the layers that `method.layers` names."""
     kept = []
     for site in adapter.sites(index):
-        layers = {
-            name: layer for name, layer in site.layers.items() if matches(name, method.layers)
-        }
+        layers = {n: layer for n, layer in site.layers.items() if matches(n, method.layers)}
         if layers:  # a scale can be folded in only if all that read the tensor are treated
             prev = site.prev if len(layers) == len(site.layers) else None
             kept.append(Site(site.name, layers, prev, site.stage))
@@ -582,18 +568,13 @@ def check_sites(method: "LayerPass", adapter: Adapter) -> None:
         BadInput: no layer has a chosen name, sequences are longer than the model's positions, or
             a layer does not fit.
     """
-    sites = [
-        site for i in range(len(adapter.blocks())) for site in chosen_sites(method, adapter, i)
-    ]
+    blocks = range(len(adapter.blocks()))
+    sites = [site for i in blocks for site in chosen_sites(method, adapter, i)]
     require(bool(sites), "layers", method.layers, "globs that match the name of at least one layer")
     limit = adapter.positions()
     if method.stats and limit is not None:
-        require(
-            method.seq_len <= limit,
-            "seq_len",
-            method.seq_len,
-            f"at most {limit}, the positions of this model",
-        )
+        fits = method.seq_len <= limit
+        require(fits, "seq_len", method.seq_len, f"at most {limit}, the positions of this model")
     for name, layer in (pair for site in sites for pair in site.layers.items()):
         try:
             method.check_layer(layer)
@@ -656,10 +637,8 @@ class LayerPass(Pass):
 
     def run(self, model: nn.Module, ctx: Context) -> tuple[nn.Module, Report]:
         start, name = perf_counter(), self.name or type(self).__name__
-        layers = tuple(walk(self, ctx))
-        return model, Report(
-            name, self.config, layers, perf_counter() - start, ctx.adapter.coverage(self.layers)
-        )
+        layers, coverage = tuple(walk(self, ctx)), ctx.adapter.coverage(self.layers)
+        return model, Report(name, self.config, layers, perf_counter() - start, coverage)
 
 # %% ../nbs/11_compression.ipynb #c0bff709
 def _outputs(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -680,9 +659,8 @@ def treat(method: LayerPass, site: Site, seen: Seen, adapter: Adapter) -> list[L
         update = method.solve_site(site, old, seen.stats, masks)
         if update.scale is not None:
             positive = bool((update.scale > 0).all()) and site.prev is not None
-            require(
-                positive, "scale", "given", "positive numbers, and a site with a module before it"
-            )
+            allowed = "positive numbers, and a site with a module before it"
+            require(positive, "scale", "given", allowed)
             adapter.fold(site.prev, update.scale)
             inputs = inputs / update.scale.to(inputs)
         for name, layer in site.layers.items():
@@ -696,13 +674,11 @@ def treat(method: LayerPass, site: Site, seen: Seen, adapter: Adapter) -> list[L
             new = new / update.scale.to(new)  # as if the tensor had not been scaled
         weight_error = float((new - W).square().sum() / W.square().sum().clamp_min(1e-30))
         change = (_outputs(layer, inputs) - before[name]).square().sum()
-        output_error = (
-            float(change / before[name].square().sum().clamp_min(1e-30)) if len(inputs) else None
-        )
-        zeros = float((new == 0).float().mean())
-        reports.append(
-            LayerReport(name, tuple(W.shape), weight_error, output_error, zeros, seen.n, seconds)
-        )
+        output = before[name].square().sum().clamp_min(1e-30)
+        output_error = float(change / output) if len(inputs) else None
+        zeros, shape = float((new == 0).float().mean()), tuple(W.shape)
+        report = LayerReport(name, shape, weight_error, output_error, zeros, seen.n, seconds)
+        reports.append(report)
     return reports
 
 # %% ../nbs/11_compression.ipynb #c0bff714
@@ -713,18 +689,11 @@ def parametrizations(module: nn.Module) -> dict[str, dict]:
         q, act = qparams_of(layer), getattr(layer, "input_quant", None)
         about = {"mask": True} if mask_of(layer) is not None else {}
         if q is not None:
-            shape = list(q.scale.shape)
-            about["weight"] = {
-                "bits": q.bits,
-                "group_size": q.group_size,
-                "symmetric": q.symmetric,
-                "scale": shape,
-            }
+            about["weight"] = {"bits": q.bits, "group_size": q.group_size}
+            about["weight"] |= {"symmetric": q.symmetric, "scale": list(q.scale.shape)}
         if act is not None:
-            about["input"] = {
-                "bits": act.bits,
-                "scale": None if act.scale is None else list(act.scale.shape),
-            }
+            shape = None if act.scale is None else list(act.scale.shape)
+            about["input"] = {"bits": act.bits, "scale": shape}
         if about:
             found[name] = about
     return found
@@ -743,12 +712,8 @@ def parametrize_like(module: nn.Module, layers: Mapping[str, dict]) -> None:
             round_input(layer, ActQuant(act["bits"], scale))
         if q is not None or about.get("mask"):
             W = layer.weight.detach().clone()
-            write_back(
-                layer,
-                LayerUpdate(
-                    W, torch.ones_like(W, dtype=torch.bool) if about.get("mask") else None, q
-                ),
-            )
+            mask = torch.ones_like(W, dtype=torch.bool) if about.get("mask") else None
+            write_back(layer, LayerUpdate(W, mask, q))
 
 # %% ../nbs/11_compression.ipynb #c0bff710
 class _Saved:
@@ -779,9 +744,8 @@ class _Saved:
             tensors, about = {name: f.get_tensor(name) for name in list(f.keys())}, f.metadata()
         parametrize_like(block, json.loads(about["layers"]))
         block.load_state_dict(tensors)
-        return [
-            LayerReport(**r | {"shape": tuple(r["shape"])}) for r in json.loads(about["reports"])
-        ]
+        found = json.loads(about["reports"])
+        return [LayerReport(**r | {"shape": tuple(r["shape"])}) for r in found]
 
 # %% ../nbs/11_compression.ipynb #c0bff711
 def _sequences(method: LayerPass, ctx: Context) -> Tensor | None:
@@ -817,9 +781,7 @@ def walk(method: LayerPass, ctx: Context) -> Iterator[LayerReport]:
             saved.write(block, reports)
             yield from reports
         if i < last:
-            with evaluating(
-                block
-            ):  # no dropout; masks and rounding are computed once, not once per sequence
+            with evaluating(block):  # masks and rounding are computed once, not once per sequence
                 hidden = [call.run(block, x) for x, call in zip(hidden, calls[i], strict=True)]
 
 
@@ -846,6 +808,8 @@ def _prepared(model: nn.Module, methods: Sequence[Pass]) -> tuple[nn.Module, Ada
     student = copy.deepcopy(model)
     adapter = adapter_for(student)
     adapter.prepare()
+    with evaluating(student):
+        capture(adapter, adapter.few_tokens())  # a model that the walk cannot follow is refused
     for p in methods:
         p.check(student, adapter)
         if p.reshapes:
@@ -857,16 +821,11 @@ def _folder_of(
     root: Path, k: int, p: Pass, student: nn.Module, data: TokenData | None, rt: Runtime | None
 ) -> Path:
     """Folder for the blocks of pass k, named by a digest of all that the result depends on."""
-    about = (
-        str(student),
-        str(student.config),
-        type(p).__qualname__,
-        p.config,
-        rt and rt.describe(),
-    )
+    about = str(student), str(student.config), type(p).__qualname__, p.config, rt and rt.describe()
     digest = hashlib.sha256(repr(about).encode())
     for tensor in (*student.state_dict().values(), *(() if data is None else (data.calib,))):
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     folder = root / f"{k}-{digest.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -892,9 +851,8 @@ def compress(
         BadInput: before any work, if the model or a pass does not fit, or there is too little text.
     """
     for p in passes:
-        require(
-            isinstance(p, Pass), "passes", type(p).__name__, "objects of classes derived from Pass"
-        )
+        known = isinstance(p, Pass)
+        require(known, "passes", type(p).__name__, "objects of classes derived from Pass")
     for part, n in ((part, n) for p in passes for part, n in p.needs.items()):
         have = 0 if data is None else len(getattr(data, part))
         require(have >= n, f"tokens of data.{part}", have, f"at least {n}, which the passes need")
@@ -904,9 +862,8 @@ def compress(
         if k:
             adapter = adapter_for(student)
             p.check(student, adapter)  # on the model that it will see
-        folder = (
-            None if checkpoint is None else _folder_of(Path(checkpoint), k, p, student, data, rt)
-        )
+        root = None if checkpoint is None else Path(checkpoint)
+        folder = root and _folder_of(root, k, p, student, data, rt)
         student, report = p.run(student, Context(adapter, data, rt, folder))
         reports.append(report)
     return student, reports
@@ -914,9 +871,8 @@ def compress(
 # %% ../nbs/11_compression.ipynb #826cf9e5
 def _dice(W: Tensor, seed: int) -> torch.Generator:
     """Random numbers that depend on the weight: equal layers do not get equal noise."""
-    return torch.Generator(device=W.device).manual_seed(
-        seed * 2**32 + zlib.crc32(W[0].cpu().numpy().tobytes())
-    )
+    of_weight = zlib.crc32(W[0].cpu().numpy().tobytes())
+    return torch.Generator(device=W.device).manual_seed((seed * 2**32 + of_weight) % 2**63)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -956,24 +912,16 @@ class RoundingNoise(LayerPass):
     def check_layer(self, layer: nn.Linear) -> None:
         super().check_layer(layer)
         columns = layer.weight.shape[1]
-        require(
-            columns % self.group_size == 0,
-            "group_size",
-            self.group_size,
-            f"a divisor of the {columns} columns",
-        )
+        fits = columns % self.group_size == 0
+        require(fits, "group_size", self.group_size, f"a divisor of the {columns} columns")
 
     def solve(self, W: Tensor, stats: Mapping[type, Stat], mask: Tensor | None) -> LayerUpdate:
         groups = W.unflatten(1, (-1, self.group_size))  # (O, G, group_size)
-        low, high = (
-            groups.amin(-1).clamp(max=0),
-            groups.amax(-1).clamp(min=0),
-        )  # the range contains 0
-        step = (high - low) / (2**self.bits - 1)  # (O, G)
-        dice = (
-            torch.rand(W.shape, generator=_dice(W, self.seed), device=W.device, dtype=W.dtype) - 0.5
-        )
-        return LayerUpdate(W + dice * step.repeat_interleave(self.group_size, 1))
+        low, high = groups.amin(-1), groups.amax(-1)
+        reach = high.clamp(min=0) - low.clamp(max=0)  # the range contains 0
+        step = (reach / (2**self.bits - 1)).repeat_interleave(self.group_size, 1)  # (O, I)
+        dice = torch.rand(W.shape, generator=_dice(W, self.seed), device=W.device, dtype=W.dtype)
+        return LayerUpdate(W + (dice - 0.5) * step)
 
 # %% ../nbs/11_compression.ipynb #3c3aed77
 @dataclass(frozen=True, kw_only=True)

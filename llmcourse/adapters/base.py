@@ -249,6 +249,11 @@ class Adapter:
         found = [v for name in names if isinstance(v := getattr(self.config, name, None), int)]
         return found[0] if found else None
 
+    def few_tokens(self) -> Tensor:
+        """Twelve token ids (1, 12), for a quick look at what the model does."""
+        weight = self.model.get_input_embeddings().weight
+        return (torch.arange(12, device=weight.device) % len(weight))[None]
+
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (B, T, V) for token ids (B, T), without a cache."""
         out = self.model(ids, use_cache=False)

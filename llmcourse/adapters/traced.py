@@ -12,6 +12,7 @@ from torch import nn
 
 from llmcourse.adapters.base import Adapter, Site, is_plain_linear
 from llmcourse.adapters.separate import FusedExperts, ParallelExperts, RoutedExperts, separate
+from llmcourse.runtime import evaluating
 from llmcourse.settings import BadInput, require
 
 __all__ = ["ROUTERS", "Traced", "expert_sites", "largest_list"]
@@ -22,7 +23,6 @@ ROUTERS: Mapping[str, str] = {
     "*.gate.*.weight": "router",
     "*shared_expert_gate.weight": "router of the shared expert",
 }
-_TOKENS = 12
 
 
 def largest_list(model: nn.Module) -> str:
@@ -70,7 +70,6 @@ class Traced(Adapter):
             self._sites = self._trace()
         return self._sites[index]
 
-    @torch.no_grad()
     def _trace(self) -> list[list[Site]]:
         """Run twelve tokens through the model and note which linear layer of which block reads which tensor."""
         kind, blocks = type(self.model).__name__, self.blocks()
@@ -85,11 +84,8 @@ class Traced(Adapter):
         def count(block: int) -> None:
             calls[block] += 1
 
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        device = self.model.get_input_embeddings().weight.device
-        ids = (torch.arange(_TOKENS, device=device) % vocabulary)[None]
-        training = self.model.training
-        with ExitStack() as hooks:
+        ids = self.few_tokens()
+        with evaluating(self.model), ExitStack() as hooks:
             for i, (prefix, block) in enumerate(blocks):
                 hooks.callback(block.register_forward_pre_hook(lambda m, a, k, i=i: count(i), with_kwargs=True).remove)
                 for n, m in block.named_modules():
@@ -97,12 +93,10 @@ class Traced(Adapter):
                         see = lambda m, a, i=i, n=f"{prefix}.{n}": note(i, n, m, a[0])
                         hooks.callback(m.register_forward_pre_hook(see).remove)
             try:
-                seen = self.logits(ids) if not self.model.eval().training else None
-                other = self.logits(torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % vocabulary), 1))
+                seen = self.logits(ids)
+                other = self.logits(torch.cat((ids[:, :-1], ids[:, :1]), 1))  # the same with another last token
             except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
                 raise BadInput(f"model is {kind!r}, which fails on twelve tokens ({e}); allowed: one that runs.") from e
-            finally:
-                self.model.train(training)
         same = torch.allclose(seen[:, :-1], other[:, :-1], rtol=1e-4, atol=1e-4)
         require(same, "model", kind, "a causal one: here a token's logits depend on a later token")
         require(set(calls) == {2}, "model", kind, "one whose blocks are each called once in a forward pass")
