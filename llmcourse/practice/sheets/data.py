@@ -7,7 +7,6 @@ CHAPTER = "02_data"
 
 # %% setup
 import re
-from collections import Counter
 from hashlib import sha256
 from itertools import pairwise
 
@@ -16,388 +15,33 @@ from torch import Tensor
 
 
 # %% checker
-from llmcourse.practice.checking import case, exercise, rng
+from llmcourse.practice.checking import case, exercise
 
 
-# %% solution merge_pair
-def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The ids with each occurrence of the pair replaced by one new id, from left to right, without overlap."""
-    merged, i = [], 0
-    while i < len(ids):
-        if tuple(ids[i : i + 2]) == tuple(pair):
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(ids[i])
-            i += 1
-    return merged
+def alone(answer, *args, **kwargs):
+    """Call the answer; a call of the chapter's functions inside it is not accepted."""
+    import sys
 
+    found = []
 
-# %% checker merge_pair
-ex = exercise(
-    "data.merge_pair",
-    title="One merge",
-    minutes=8,
-    difficulty=1,
-    points=2,
-    hints=(
-        "Walk through the list with an index of your own. How far does it go after a merge, and how far otherwise?",
-        "At the last position there is no neighbor on the right. `ids[i : i + 2]` is then a list of one, and that is not an error.",
-        "A while loop: when positions i and i + 1 hold the pair, append `new` and go on by 2; else append `ids[i]` and go on by 1.",
-    ),
-)
+    def watch(frame, event, what):
+        module = (frame.f_globals.get("__name__") or "") if event == "call" else ""
+        if module.startswith("llmcourse.") and not module.startswith("llmcourse.practice"):
+            found.append(f"{module}.{frame.f_code.co_name}")
 
-
-@ex.cases
-def _():
-    yield case("three in a row", [1, 1, 1], (1, 1), 9)
-    yield case("two occurrences", [1, 2, 3, 1, 2], (1, 2), 7)
-    yield case("the pair the other way around", [2, 1, 3], (1, 2), 7)
-    yield case("a run of five", [1, 1, 1, 1, 1], (1, 1), 9)
-    yield case("a merged symbol can be in a pair", [9, 1, 1, 4], (9, 1), 5)
-    yield case("not there", [3, 4, 5], (1, 2), 7)
-    yield case("nothing", [], (1, 2), 7)
-
-
-@ex.wrong("You let pairs overlap: the token in the middle of 1 1 1 went into two pairs. After a merge it is used up, so go on behind it.")
-def overlapping(ids, pair, new):
-    merged = [new if q == tuple(pair) else q[0] for q in pairwise(ids)]
-    return merged + (ids[-1:] if tuple(ids[-2:]) != tuple(pair) else [])
-
-
-@ex.wrong("You merged from right to left. In a run like 1 1 1 the left pair comes first, so the leftover is on the right.")
-def from_the_right(ids, pair, new):
-    return merge_pair(list(ids)[::-1], tuple(pair)[::-1], new)[::-1]
-
-
-@ex.wrong("Only the first occurrence was merged. One merge applies to all of them, or the same word is spelled differently at its second place.")
-def first_only(ids, pair, new):
-    for i, found in enumerate(pairwise(ids)):
-        if found == tuple(pair):
-            return [*ids[:i], new, *ids[i + 2 :]]
-    return list(ids)
-
-
-@ex.wrong("You also merged b followed by a. A pair has an order: “th” and “ht” are different symbols.")
-def any_order(ids, pair, new):
-    merged, i = [], 0
-    while i < len(ids):
-        hit = len(ids[i : i + 2]) == 2 and sorted(ids[i : i + 2]) == sorted(pair)
-        merged.append(new if hit else ids[i])
-        i += 2 if hit else 1
-    return merged
-
-
-@ex.wrong("The last token is lost when it is not part of a merge. Your loop ends one too early: the last position has no right neighbor, but it has to be kept.")
-def last_lost(ids, pair, new):
-    merged, i = [], 0
-    while i < len(ids) - 1:
-        hit = tuple(ids[i : i + 2]) == tuple(pair)
-        merged.append(new if hit else ids[i])
-        i += 2 if hit else 1
-    return merged
-
-
-@ex.wrong("The result is right, but you changed the caller's list on the way. Build a new one: the caller may still need the old tokens.")
-def in_place(ids, pair, new):
-    ids[:] = merge_pair(ids, pair, new)
-    return ids
-
-
-@ex.wrong("The second token of the pair is still there. A merge puts one symbol in the place of two, so the list gets shorter.")
-def keeps_the_second(ids, pair, new):
-    return [new if tuple(ids[i : i + 2]) == tuple(pair) else t for i, t in enumerate(ids)]
-
-
-# %% solution best_pair
-def best_pair(words: dict[str, int]) -> tuple[str, str, int]:
-    """(left, right, count) of the most frequent pair of neighbors; of equal ones the smallest."""
-    count = Counter()
-    for word, n in words.items():
-        for pair in pairwise(word.split()):
-            count[pair] += n
-    if not count:
-        raise ValueError("no word has two symbols")
-    left, right = min(count, key=lambda pair: (-count[pair], pair))
-    return left, right, count[left, right]
-
-
-# %% checker best_pair
-ex = exercise(
-    "data.best_pair",
-    title="The pair to merge next",
-    minutes=10,
-    difficulty=2,
-    points=3,
-    hints=(
-        "Count first, decide then. A Counter whose keys are pairs will do.",
-        "`word.split()` gives the symbols and `pairwise` their neighbors. By how much does each occurrence raise the count?",
-        "Add the word's number to `count[pair]` for each pair. Then `min` over the pairs with the key `(-count[pair], pair)`: the minus makes the largest count the smallest key.",
-    ),
-)
-
-
-@ex.cases
-def _():
-    yield case("by hand", {"h ug": 10, "p u n": 12})
-    yield case("a tie: the later word has the smaller pair", {"b a": 5, "a z": 5})
-    yield case("a frequent word against many rare ones", {"x y": 9, "a b c": 2, "a b d": 2, "a b e": 2})
-    yield case("a run", {"a a a": 4, "b c": 7})
-    yield case("both directions", {"a b": 3, "b a": 3, "c d": 5})
-    yield case("symbols of several letters", {"th e": 6, "t h": 2, "h e": 3})
-    yield case("words side by side", {"a": 8, "b": 8, "c d": 1})
-    yield case("nothing to merge", {"a": 3, "ug": 2}).raises(ValueError)
-
-
-@ex.wrong("You counted each distinct word once. A word that occurs 10 times brings its pairs 10 times.")
-def ignores_counts(words):
-    count = Counter(pair for word in words for pair in pairwise(word.split()))
-    if not count:
-        raise ValueError
-    pair = min(count, key=lambda p: (-count[p], p))
-    return *pair, count[pair]
-
-
-@ex.wrong("Of equally frequent pairs you took the one that was seen first. Then the result depends on the order of the text; the rule asks for the smallest pair.")
-def first_seen(words):
-    count = Counter()
-    for word, n in words.items():
-        for pair in pairwise(word.split()):
-            count[pair] += n
-    if not count:
-        raise ValueError
-    pair, n = count.most_common(1)[0]
-    return *pair, n
-
-
-@ex.wrong("Of equally frequent pairs you took the largest one. `max` with the key (count, pair) does that: the two parts of the key have to point in opposite directions.")
-def largest_of_equals(words):
-    count = Counter()
-    for word, n in words.items():
-        for pair in pairwise(word.split()):
-            count[pair] += n
-    if not count:
-        raise ValueError
-    pair = max(count, key=lambda p: (count[p], p))
-    return *pair, count[pair]
-
-
-@ex.wrong("You counted letters, not symbols. After the first merges a symbol has several letters: split the word at its spaces.")
-def letters(words):
-    return best_pair({" ".join(word.replace(" ", "")): n for word, n in words.items()})
-
-
-@ex.wrong("You joined the words into one sequence, so that the end of a word and the start of the next became neighbors. Merges stay inside a word.")
-def across_words(words):
-    count = Counter(pairwise(symbol for word, n in words.items() for symbol in word.split() * n))
-    if not count:
-        raise ValueError
-    pair = min(count, key=lambda p: (-count[p], p))
-    return *pair, count[pair]
-
-
-@ex.wrong("A pair that occurs twice in a word was counted once for that word. Every position counts.")
-def once_per_word(words):
-    count = Counter()
-    for word, n in words.items():
-        for pair in set(pairwise(word.split())):
-            count[pair] += n
-    if not count:
-        raise ValueError
-    pair = min(count, key=lambda p: (-count[p], p))
-    return *pair, count[pair]
-
-
-@ex.wrong("You counted a–b and b–a as the same pair. The order of the two symbols matters.")
-def unordered(words):
-    count = Counter()
-    for word, n in words.items():
-        for pair in pairwise(word.split()):
-            count[tuple(sorted(pair))] += n
-    if not count:
-        raise ValueError
-    pair = min(count, key=lambda p: (-count[p], p))
-    return *pair, count[pair]
-
-
-# %% solution encode_word
-def encode_word(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """The tokens of a word: the merge learned earliest goes first, wherever it stands in the word."""
-    tokens, rank = list(word), {pair: r for r, pair in enumerate(merges)}
-    while True:
-        found = [(rank[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in rank]
-        if not found:
-            return tokens
-        i = min(found)[1]
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-
-
-# %% checker encode_word
-ex = exercise(
-    "data.encode_word",
-    title="Encode a word",
-    minutes=15,
-    difficulty=3,
-    points=4,
-    hints=(
-        "Which loop is the outer one: over the word, or over the list of merges?",
-        "A merge that was learned later may need the result of an earlier one, never the other way around. So it is enough to go through the list once.",
-        "For each merge in order, walk through the tokens from left to right and replace every occurrence by the joined string; then take the next merge.",
-    ),
-)
-
-
-@ex.cases
-def _():
-    yield case("by hand", "abc", [("b", "c"), ("a", "b")])
-    yield case("a merge of merges", "abab", [("a", "b"), ("ab", "ab")])
-    yield case("hugs", "hugs", [("u", "g"), ("u", "n"), ("h", "ug")])
-    yield case("bugs", "bugs", [("u", "g"), ("u", "n"), ("h", "ug")])
-    yield case("a run", "aaaaa", [("a", "a"), ("aa", "a")])
-    yield case("a longer token is known", "abc", [("a", "b"), ("b", "c"), ("a", "bc")])
-    yield case("the last merge is in the middle", "abcd", [("a", "b"), ("c", "d"), ("b", "c")])
-    yield case("nothing to merge", "xyz", [("a", "b")])
-    yield case("empty", "", [("a", "b")])
-
-
-def _ranks(merges):
-    return {pair: rank for rank, pair in enumerate(merges)}
-
-
-@ex.wrong("You merged from left to right whatever pair came first in the word. The order is that of the list: the merge that was learned earliest goes first.")
-def left_to_right(word, merges):
-    known, tokens, i = _ranks(merges), list(word), 0
-    while i + 1 < len(tokens):
-        if (tokens[i], tokens[i + 1]) in known:
-            tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-            i = max(0, i - 1)
-        else:
-            i += 1
-    return tokens
-
-
-@ex.wrong("You took the longest known token at each place. That is how WordPiece encodes; byte-pair encoding replays its merges in order, and the result can differ.")
-def longest_match(word, merges):
-    known, tokens, i = {a + b for a, b in merges}, [], 0
-    while i < len(word):
-        size = next((n for n in range(len(word) - i, 1, -1) if word[i : i + n] in known), 1)
-        tokens.append(word[i : i + size])
-        i += size
-    return tokens
-
-
-@ex.wrong("You preferred the merge that was learned last. The list is ordered from the first learned to the last, and the first goes first.")
-def last_first(word, merges):
-    ranks, tokens = _ranks(merges), list(word)
-    while True:
-        found = [(-ranks[p], i) for i, p in enumerate(pairwise(tokens)) if p in ranks]
-        if not found:
-            return tokens
-        i = min(found)[1]
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-
-
-@ex.wrong("You stopped after the first merge that fitted. Go on until no pair of neighbors is in the list.")
-def one_merge(word, merges):
-    ranks, tokens = _ranks(merges), list(word)
-    found = [(ranks[p], i) for i, p in enumerate(pairwise(tokens)) if p in ranks]
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        result = answer(*args, **kwargs)
+    finally:
+        sys.setprofile(before)
     if found:
-        i = min(found)[1]
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-    return tokens
+        raise RuntimeError(f"{found[0]} was called; this exercise asks you to write that part yourself")
+    return result
 
 
-@ex.wrong("Each merge was applied at its first place only. A word can hold the same pair twice, and both become tokens.")
-def once_per_merge(word, merges):
-    tokens = list(word)
-    for a, b in merges:
-        i = next((i for i, p in enumerate(pairwise(tokens)) if p == (a, b)), None)
-        if i is not None:
-            tokens[i : i + 2] = [a + b]
-    return tokens
-
-
-@ex.wrong("Your merges join single characters only. A merge can have the result of an earlier merge as a part: look at the tokens as they are now, not at the letters.")
-def letters_only(word, merges):
-    return encode_word(word, [(a, b) for a, b in merges if len(a) == len(b) == 1])
-
-
-@ex.wrong("You returned the places where the word is cut, or numbers. The statement asks for the tokens themselves, as strings.")
-def numbers(word, merges):
-    ids = {a + b: 256 + rank for rank, (a, b) in enumerate(merges)}
-    return [ids.get(t, ord(t[0])) for t in encode_word(word, merges)]
-
-
-# %% solution bytes_per_token
-def bytes_per_token(texts: list[str], tokens: list[list[int]]) -> float:
-    """UTF-8 bytes of all texts per token of all texts."""
-    n_tokens = sum(len(ids) for ids in tokens)
-    if n_tokens == 0:
-        raise ValueError("there are no tokens")
-    return sum(len(text.encode()) for text in texts) / n_tokens
-
-
-# %% checker bytes_per_token
-ex = exercise(
-    "data.bytes_per_token",
-    title="Bytes per token",
-    minutes=6,
-    difficulty=1,
-    points=2,
-    hints=(
-        "One number above the line and one below it; both are sums over all texts.",
-        "`len(text)` counts characters. What do you have to turn a string into, so that `len` counts bytes?",
-        "Sum `len(text.encode())`, sum `len(ids)`, refuse a sum of zero tokens, divide the first by the second.",
-    ),
-)
-
-
-@ex.cases
-def _():
-    yield case("by hand", ["abcd", "ä"], [[5], [6, 7]])
-    yield case("one long text and a short one", ["aaaa aaaa aaaa", "b"], [[1, 2], [3]])
-    yield case("the same token again", ["go go go"], [[4, 4, 4]])
-    yield case("another script", ["量化", "ok"], [[1, 2, 3], [4]])
-    yield case("beyond the first plane", ["🙂🙂"], [[1, 2]])
-    yield case("a text without tokens", ["", "abc"], [[], [1, 2]])
-    yield case("no tokens", ["", ""], [[], []]).raises(ValueError)
-
-
-@ex.wrong("You took the ratio for each text and averaged the ratios. A text of one word then counts as much as a novel, and a text without tokens divides by zero: divide the sums.")
-def mean_of_ratios(texts, tokens):
-    if not any(tokens):
-        raise ValueError
-    return sum(len(t.encode()) / len(ids) for t, ids in zip(texts, tokens)) / len(texts)
-
-
-@ex.wrong("You counted characters. In UTF-8 a character takes one to four bytes; with characters, a Chinese and an English text are not comparable.")
-def characters(texts, tokens):
-    return bytes_per_token([len(t) * "x" for t in texts], tokens)
-
-
-@ex.wrong("Your ratio is upside down: this is tokens per byte. A good tokenizer has many bytes in a token, so more is better here.")
-def upside_down(texts, tokens):
-    return 1 / bytes_per_token(texts, tokens)
-
-
-@ex.wrong("You counted distinct tokens. A token that occurs three times is three tokens for the model to read.")
-def distinct_tokens(texts, tokens):
-    return bytes_per_token(texts, [[t for ids in tokens for t in set(ids)]] if len(tokens) == 1 else [list(set(ids)) for ids in tokens])
-
-
-@ex.wrong("You counted words: that is a fertility turned around, words per token. What a word is differs from language to language; a byte is a byte.")
-def words(texts, tokens):
-    return bytes_per_token(["x" * len(t.split()) for t in texts], tokens)
-
-
-@ex.wrong("Your bytes are those of UTF-16 (at least two for each character). The statement asks for UTF-8, in which text is stored and which byte-level tokenizers cut.")
-def utf16(texts, tokens):
-    return bytes_per_token(["x" * len(t.encode("utf-16-le")) for t in texts], tokens)
-
-
-@ex.wrong("The spaces are missing from your count. They are bytes of the text, and a model has to predict them too.")
-def without_spaces(texts, tokens):
-    return bytes_per_token(["".join(t.split()) for t in texts], tokens)
+def apart(*cases):
+    return [c.through(alone) for c in cases]
 
 
 # %% solution context_seen
@@ -431,14 +75,23 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("by hand", 6, 3, 2)
-    yield case("one window", 4, 4, 2)
-    yield case("a stream shorter than a window", 3, 8, 4)
-    yield case("one token at a time", 6, 3, 1)
-    yield case("a last window that is not full", 12, 5, 3)
-    yield case("a longer stream", 23, 8, 4)
-    yield case("no overlap", 6, 3, 3).raises(ValueError)
-    yield case("stride of zero", 6, 3, 0).raises(ValueError)
+    yield from apart(
+        case("by hand", 6, 3, 2),
+        case("two tokens", 2, 4, 2),
+        case("one window", 4, 4, 2),
+        case("a stream shorter than a window", 3, 8, 4),
+        case("one token more than a window", 5, 4, 2),
+        case("the smallest window", 5, 2, 1),
+        case("one token at a time", 6, 3, 1),
+        case("the largest stride", 11, 5, 4),
+        case("a last window that is not full", 12, 5, 3),
+        case("a longer stream", 23, 8, 4),
+        case("no overlap", 6, 3, 3).raises(ValueError),
+        case("a stride beyond the window", 6, 3, 4).raises(ValueError),
+        case("stride of zero", 6, 3, 0).raises(ValueError),
+        case("a negative stride", 6, 3, -1).raises(ValueError),
+        case("no overlap, one window", 3, 8, 8).raises(ValueError),
+    )
 
 
 def _refuse(context, stride):
@@ -493,6 +146,148 @@ def with_position_zero(n_tokens, context, stride):
     return torch.cat([torch.zeros(1, dtype=torch.long), context_seen(n_tokens, context, stride)])
 
 
+@ex.wrong("Your result is not int64: whole numbers that count tokens, in a tensor of the dtype torch.long.")
+def as_floats(n_tokens, context, stride):
+    return context_seen(n_tokens, context, stride).float()
+
+
+@ex.wrong("You returned a list. The statement asks for a tensor of shape (n − 1,).")
+def a_list(n_tokens, context, stride):
+    return context_seen(n_tokens, context, stride).tolist()
+
+
+@ex.wrong("The stride is only checked when a second window is needed. A stride that lets gaps appear is wrong for a short stream as well.")
+def checked_late(n_tokens, context, stride):
+    return torch.arange(1, n_tokens) if n_tokens <= context else context_seen(n_tokens, context, stride)
+
+
+@ex.wrong("A stride of C is accepted. Then the windows touch and do not overlap, and the first token of each is scored by nobody.")
+def touching(n_tokens, context, stride):
+    if not 1 <= stride <= context:
+        raise ValueError("stride")
+    return context_seen(n_tokens, context, min(stride, context - 1))
+
+
+@ex.wrong("A stream shorter than a window is cut up, or padded, in your answer: it has one window, in which the target t sees t tokens.")
+def short_refused(n_tokens, context, stride):
+    seen = context_seen(n_tokens, context, stride)
+    return seen if n_tokens >= context else seen + (context - n_tokens)
+
+
+# %% solution stride_for
+def stride_for(n_tokens: int, context: int, least: float) -> int:
+    """The largest stride at which the mean context of the targets is at least `least`."""
+    for stride in range(context - 1, 0, -1):
+        seen, stop = list(range(1, min(context, n_tokens))), min(context, n_tokens)
+        while stop < n_tokens:
+            done, stop = stop, min(stop + stride, n_tokens)
+            seen += [target - (stop - context) for target in range(done, stop)]
+        if sum(seen) >= least * (n_tokens - 1):
+            return stride
+    raise ValueError(f"no stride gives a mean context of {least}")
+
+
+# %% checker stride_for
+ex = exercise(
+    "data.stride_for",
+    title="The cheapest windows that are good enough",
+    minutes=14,
+    difficulty=3,
+    points=4,
+    hints=(
+        "You have a function that gives the context of every target for one stride. What do you do with it for all strides?",
+        "Go through the strides from the largest to the smallest; the first one whose mean is high enough is the answer.",
+        "`for stride in range(context - 1, 0, -1)`: if the sum of context_seen is at least least · (n − 1), return the stride; after the loop, raise.",
+    ),
+)
+
+
+def _seen(n_tokens, context, stride):
+    stop = min(context, n_tokens)
+    seen = list(range(1, stop))
+    while stop < n_tokens:
+        done, stop = stop, min(stop + stride, n_tokens)
+        seen += [target - (stop - context) for target in range(done, stop)]
+    return seen
+
+
+@ex.cases
+def _():
+    yield from apart(
+        case("by hand, 1.5", 6, 3, 1.5),
+        case("by hand, 1.7", 6, 3, 1.7),
+        case("more than there is", 6, 3, 1.9).raises(ValueError),
+        case("the mean is met exactly", 9, 4, sum(_seen(9, 4, 2)) / 8),
+        case("a little more than that", 9, 4, sum(_seen(9, 4, 2)) / 8 + 0.01),
+        case("a long stream", 257, 8, 5.0),
+        case("a long stream, stride 1 only", 257, 8, 6.5),
+        case("one window: every stride is the same", 5, 8, 2.5),
+        case("nothing is asked for", 65, 16, 0.0),
+        case("a stream hardly longer than the window", 19, 16, 8.5),
+        case("the largest stride, exactly", 33, 8, sum(_seen(33, 8, 7)) / 32),
+        case("the smallest window", 17, 2, 1.0),
+        case("as much as a window has", 33, 8, 7.0).raises(ValueError),
+    )
+
+
+def _first(n_tokens, context, strides, good):
+    found = next((s for s in strides if good(_seen(n_tokens, context, s))), None)
+    if found is None:
+        raise ValueError("none")
+    return found
+
+
+@ex.wrong("You returned the smallest stride that is good enough. It is the most expensive one: the largest is asked for.")
+def smallest(n_tokens, context, least):
+    return _first(n_tokens, context, range(1, context), lambda seen: sum(seen) >= least * len(seen))
+
+
+@ex.wrong("A stride whose mean is exactly `least` was refused. “At least” includes the border.")
+def strictly_more(n_tokens, context, least):
+    return _first(n_tokens, context, range(context - 1, 0, -1), lambda seen: sum(seen) > least * len(seen))
+
+
+@ex.wrong("You asked every target to see at least that much. The first ones never do; the statement asks for the mean.")
+def minimum(n_tokens, context, least):
+    return _first(n_tokens, context, range(context - 1, 0, -1), lambda seen: min(seen) >= least)
+
+
+@ex.wrong("You used the formula for a long stream, C − (S + 1)/2. The first window, in which the context grows from 1, and the last, which is shifted back, change the mean.")
+def long_stream(n_tokens, context, least):
+    found = next((s for s in range(context - 1, 0, -1) if context - (s + 1) / 2 >= least), None)
+    if found is None:
+        raise ValueError("none")
+    return found
+
+
+@ex.wrong("You divided by n. There are n − 1 targets: the first token of the stream is none.")
+def divides_by_n(n_tokens, context, least):
+    return _first(n_tokens, context, range(context - 1, 0, -1), lambda seen: sum(seen) >= least * n_tokens)
+
+
+@ex.wrong("Where no stride is good enough you returned 1 (or 0, or None). The caller would believe that it is; raise a ValueError.")
+def one_at_last(n_tokens, context, least):
+    return next((s for s in range(context - 1, 0, -1) if sum(_seen(n_tokens, context, s)) >= least * (n_tokens - 1)), 1)
+
+
+@ex.wrong("A stride of C is among your candidates. Windows have to overlap: the largest stride is C − 1.")
+def touching(n_tokens, context, least):
+    return context if sum(_seen(n_tokens, context, context)) >= least * (n_tokens - 1) else stride_for(n_tokens, context, least)
+
+
+@ex.wrong("Your last window is shorter than the others, so its targets see less than they could. It ends with the stream and starts C before that end.")
+def short_last(n_tokens, context, least):
+    def seen(stride):
+        t = torch.arange(1, n_tokens)
+        number = ((t - context).div(stride, rounding_mode="floor") + 1).clamp(min=0)
+        return (t - number * stride).tolist()
+
+    found = next((s for s in range(context - 1, 0, -1) if sum(seen(s)) >= least * (n_tokens - 1)), None)
+    if found is None:
+        raise ValueError("none")
+    return found
+
+
 # %% setup
 def fraction(text: str) -> float:
     """A number from 0 to 1 out of the SHA-256 of the text: the same on every machine, today and in ten years."""
@@ -533,15 +328,30 @@ ex = exercise(
 @ex.cases
 def _():
     half = {"a": 0.3, "b": 0.7}
-    yield case("by hand", ["one", "Two!"], half)
-    yield case("copies of one text", ["It's  late!", "it s late", "IT'S LATE", "it's late."], {"a": 0.25, "b": 0.25, "c": 0.25, "d": 0.25})
     thirds = {"train": 0.5, "val": 0.2, "test": 0.3}
-    yield case("three parts", ["red", "green", "blue", "black", "white", "gray"], thirds)
-    yield case("the same texts in another order", ["gray", "white", "black", "blue", "green", "red"], thirds)
-    yield case("more texts than before", ["red", "pink", "green", "gold", "blue", "brown", "black", "cyan", "white", "gray", "lime", "teal"], thirds)
-    yield case("spaces are not nothing", ["a b", "ab", "a  b", "a\nb", "to day", "today", "green house", "greenhouse"], {"x": 0.2, "y": 0.5, "z": 0.3})
-    yield case("shares that do not sum to one", ["one"], {"train": 0.8, "test": 0.1}).raises(ValueError)
-    yield case("percentages", ["one"], {"train": 80.0, "test": 20.0}).raises(ValueError)
+    four = {"a": 0.25, "b": 0.25, "c": 0.25, "d": 0.25}
+    colors = ["red", "green", "blue", "black", "white", "gray"]
+    yield from apart(
+        case("by hand", ["one", "Two!"], half),
+        case("copies of one text", ["It's  late!", "it s late", "IT'S LATE", "it's late."], four),
+        case("three parts", colors, thirds),
+        case("shares whose sum is rounded", colors, {"train": 0.7, "val": 0.2, "test": 0.1}),
+        case("the same texts in another order", colors[::-1], thirds),
+        case("more texts than before", [*colors[:3], "pink", "gold", "brown", "cyan", *colors[3:], "lime", "teal"], thirds),
+        case("spaces are not nothing", ["a b", "ab", "a  b", "a\nb", "to day", "today", "green house", "greenhouse"], {"x": 0.2, "y": 0.5, "z": 0.3}),
+        case("other letters than a to z", ["Ça va?", "ça va", "Äpfel", "äpfel", "größe", "Größe!", "量化", "量化。", "ΣΟΦΙΑ", "पानी"], four),
+        case("lower case, not folded", ["Straße", "strasse", "STRASSE", "groß", "Fuß", "ẞ"], four),
+        case("digits and the underscore belong to words", ["file_2", "file 2", "file-2", "file2", "3.14", "3 14"], four),
+        case("a text without words", ["", "!?", "..."], four),
+        case("a part of size zero", colors, {"none": 0.0, "all": 1.0}),
+        case("one part", ["one"], {"all": 1.0}),
+        case("no texts", [], half),
+        case("shares that do not sum to one", ["one"], {"train": 0.8, "test": 0.1}).raises(ValueError),
+        case("shares that sum to a little more than one", ["one"], {"train": 0.8, "test": 0.200001}).raises(ValueError),
+        case("shares that sum to a little less than one", ["one"], {"train": 0.799999, "test": 0.2}).raises(ValueError),
+        case("wrong shares and no text", [], {"train": 0.8, "test": 0.1}).raises(ValueError),
+        case("percentages", ["one"], {"train": 80.0, "test": 20.0}).raises(ValueError),
+    )
 
 
 def _place(position, shares):
@@ -608,281 +418,53 @@ def any_shares(texts, shares):
     return assign_parts(texts, {name: share / total for name, share in shares.items()})
 
 
-# %% solution minhash_similarity
-def minhash_similarity(x: list[int], y: list[int], a: list[int], b: list[int], p: int) -> float:
-    """The share of K hash functions (a·x + b) mod p whose minima on the two sets agree."""
-    if not x or not y:
-        raise ValueError("a set without shingles has no signature")
-    signature = lambda ids: [min((ak * i + bk) % p for i in ids) for ak, bk in zip(a, b)]
-    return sum(s == t for s, t in zip(signature(x), signature(y))) / len(a)
+@ex.wrong("Your words are made of the letters a to z (or of ASCII) only. `\\w` also knows ç, ß, 量 and प; texts in other scripts would all be one.")
+def ascii_words(texts, shares):
+    _check_shares(shares)
+    return [_place(fraction(" ".join(re.findall(r"[a-z0-9_]+", t.lower()))), shares) for t in texts]
 
 
-# %% checker minhash_similarity
-ex = exercise(
-    "data.minhash_similarity",
-    title="MinHash",
-    minutes=14,
-    difficulty=3,
-    points=4,
-    hints=(
-        "First a function for the signature of one set: a list of K numbers. Then compare two such lists.",
-        "For one hash function: which value does each element of the set get, and which of the values do you keep?",
-        "`min((a_k * i + b_k) % p for i in ids)` for each k. Then count the positions in which both signatures hold the same number, and divide by K.",
-    ),
-)
+@ex.wrong("You compared the sum of the shares with 1 by ==. 0.7 + 0.2 + 0.1 is 0.9999999999999999 in floating point: allow 1e-9.")
+def exact_sum(texts, shares):
+    if sum(shares.values()) != 1:
+        raise ValueError("shares")
+    return assign_parts(texts, shares)
 
 
-@ex.cases
-def _():
-    yield case("by hand", [1, 2], [2, 3], [1], [3], 5)
-    yield case("the same set, written differently", [4, 9, 2], [2, 2, 9, 4], [3, 5], [1, 2], 11)
-    yield case("nothing in common", [1, 2], [3, 4], [1, 2, 3], [0, 1, 5], 7)
-    a, b = [3, 7, 12, 18, 25, 29, 8, 14], [5, 11, 2, 19, 30, 1, 23, 9]
-    yield case("eight functions", [1, 4, 6, 9, 13], [4, 6, 9, 20, 21], a, b, 31)
-    yield case("a small set in a large one", [2, 3], [1, 2, 3, 4, 5, 6], a, b, 31)
-    yield case("large numbers", [10**9, 2 * 10**9], [10**9, 3 * 10**9 + 7], a, b, 2**31 - 1)
-    yield case("an empty set", [], [1], [1], [0], 5).raises(ValueError)
+@ex.wrong("Your tolerance for the sum is too wide: shares that miss 1 by a millionth are accepted. The statement allows 1e-9.")
+def loose_sum(texts, shares):
+    if abs(sum(shares.values()) - 1) > 1e-3:
+        raise ValueError("shares")
+    return assign_parts(texts, {name: share / sum(shares.values()) for name, share in shares.items()})
 
 
-def _values(ids, a, b, p):
-    return [[(ak * i + bk) % p for i in ids] for ak, bk in zip(a, b)]
+@ex.wrong("You folded the case (`casefold`), which turns ß into ss. The statement says lower case.")
+def folded(texts, shares):
+    _check_shares(shares)
+    return [_place(fraction(" ".join(re.findall(r"\w+", t.casefold()))), shares) for t in texts]
 
 
-@ex.wrong("You computed the Jaccard similarity itself. That is the number to be estimated; the point of MinHash is to get it from K numbers per document without touching the sets again.")
-def exact(x, y, a, b, p):
-    if not x or not y:
-        raise ValueError
-    return len(set(x) & set(y)) / len(set(x) | set(y))
+@ex.wrong("You split at white space, so that punctuation stays with the words: “late” and “late!” are copies of each other, and land apart.")
+def split_at_spaces(texts, shares):
+    _check_shares(shares)
+    return [_place(fraction(" ".join(t.lower().split())), shares) for t in texts]
 
 
-@ex.wrong("You compared the signatures as sets. The numbers of different hash functions have nothing to do with each other: position k is compared with position k only.")
-def as_sets(x, y, a, b, p):
-    if not x or not y:
-        raise ValueError
-    s, t = ({min(v) for v in _values(ids, a, b, p)} for ids in (x, y))
-    return len(s & t) / len(s | t)
+@ex.wrong("Underscores, or digits, are not part of your words. They are `\\w` characters, like letters.")
+def letters_only(texts, shares):
+    _check_shares(shares)
+    return [_place(fraction(" ".join(re.findall(r"[^\W\d_]+", t.lower()))), shares) for t in texts]
 
 
-@ex.wrong("All your functions look at the same element, the smallest of the set. Either you took the minimum before hashing, or the remainder mod p is missing: only the remainder shuffles the order.")
-def hash_of_the_minimum(x, y, a, b, p):
-    if not x or not y:
-        raise ValueError
-    s, t = ([(ak * min(ids) + bk) % p for ak, bk in zip(a, b)] for ids in (x, y))
-    return sum(i == j for i, j in zip(s, t)) / len(a)
+@ex.wrong("The shares are checked only when there is a text. A wrong split is wrong before the first document.")
+def checked_late(texts, shares):
+    return assign_parts(texts, shares) if texts else []
 
 
-@ex.wrong("You took the minimum over the hash functions, one number for each element. A signature has one number for each function: the minimum over the elements.")
-def minimum_over_functions(x, y, a, b, p):
-    if not x or not y:
-        raise ValueError
-    s, t = ({min((ak * i + bk) % p for ak, bk in zip(a, b)) for i in ids} for ids in (x, y))
-    return len(s & t) / len(s | t)
-
-
-@ex.wrong("You compared all hash values of the two sets, not the minima. That is not a signature: it is as long as the sets are.")
-def all_values(x, y, a, b, p):
-    if not x or not y:
-        raise ValueError
-    shares = [len(set(s) & set(t)) / len(set(s) | set(t)) for s, t in zip(_values(x, a, b, p), _values(y, a, b, p))]
-    return sum(s > 0 for s in shares) / len(shares)
-
-
-@ex.wrong("You returned the number of positions that agree. The estimate is their share: divide by the number of hash functions.")
-def count_not_share(x, y, a, b, p):
-    return minhash_similarity(x, y, a, b, p) * len(a)
-
-
-# %% solution pack_stream
-def pack_stream(documents: list[list[int]], separator: int, length: int) -> tuple[Tensor, int]:
-    """Chunks (N, length) of the stream separator, document, separator, document, …, and the number of tokens dropped."""
-    if length < 1:
-        raise ValueError(f"length is {length}; it must be at least 1")
-    stream = [token for document in documents for token in (separator, *document)]
-    n = len(stream) // length
-    return torch.tensor(stream[: n * length], dtype=torch.long).view(n, length), len(stream) - n * length
-
-
-# %% checker pack_stream
-ex = exercise(
-    "data.pack_stream",
-    title="Pack a stream into chunks",
-    minutes=10,
-    difficulty=2,
-    points=3,
-    hints=(
-        "First one long list, then the cuts. The cuts know nothing about documents.",
-        "How many whole chunks are in the stream? Everything after the last of them is dropped, separators included.",
-        "`n = len(stream) // length`; the first `n * length` tokens become a tensor of shape (n, length), with the dtype torch.long also when n is 0.",
-    ),
-)
-
-
-@ex.cases
-def _():
-    yield case("by hand", [[5, 6, 7], [8]], 0, 2)
-    yield case("something is left", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], 0, 5)
-    yield case("an empty document", [[], [3, 4], []], 9, 2)
-    yield case("less than one chunk", [[1, 2]], 0, 8)
-    yield case("one long document", [[1, 2, 3, 4, 5, 6, 7, 8]], 0, 3)
-    yield case("chunks of one", [[1], [2]], 7, 1)
-    yield case("no documents", [], 0, 4)
-    yield case("length of zero", [[1]], 0, 0).raises(ValueError)
-
-
-def _chunks(stream, length):
-    if length < 1:
-        raise ValueError("length")
-    n = len(stream) // length
-    return torch.tensor(stream[: n * length], dtype=torch.long).view(n, length), len(stream) - n * length
-
-
-@ex.wrong("Your separator comes after each document. Then the first document starts without one, and its first token is predicted from nothing.")
-def separator_after(documents, separator, length):
-    return _chunks([t for d in documents for t in (*d, separator)], length)
-
-
-@ex.wrong("The separator is missing. The model cannot know that a text has ended, and learns to predict the next text from the last one.")
-def no_separator(documents, separator, length):
-    return _chunks([t for d in documents for t in d], length)
-
-
-@ex.wrong("The separator stands only between documents. The first document needs one as well: every document starts the same way.")
-def only_between(documents, separator, length):
-    return _chunks([t for d in documents for t in (separator, *d)][1:], length)
-
-
-@ex.wrong("You cut each document by itself and dropped the end of each. Join them first: then at most length − 1 tokens are lost in all, not in every document.")
-def each_by_itself(documents, separator, length):
-    parts = [_chunks([separator, *d], length) for d in documents]
-    return torch.cat([torch.empty(0, length, dtype=torch.long), *(c for c, _ in parts)]), sum(n for _, n in parts)
-
-
-@ex.wrong("You filled the last chunk with padding. Nothing is dropped then, but the model trains on tokens that no text has; the statement asks to drop the rest.")
-def padded(documents, separator, length):
-    stream = [t for d in documents for t in (separator, *d)]
-    return _chunks(stream + [separator] * (-len(stream) % max(length, 1)), length)
-
-
-@ex.wrong("A stream that divides evenly loses its last chunk. Your loop stops one chunk too early: the number of chunks is the whole part of the quotient.")
-def one_too_few(documents, separator, length):
-    stream = [t for d in documents for t in (separator, *d)]
-    if length < 1:
-        raise ValueError
-    n = max(0, (len(stream) - 1) // length)
-    return torch.tensor(stream[: n * length], dtype=torch.long).view(n, length), len(stream) - n * length
-
-
-@ex.wrong("Your count of dropped tokens leaves the separators out. They are tokens of the stream like all others.")
-def dropped_without_separators(documents, separator, length):
-    chunks, _ = pack_stream(documents, separator, length)
-    rest = [t for d in documents for t in (separator, *d)][chunks.numel() :]
-    return chunks, sum(t != separator for t in rest)
-
-
-# %% solution best_fit
-def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Chunks of document numbers: longest first, each into the fullest chunk that still has room for it."""
-    if max(lengths, default=0) > capacity:
-        raise ValueError(f"a document of {max(lengths)} tokens does not fit into {capacity}")
-    chunks, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: equal lengths keep their order
-        fitting = [c for c in range(len(chunks)) if lengths[i] <= room[c]]
-        if fitting:
-            c = min(fitting, key=lambda c: room[c])
-        else:
-            c = len(chunks)
-            chunks.append([])
-            room.append(capacity)
-        chunks[c].append(i)
-        room[c] -= lengths[i]
-    return chunks
-
-
-# %% checker best_fit
-ex = exercise(
-    "data.best_fit",
-    title="Pack without cutting",
-    minutes=16,
-    difficulty=3,
-    points=4,
-    hints=(
-        "Keep, beside the list of chunks, a list of the room that is left in each.",
-        "For one document: which chunks have room for it, and which of them has the least? Nothing found means a new chunk.",
-        "`sorted(range(len(lengths)), key=lambda i: -lengths[i])` gives the order and keeps equal lengths in theirs; `min` over the fitting chunks by their room takes the first of equal ones.",
-    ),
-)
-
-
-@ex.cases
-def _():
-    yield case("by hand", [2, 5, 4, 3], 7)
-    yield case("an exact fit", [3, 3], 6)
-    yield case("the best chunk is not the first", [1, 7, 5, 4], 10)
-    yield case("many short ones", [4, 1, 3, 1, 2, 5, 2], 6)
-    yield case("equal lengths", [3, 5, 3, 5], 8)
-    yield case("an earlier chunk still has room", [9, 6, 5, 4, 3, 2, 1], 10)
-    yield case("no documents", [], 8)
-    yield case("a document that is too long", [3, 9], 8).raises(ValueError)
-
-
-def _pack(lengths, capacity, choose, order=None, fits=lambda n, r: n <= r, refuse=True):
-    if refuse and max(lengths, default=0) > capacity:
-        raise ValueError("too long")
-    chunks, room = [], []
-    for i in order if order is not None else sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [c for c in range(len(chunks)) if fits(lengths[i], room[c])]
-        c = choose(fitting, room)
-        if c is None:
-            c = len(chunks)
-            chunks.append([])
-            room.append(capacity)
-        chunks[c].append(i)
-        room[c] -= lengths[i]
-    return chunks
-
-
-def _best(fitting, room):
-    return min(fitting, key=lambda c: room[c]) if fitting else None
-
-
-@ex.wrong("You took the first chunk with room (first fit). Best fit takes the one with the least room, so that the large gaps stay free for large documents.")
-def first_fit(lengths, capacity):
-    return _pack(lengths, capacity, lambda fitting, room: fitting[0] if fitting else None)
-
-
-@ex.wrong("You took the chunk with the most room. That is worst fit: it fills all chunks evenly, and soon no gap is large enough for anything.")
-def worst_fit(lengths, capacity):
-    return _pack(lengths, capacity, lambda fitting, room: max(fitting, key=lambda c: room[c]) if fitting else None)
-
-
-@ex.wrong("You look at the newest chunk only, and close the earlier ones for good. A short document may still fit into one of them.")
-def next_fit(lengths, capacity):
-    return _pack(lengths, capacity, lambda fitting, room: fitting[-1] if fitting and fitting[-1] == len(room) - 1 else None)
-
-
-@ex.wrong("You took the documents in the order in which they came. The long ones go first: they are the hard ones, and the short ones fill the gaps.")
-def not_sorted(lengths, capacity):
-    return _pack(lengths, capacity, _best, order=range(len(lengths)))
-
-
-@ex.wrong("You started with the shortest documents. They use up the chunks, and each long one then needs a chunk of its own.")
-def shortest_first(lengths, capacity):
-    return _pack(lengths, capacity, _best, order=sorted(range(len(lengths)), key=lambda i: lengths[i]))
-
-
-@ex.wrong("A document that fills the room exactly was refused. It fits when its length is at most the room: compare with ≤.")
-def strict(lengths, capacity):
-    return _pack(lengths, capacity, _best, fits=lambda n, r: n < r)
-
-
-@ex.wrong("You returned the lengths, not the numbers of the documents. With lengths alone nobody can tell which text belongs where.")
-def returns_lengths(lengths, capacity):
-    return [[lengths[i] for i in chunk] for chunk in best_fit(lengths, capacity)]
-
-
-@ex.wrong("Of equally long documents the later one went first. Reversing a sorted list also reverses the equal ones; sort by the negative length.")
-def equal_ones_reversed(lengths, capacity):
-    return _pack(lengths, capacity, _best, order=sorted(range(len(lengths)), key=lambda i: lengths[i])[::-1])
+@ex.wrong("You returned the texts by part (a dictionary). The statement asks for the name of a part for each text, in the order of the texts.")
+def by_part(texts, shares):
+    parts = assign_parts(texts, shares)
+    return {name: [t for t, p in zip(texts, parts) if p == name] for name in shares}
 
 
 # %% solution leak_share
@@ -916,15 +498,26 @@ ex = exercise(
 
 @ex.cases
 def _():
-    yield case("by hand", ["the cat sat"], ["The cat ran", "a dog"], 2)
-    yield case("the same words in another order", ["red green blue"], ["blue green red", "green blue"], 2)
-    yield case("across two training texts", ["we saw it", "rain again"], ["it rain", "saw it rain again"], 2)
-    yield case("three test texts", ["a b c d e"], ["x a b c", "c d", "d e f"], 3)
-    yield case("at the very end", ["one two three four"], ["nine three four", "four one"], 2)
-    yield case("more training texts than test texts", ["a b", "b c", "c d", "q r", "s t"], ["a b c", "x y", "c d e f"], 2)
-    yield case("single words", ["sun moon"], ["moon", "stars", "sun sun"], 1)
-    yield case("no training text", [], ["a b c"], 2)
-    yield case("no test text", ["a b"], [], 2).raises(ValueError)
+    yield from apart(
+        case("by hand", ["the cat sat"], ["The cat ran", "a dog"], 2),
+        case("the same words in another order", ["red green blue"], ["blue green red", "green blue"], 2),
+        case("across two training texts", ["we saw it", "rain again"], ["it rain", "saw it rain again"], 2),
+        case("across two test texts", ["saw it"], ["we saw", "it rains"], 2),
+        case("three test texts", ["a b c d e"], ["x a b c", "c d", "d e f"], 3),
+        case("as long as the n-gram", ["a b c"], ["a b c", "a b"], 3),
+        case("many in one text", ["a b c d e f"], ["a b c d e f", "x y"], 2),
+        case("at the very end", ["one two three four"], ["nine three four", "four one"], 2),
+        case("more training texts than test texts", ["a b", "b c", "c d", "q r", "s t"], ["a b c", "x y", "c d e f"], 2),
+        case("the same test text twice", ["a b"], ["a b", "a b", "c d"], 2),
+        case("single words", ["sun moon"], ["moon", "stars", "sun sun"], 1),
+        case("parts of words", ["the cats at"], ["the cat sat", "he cat"], 2),
+        case("several digits", ["1 23 4", "11 2"], ["12 3", "1 12", "23 4"], 2),
+        case("capital letters on both sides", ["DÉJÀ Vu"], ["déjà vu encore", "Deja vu"], 2),
+        case("spaces and line ends", ["a  b\nc"], ["b c", "x a b"], 2),
+        case("an empty test text", ["a b"], ["", "a b"], 2),
+        case("no training text", [], ["a b c"], 2),
+        case("no test text", ["a b"], [], 2).raises(ValueError),
+    )
 
 
 def _grams(text, n):
@@ -992,88 +585,296 @@ def last_gram_lost(train, test, n):
     return sum(any(g in seen for g in _grams(t, n)[:-1]) for t in test) / len(test)
 
 
-# %% solution drop_letters
-def drop_letters(text: str, rate: float, generator: torch.Generator) -> str:
-    """The text without the letters whose random number is below the rate."""
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate is {rate}; it must be 0 to 1")
-    drawn = torch.rand(len(text), generator=generator).tolist()
-    return "".join(c for c, r in zip(text, drawn) if not (c.isalpha() and r < rate))
+@ex.wrong("Nothing has changed yet: this is the function with its faults.")
+def as_given(train, test, n):
+    words = " ".join(train).lower().split()
+    seen = {tuple(words[i : i + n]) for i in range(len(words) - n)}
+    leaked = 0
+    for text in test:
+        words = text.lower().split()
+        leaked += sum(tuple(words[i : i + n]) in seen for i in range(len(words) - n))
+    return leaked / len(test)
 
 
-# %% checker drop_letters
+@ex.wrong("A text still counts once for each n-gram that it shares, so your share can be above 1. One common n-gram is enough, and more do not count again: `any`.")
+def counts_grams(train, test, n):
+    if not test:
+        raise ValueError
+    seen = {g for t in train for g in _grams(t, n)}
+    return sum(g in seen for t in test for g in _grams(t, n)) / len(test)
+
+
+@ex.wrong("An empty test set ends in a division by zero. Refuse it with a ValueError, before anything is counted.")
+def division_by_zero(train, test, n):
+    if not test:
+        return 1 / 0
+    return leak_share(train, test, n)
+
+
+@ex.wrong("Texts with fewer than n words were left out of the number of test texts. They count as test texts that have not leaked.")
+def short_left_out(train, test, n):
+    if not test:
+        raise ValueError
+    long = [t for t in test if len(t.split()) >= n]
+    return leak_share(train, long, n) if long else 0.0
+
+
+@ex.wrong("You searched for the n-gram as a piece of text, so “the cat s” is found in “the cats at”, or “1 2” in “11 2”. Compare whole words: tuples of words.")
+def pieces_of_text(train, test, n):
+    if not test:
+        raise ValueError
+    texts = [" ".join(t.lower().split()) for t in train]
+    return sum(any(" ".join(g) in t for t in texts for g in _grams(text, n)) for text in test) / len(test)
+
+
+@ex.wrong("You glued the words of an n-gram together without a space, so “1 23” and “12 3” are the same. Keep them apart: a tuple.")
+def glued(train, test, n):
+    if not test:
+        raise ValueError
+    seen = {"".join(g) for t in train for g in _grams(t, n)}
+    return sum(any("".join(g) in seen for g in _grams(t, n)) for t in test) / len(test)
+
+
+@ex.wrong("Equal test texts were counted once (a set of texts). Each is a test text of its own.")
+def distinct_tests(train, test, n):
+    return leak_share(train, list(set(test)), n)
+
+
+# %% solution hidden_copy
+def hidden_copy(text: str, n: int) -> str:
+    """A text with as many words, no common n-gram, and as few changed words as possible."""
+    words = text.split()
+    new = "x" + "".join(words).lower()  # longer than every word of the text: it is none of them
+    for i in range(n - 1, len(words), n):
+        words[i] = new
+    return " ".join(words)
+
+
+# %% checker hidden_copy
 ex = exercise(
-    "data.drop_letters",
-    title="Letters get lost",
-    minutes=8,
-    difficulty=1,
-    points=2,
+    "data.hidden_copy",
+    title="A copy that the test does not see",
+    minutes=14,
+    difficulty=3,
+    points=4,
     hints=(
-        "Pair each character with its number, decide for each pair, and join what is left.",
-        "The condition for dropping has two parts, and both have to hold. When is a character kept?",
-        "Draw with `torch.rand(len(text), generator=generator)`, `zip` the text with the numbers, and `join` the characters that are no letter or whose number is at least the rate.",
+        "Every n-gram of the copy has to hold at least one word that was changed. How far apart may two changed words be?",
+        "Cut the text into pieces of n words: each whole piece needs a change, so ⌊w / n⌋ changes are needed. Where in the piece must it stand, so that they are enough for the n-grams between two pieces, and for the rest?",
+        "Change the last word of each whole piece: the positions n − 1, 2n − 1, … Take a word that does not occur in the text, whatever its case.",
+    ),
+    equivalent={
+        'new = "x" + "".join(words) # longer than every word of the text: it is none of them': "the check compares in lower case anyway",
+    },
+)
+
+
+def compared(answer, text, n):
+    """What the statement asks for, one by one."""
+    result = answer(text, n)
+    if not isinstance(result, str):
+        return {"a text": type(result).__name__}
+    old, new = text.lower().split(), result.lower().split()
+    if len(old) != len(new):
+        return {"as many words": f"no: {len(new)}, and {len(old)} in the text"}
+    grams = lambda words: {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+    changed, needed = sum(a != b for a, b in zip(old, new)), len(old) // n
+    common = grams(old) & grams(new)
+    size = "as few as possible" if changed <= needed else "all of them" if changed == len(old) else "one too many" if changed == needed + 1 else "too many"
+    return {"common n-grams": "none" if not common else "all" if old == new else "some", "changed words": size if not common else "only one" if changed == 1 else "not enough, or in the wrong places"}
+
+
+@ex.cases
+def _():
+    words = "it was a bright cold day in april and the clocks were striking thirteen".split()
+    made = [
+        case("two words", "the cat", 2),
+        case("three words", "the cat sat", 2),
+        case("four words", "the cat sat down", 2),
+        case("pairs of the same words", "a b a b a b a b", 2),
+        case("the same word again and again", "go go go go go go go", 3),
+        case("fourteen words, n = 3", " ".join(words), 3),
+        case("fourteen words, n = 5", " ".join(words), 5),
+        case("fourteen words, n = 13", " ".join(words), 13),
+        case("exactly n words", "one two three four", 4),
+        case("fewer words than n", "one two three", 4),
+        case("single words", "Sun moon Sun", 1),
+        case("words that look like fillers", "x X xx new word ??? 0 * _ xxx foo", 2),
+        case("a hundred words", " ".join(words * 7) + " x y", 13),
+        case("no words", "", 2),
+    ]
+    yield from (c.through(compared) for c in made)
+
+
+def _change(text, at, word=None):
+    words = text.split()
+    word = "x" + "".join(words).lower() if word is None else word
+    for i in at:
+        words[i] = word
+    return " ".join(words)
+
+
+@ex.wrong("Your changes are one word too far apart: between two of them there is room for a whole n-gram of the text. Two changed words may be at most n apart.")
+def too_far_apart(text, n):
+    return _change(text, range(n - 1, len(text.split()), n + 1))
+
+
+@ex.wrong("You changed the first word of each piece, which also changes the rest at the end that is too short for an n-gram: one change more than is needed. Change the last word of each whole piece.")
+def first_of_each(text, n):
+    return _change(text, range(0, len(text.split()), n))
+
+
+@ex.wrong("You changed every word. The copy is hidden, but then it is none: ⌊w / n⌋ changes are enough.")
+def every_word(text, n):
+    return _change(text, range(len(text.split())))
+
+
+@ex.wrong("You changed upper and lower case only. The test compares in lower case and sees everything.")
+def upper_case(text, n):
+    return text.upper()
+
+
+@ex.wrong("You left words out (or put words in). The copy has as many words as the text.")
+def leaves_out(text, n):
+    words = text.split()
+    return " ".join(w for i, w in enumerate(words) if i % n != n - 1)
+
+
+@ex.wrong("You put the words in another order. That changes far more places than needed, and texts that repeat themselves keep their n-grams.")
+def reversed_words(text, n):
+    return " ".join(text.split()[::-1])
+
+
+@ex.wrong("The new word may occur in the text itself (a fixed filler such as “x”), and then an n-gram can be common all the same. Choose one that does not occur.")
+def fixed_filler(text, n):
+    return _change(text, range(n - 1, len(text.split()), n), "x")
+
+
+@ex.wrong("One change is not enough: it breaks the n-grams around it, and all others are still there.")
+def one_change(text, n):
+    words = text.split()
+    return _change(text, [min(n - 1, len(words) - 1)] if words and len(words) >= n else [])
+
+
+@ex.wrong("Your changes are closer together than needed: every n-gram holds more than one of them.")
+def too_close(text, n):
+    return _change(text, range(max(n - 2, 0), len(text.split()), max(n - 1, 1)))
+
+
+# %% solution group_offset
+def group_offset(row: Tensor, group: int, levels: int) -> int:
+    """The smallest offset at which every whole group has at most `levels` different values. row (K,)."""
+    for offset in range(group):
+        n = (len(row) - offset) // group
+        groups = row[offset : offset + n * group].view(n, group)
+        if all(len(g.unique()) <= levels for g in groups):
+            return offset
+    raise ValueError(f"no offset gives groups of {group} with at most {levels} values")
+
+
+# %% checker group_offset
+ex = exercise(
+    "data.group_offset",
+    title="Where do the groups begin?",
+    minutes=12,
+    difficulty=2,
+    points=3,
+    hints=(
+        "There are only `group` possible offsets. How do you test one of them?",
+        "Leave out the first `offset` numbers and the rest at the end, and look at the groups as the rows of a matrix.",
+        "For each offset: n = (K − offset) // group, the slice as (n, group), and for every row `len(row.unique()) <= levels`. The first offset that passes is the answer.",
     ),
 )
 
 
 @ex.cases
 def _():
-    yield case("a word", "hello", 0.4, generator=rng(0))
-    yield case("spaces and digits stay", "a b c 1 2 3 d e f", 0.5, generator=rng(1))
-    yield case("two sentences", "It rains. Take 2 coats, please!", 0.3, generator=rng(2))
-    yield case("accents are letters", "déjà vu à côté", 0.5, generator=rng(3))
-    yield case("nothing is dropped", "keep me", 0.0, generator=rng(4))
-    yield case("every letter is dropped", "R2-D2, go!", 1.0, generator=rng(5))
-    yield case("no text", "", 0.5, generator=rng(6))
-    yield case("a rate in percent", "hello", 30.0, generator=rng(0)).raises(ValueError)
+    hand = torch.tensor([5.0, 1, 2, 1, 2, 8, 9, 8, 8, 3, 4, 3])
+    g = torch.Generator().manual_seed(0)
+
+    def stored(groups, group, levels):
+        """A row that was stored with `levels` values in each group."""
+        codes = torch.randint(0, levels, (groups, group), generator=g)
+        codes[:, 0], codes[:, -1] = 0, levels - 1
+        return (codes * (0.5 + torch.rand(groups, 1, generator=g)) + torch.randn(groups, 1, generator=g)).flatten()
+
+    row = stored(20, 8, 3)
+    last = torch.cat([torch.tensor([1.0, 2, 1, 1, 3, 4, 3, 4, 5, 6, 5, 6]), torch.tensor([7.0, 8, 9, 7])])
+    yield from apart(
+        case("by hand", hand, 4, 2),
+        case("it begins at the beginning", hand[1:], 3, 3),
+        case("the offset is zero", torch.tensor([1.0, 2, 1, 3, 4, 4, 6, 5, 5]), 3, 2),
+        case("the last possible offset", torch.cat([torch.tensor([9.0, 7, 5]), torch.tensor([1.0, 2, 1, 2, 3, 4, 3, 4, 6, 6, 5, 5])]), 4, 2),
+        case("only the last group tells", torch.cat([last[:12], torch.tensor([5.0, 7, 8, 9])]), 4, 2).raises(ValueError),
+        case("the second group tells", torch.tensor([1.0, 1, 2, 1, 2, 3, 4, 3, 3, 5, 6, 5, 6]), 4, 2),
+        case("a rest at the end that does not count", torch.cat([last[:12], torch.tensor([7.0, 8, 9])]), 4, 2),
+        case("twenty groups, a piece from the middle", row[5:], 8, 3),
+        case("twenty groups, from the beginning", row, 8, 3),
+        case("half precision", row[3:].half(), 8, 3),
+        case("one level less", row[5:], 8, 2).raises(ValueError),
+        case("numbers without a grid", torch.randn(60, generator=g), 8, 4).raises(ValueError),
+        case("whole numbers", torch.tensor([4, 1, 1, 1, 2, 2, 2, 3, 3, 3]), 3, 1),
+        case("sixteen levels", stored(6, 32, 16)[20:], 32, 16),
+        case("groups of one", torch.tensor([3.0, 1.0, 2.0]), 1, 1),
+    )
 
 
-def _check_rate(rate):
-    if not 0 <= rate <= 1:
-        raise ValueError("rate")
+def _find(row, group, good, offsets=None):
+    for offset in range(group) if offsets is None else offsets:
+        n = (len(row) - offset) // group
+        if good(row[offset : offset + n * group].reshape(n, group)):
+            return offset
+    raise ValueError("none")
 
 
-@ex.wrong("You used PyTorch's global random numbers and not the generator that was given. Then nobody can repeat the result, and something else can change it.")
-def global_numbers(text, rate, generator):
-    _check_rate(rate)
-    return "".join(c for c, r in zip(text, torch.rand(len(text)).tolist()) if not (c.isalpha() and r < rate))
+@ex.wrong("You looked at the first group only. By chance it can have few values at a wrong offset: every whole group has to pass.")
+def first_group_only(row, group, levels):
+    return _find(row, group, lambda g: len(g[0].unique()) <= levels)
 
 
-@ex.wrong("You made a generator of your own with a fixed seed. Every text then loses the letters at the same places; use the one that is given.")
-def own_seed(text, rate, generator):
-    return drop_letters(text, rate, torch.Generator().manual_seed(42))
+@ex.wrong("“At most” includes the border: a group with exactly `levels` different values is fine.")
+def strictly_fewer(row, group, levels):
+    return _find(row, group, lambda g: all(len(r.unique()) < levels for r in g))
 
 
-@ex.wrong("You kept what should be dropped: `rate` is the probability of losing a letter, not of keeping it.")
-def inverted(text, rate, generator):
-    _check_rate(rate)
-    drawn = torch.rand(len(text), generator=generator).tolist()
-    return "".join(c for c, r in zip(text, drawn) if not (c.isalpha() and r >= rate))
+@ex.wrong("You counted the different values of the whole row. Every group has a grid of its own, so all groups together have many.")
+def whole_row(row, group, levels):
+    return _find(row, group, lambda g: len(g.unique()) <= levels)
 
 
-@ex.wrong("Spaces, digits and punctuation are dropped too. Without its spaces a text falls apart into other words: only letters may go.")
-def everything(text, rate, generator):
-    _check_rate(rate)
-    drawn = torch.rand(len(text), generator=generator).tolist()
-    return "".join(c for c, r in zip(text, drawn) if r >= rate)
+@ex.wrong("It is enough for you that one group (or most of them) passes. At the right offset all of them do.")
+def any_group(row, group, levels):
+    return _find(row, group, lambda g: any(len(r.unique()) <= levels for r in g))
 
 
-@ex.wrong("You drew numbers for the letters only, so every number after the first space belongs to another character. One number for every character of the text.")
-def numbers_for_letters_only(text, rate, generator):
-    _check_rate(rate)
-    drawn = iter(torch.rand(sum(c.isalpha() for c in text), generator=generator).tolist())
-    return "".join(c for c in text if not c.isalpha() or next(drawn) >= rate)
+@ex.wrong("You returned the largest offset that fits. The smallest is asked for.")
+def largest(row, group, levels):
+    return _find(row, group, lambda g: all(len(r.unique()) <= levels for r in g), range(group)[::-1])
 
 
-@ex.wrong("Only the letters a to z can get lost in your answer. `str.isalpha` also knows é, ß and 量.")
-def ascii_only(text, rate, generator):
-    _check_rate(rate)
-    drawn = torch.rand(len(text), generator=generator).tolist()
-    return "".join(c for c, r in zip(text, drawn) if not (c.isascii() and c.isalpha() and r < rate))
+@ex.wrong("Your offsets begin at 1. A row can begin with a whole group: 0 is possible.")
+def from_one(row, group, levels):
+    return _find(row, group, lambda g: all(len(r.unique()) <= levels for r in g), range(1, group + 1))
 
 
-@ex.wrong("You put a space in the place of each lost letter. A dropped letter leaves no gap: the text gets shorter.")
-def leaves_a_gap(text, rate, generator):
-    _check_rate(rate)
-    drawn = torch.rand(len(text), generator=generator).tolist()
-    return "".join(" " if c.isalpha() and r < rate else c for c, r in zip(text, drawn))
+@ex.wrong("The last whole group was not looked at. (K − offset) // group groups fit behind the offset.")
+def last_left_out(row, group, levels):
+    return _find(row, group, lambda g: all(len(r.unique()) <= levels for r in g[:-1]))
+
+
+@ex.wrong("You counted the rest behind the last whole group as a group. It is a piece of one, or of something else: it does not count.")
+def rest_counts(row, group, levels):
+    for offset in range(group):
+        if all(len(p.unique()) <= levels for p in row[offset:].split(group)):
+            return offset
+    raise ValueError("none")
+
+
+@ex.wrong("You returned an offset although none fits. Raise a ValueError: these weights have no such grid.")
+def always_something(row, group, levels):
+    worst = lambda o: max(len(p.unique()) for p in row[o : o + (len(row) - o) // group * group].split(group))
+    return min(range(group), key=worst)
+
+
+@ex.wrong("You averaged the number of values over the groups. One group that does not fit is enough to reject an offset.")
+def mean_over_groups(row, group, levels):
+    return _find(row, group, lambda g: sum(len(r.unique()) for r in g) / len(g) <= levels)
