@@ -199,6 +199,10 @@ ex = exercise(
         "Go through the strides from the largest to the smallest; the first one whose mean is high enough is the answer.",
         "`for stride in range(context - 1, 0, -1)`: if the sum of context_seen is at least least · (n − 1), return the stride; after the loop, raise.",
     ),
+    equivalent={
+        'seen, stop = list(range(0, min(context, n_tokens))), min(context, n_tokens)': 'a 0 more does not change the sum',
+        'seen, stop = list(range(min(context, n_tokens))), min(context, n_tokens)': 'a 0 more does not change the sum',
+    },
 )
 
 
@@ -322,6 +326,9 @@ ex = exercise(
         "`re.findall` with `\\w+` gives the words of the lower-case text. On the line, the second part begins where the first one ends.",
         "Add up the shares as you go through them; the first part whose running sum is above the fraction is the answer.",
     ),
+    equivalent={
+        'if abs(sum(shares.values()) - 1) >= 1e-9:': 'no sum of floats is exactly there',
+    },
 )
 
 
@@ -345,6 +352,9 @@ def _():
         case("a text without words", ["", "!?", "..."], four),
         case("a part of size zero", colors, {"none": 0.0, "all": 1.0}),
         case("one part", ["one"], {"all": 1.0}),
+        case("a fraction exactly at the end of a part", ["one"], {"a": fraction("one"), "b": 1 - fraction("one")}),
+        case("a sum within the tolerance", ["one"], {"train": 0.8, "test": 0.2000000005}),
+        case("a sum hardly beyond the tolerance", ["one"], {"train": 0.8, "test": 0.2000000015}).raises(ValueError),
         case("no texts", [], half),
         case("shares that do not sum to one", ["one"], {"train": 0.8, "test": 0.1}).raises(ValueError),
         case("shares that sum to a little more than one", ["one"], {"train": 0.8, "test": 0.200001}).raises(ValueError),
@@ -698,6 +708,7 @@ def _():
         case("exactly n words", "one two three four", 4),
         case("fewer words than n", "one two three", 4),
         case("single words", "Sun moon Sun", 1),
+        case("a single word", "word", 1),
         case("words that look like fillers", "x X xx new word ??? 0 * _ xxx foo", 2),
         case("a hundred words", " ".join(words * 7) + " x y", 13),
         case("no words", "", 2),
