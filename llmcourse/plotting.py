@@ -11,9 +11,7 @@ import html
 import io
 import itertools
 import math
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from .settings import number, one_of, require, whole
+from .store import write_atomic
 
 # %% ../nbs/01_plotting.ipynb #647f16f5
 def _linear(colors: Any) -> np.ndarray:
@@ -39,12 +38,12 @@ def relative_luminance(color: Any) -> float:
 
 
 def contrast(a: Any, b: Any) -> float:
-    """Contrast ratio of two colors, from 1 (the same) to 21 (black on white), as WCAG 2.2 defines it."""
+    """Contrast ratio of two colors, from 1 (the same) to 21 (black on white), as in WCAG 2.2."""
     dark, light = sorted((relative_luminance(a), relative_luminance(b)))
     return (light + 0.05) / (dark + 0.05)
 
 # %% ../nbs/01_plotting.ipynb #176c63fd
-# The colors of Okabe and Ito (2008), ordered so that the first five have contrast 3 or more on white.
+# The colors of Okabe and Ito (2008); the first five have contrast 3 or more on white.
 PALETTE = {
     "blue": "#0072B2",
     "vermillion": "#D55E00",
@@ -55,8 +54,8 @@ PALETTE = {
     "orange": "#E69F00",
     "yellow": "#F0E442",
 }
-# Colors for lines, dots and whiskers. Each goes with a dash and a marker of its own, so that a figure
-# also reads without color; a sixth series repeats the first color with the second dash, and so on.
+# Colors for lines, dots and whiskers. Each goes with a dash and a marker of its own, so that a
+# figure also reads without color; a sixth series repeats the first color with the second dash.
 LINES = tuple(PALETTE[name] for name in ("blue", "vermillion", "green", "black", "purple"))
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "D", "^", "v", "P", "*", "X")
@@ -67,7 +66,8 @@ def text_color(background: Any) -> str:
     return max(("black", "white"), key=lambda c: contrast(c, background))
 
 # %% ../nbs/01_plotting.ipynb #501f0c9b
-_DEFICIENCY = {  # Machado, Oliveira and Fernandes (2009), severity 1.0; rows sum to 1, so grays stay gray
+# Machado, Oliveira and Fernandes (2009), severity 1.0; rows sum to 1, so grays stay gray
+_DEFICIENCY = {
     "normal": np.eye(3),
     "protanopia": np.array(
         [
@@ -103,8 +103,12 @@ def _lab(linear: np.ndarray) -> np.ndarray:
 
 
 def color_distances(colors: Sequence, vision: str = "normal") -> np.ndarray:
-    """Distance of every pair of colors as CIELAB ΔE (N, N), for `normal` vision, `protanopia` or `deuteranopia`."""
-    require(vision in _DEFICIENCY, "vision", vision, ", ".join(_DEFICIENCY))
+    """Distance of every pair of colors as CIELAB ΔE (n, n), for a kind of `vision`.
+
+    Args:
+        vision: normal, protanopia or deuteranopia.
+    """
+    one_of("vision", vision, _DEFICIENCY)
     lab = _lab(np.clip(_linear(colors) @ _DEFICIENCY[vision].T, 0, 1))
     return np.linalg.norm(lab[:, None] - lab[None], axis=-1)
 
@@ -152,7 +156,7 @@ def style() -> contextlib.AbstractContextManager:
         }
     )
 
-
+# %% ../nbs/01_plotting.ipynb #01f20001
 WIDEST = 8.0  # inches: a page shows at most that, and what is wider gets smaller letters
 
 
@@ -162,7 +166,7 @@ def new_figure(
     """An empty figure in house style with its axes (rows, columns). Draw inside `with style():`.
 
     A figure wider than `WIDEST` inches is made as wide as that, and as high as it was.
-    It does not belong to pyplot: nothing stays in memory when you drop it, and threads do not disturb each other.
+    It does not belong to pyplot: nothing stays in memory when you drop it.
     """
     _check_alt(alt)
     whole("rows", rows, 1)
@@ -287,16 +291,18 @@ def pareto_front_brute(x: Any, y: Any) -> list[int]:
 
 # %% ../nbs/01_plotting.ipynb #fc2a52f2
 class Point(NamedTuple):
-    """One candidate: its name, where it stands, the interval of y if there is one, and its group (color and marker)."""
+    """One candidate: its name, where it stands, and what else is known of it."""
 
     name: str
     x: float
     y: float
     low: float | None = None
+    """lower end of the interval of y, if there is one"""
     high: float | None = None
     group: str = ""
+    """candidates of one group share color and marker"""
 
-
+# %% ../nbs/01_plotting.ipynb #01f20002
 def _place_labels(
     fig: Plot, ax: Any, points: Sequence[Point], path: Sequence[tuple[float, float]] = ()
 ) -> list[Bbox]:
@@ -309,78 +315,64 @@ def _place_labels(
     at = ax.transData.transform([(p.x, p.y) for p in points])
     px = fig.dpi / 72  # pixels in a point
     taken = [Bbox.from_bounds(x - 5 * px, y - 5 * px, 10 * px, 10 * px) for x, y in at]
-    for p in points:
-        if p.low is not None:
-            (x, y0), (_, y1) = ax.transData.transform([(p.x, p.low), (p.x, p.high)])
-            taken.append(Bbox.from_extents(x - 3 * px, min(y0, y1), x + 3 * px, max(y0, y1)))
+    ends = [((p.x, p.low), (p.x, p.high)) for p in points if p.low is not None]
+    whiskers = [ax.transData.transform(pair) for pair in ends]
+    taken += [_around(a, b, 3 * px, 0) for a, b in whiskers]
     corners = ax.transData.transform(path) if len(path) else []
-    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
-        taken.append(
-            Bbox.from_extents(
-                min(x0, x1) - px, min(y0, y1) - px, max(x0, x1) + px, max(y0, y1) + px
-            )
-        )
+    taken += [_around(a, b, px, px) for a, b in itertools.pairwise(corners)]
     if legend := ax.get_legend():
         taken.append(legend.get_window_extent(renderer))
     frame, boxes = ax.get_window_extent(renderer), []
+    look = {"fontsize": 9.5, "va": "bottom", "color": "#222222", "zorder": 5}
     for p, (x, y) in zip(points, at):
-        label = ax.annotate(
-            p.name,
-            (p.x, p.y),
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=9.5,
-            va="bottom",
-            color="#222222",
-            zorder=5,
-        )
+        label = ax.annotate(p.name, (p.x, p.y), xytext=(0, 0), textcoords="offset points", **look)
         label.set_in_layout(False)
         size = label.get_window_extent(renderer)
-        w, h, best = size.width, size.height, None
-        for radius in (8, 14, 22, 32, 44, 58):
-            for angle in (0, 180, 45, 135, -45, -135, 90, -90):
-                dx, dy = (
-                    radius * px * math.cos(math.radians(angle)),
-                    radius * px * math.sin(math.radians(angle)),
-                )
-                # the box touches the circle with the side or corner that faces the point
-                left = x + dx - (0 if abs(angle) < 90 else w if abs(angle) > 90 else w / 2)
-                bottom = y + dy - (0 if 0 < angle < 180 else h if angle < 0 else h / 2)
-                box = Bbox.from_bounds(left, bottom, w, h)
-                covered = sum(_overlap(box, other) for other in taken) + (
-                    w * h - _overlap(box, frame)
-                )
-                cost = covered * 100 + radius
-                if best is None or cost < best[0]:
-                    best = (cost, box, radius)
-        _, box, radius = best
+        cost = lambda at: 100 * _covered(at[1], taken, frame) + at[0]
+        radius, box = min(_places(x, y, size.width, size.height, px), key=cost)
         label.set_position(((box.x0 - x) / px, (box.y0 - y) / px))
         if radius > 14:  # far away: a thin line says whose name it is
             end = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
-            line = ax.annotate(
-                "",
-                xy=(p.x, p.y),
-                xytext=((end[0] - x) / px, (end[1] - y) / px),
-                textcoords="offset points",
-                arrowprops={
-                    "arrowstyle": "-",
-                    "color": "#888888",
-                    "lw": 0.8,
-                    "shrinkA": 0,
-                    "shrinkB": 4,
-                },
-            )
+            to = ((end[0] - x) / px, (end[1] - y) / px)
+            arrow = {"arrowstyle": "-", "color": "#888888", "lw": 0.8, "shrinkA": 0, "shrinkB": 4}
+            how = {"textcoords": "offset points", "arrowprops": arrow}
+            line = ax.annotate("", (p.x, p.y), xytext=to, **how)
             line.set_in_layout(False)
         taken.append(box)
         boxes.append(box)
     return boxes
 
+# %% ../nbs/01_plotting.ipynb #01f20003
+def _places(x: float, y: float, w: float, h: float, px: float) -> Iterator[tuple[int, Bbox]]:
+    """Boxes of w × h pixels around a point, with their distance, the near ones first."""
+    for radius in (8, 14, 22, 32, 44, 58):
+        for angle in (0, 180, 45, 135, -45, -135, 90, -90):
+            dx = radius * px * math.cos(math.radians(angle))
+            dy = radius * px * math.sin(math.radians(angle))
+            # the box touches the circle with the side or corner that faces the point
+            left = x + dx - (0 if abs(angle) < 90 else w if abs(angle) > 90 else w / 2)
+            bottom = y + dy - (0 if 0 < angle < 180 else h if angle < 0 else h / 2)
+            yield radius, Bbox.from_bounds(left, bottom, w, h)
+
+
+def _covered(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
+    """Area of `box` that covers what is taken, or leaves the frame."""
+    outside = box.width * box.height - _overlap(box, frame)
+    return outside + sum(_overlap(box, other) for other in taken)
+
+
+def _around(a: Sequence[float], b: Sequence[float], dx: float, dy: float) -> Bbox:
+    """The box with the corners a and b, widened."""
+    (x0, x1), (y0, y1) = sorted((a[0], b[0])), sorted((a[1], b[1]))
+    return Bbox.from_extents(x0 - dx, y0 - dy, x1 + dx, y1 + dy)
+
 
 def _overlap(a: Bbox, b: Bbox) -> float:
     """Area that two boxes share."""
-    return max(0.0, min(a.x1, b.x1) - max(a.x0, b.x0)) * max(0.0, min(a.y1, b.y1) - max(a.y0, b.y0))
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(0.0, width) * max(0.0, height)
 
-
+# %% ../nbs/01_plotting.ipynb #01f20004
 def pareto(
     points: Sequence[Point],
     *,
@@ -393,100 +385,65 @@ def pareto(
     logy: bool = False,
     title: str = "",
 ) -> Plot:
-    """Size against quality: every candidate with its interval and its name, the front as a staircase.
+    """Size against quality: every candidate with interval and name, the front as a staircase.
 
-    Points on the front are filled, dominated ones are hollow. The axis labels say which direction is better.
+    Points on the front are filled, dominated ones are hollow. The axis labels say what is better.
     """
     points = [Point(*p) for p in points]
-    require(len(points) > 0, "points", points, "at least one Point")
-    xs, ys = (
-        _numbers("points' x", [p.x for p in points], ndim=1),
-        _numbers("points' y", [p.y for p in points], ndim=1),
-    )
-    for p in points:
-        require(
-            (p.low is None) == (p.high is None),
-            f"interval of {p.name!r}",
-            (p.low, p.high),
-            "both ends or neither",
-        )
-        if p.low is not None:
-            require(
-                p.low <= p.y <= p.high and math.isfinite(p.low) and math.isfinite(p.high),
-                f"interval of {p.name!r}",
-                (p.low, p.high),
-                f"finite ends around {p.y!r}",
-            )
-        for axis, log, value in (("x", logx, p.x), ("y", logy, p.y if p.low is None else p.low)):
-            require(
-                not log or value > 0,
-                f"{axis} of {p.name!r}",
-                value,
-                "more than 0 on a logarithmic axis",
-            )
+    _check_points(points, logx, logy)
+    xs, ys = np.array([(p.x, p.y) for p in points], dtype=float).T
     front = pareto_front(xs, ys, x_better=x_better, y_better=y_better)
     fig, axes = new_figure(alt, size=(7.5, 4.8))
     ax = axes[0, 0]
     with style():
-        ax.plot(
-            xs[front],
-            ys[front],
-            drawstyle="steps-post" if x_better == "lower" else "steps-pre",
-            color="#999999",
-            ls="-",
-            lw=1.5,
-            label="front",
-            zorder=1,
-        )
+        step = "steps-post" if x_better == "lower" else "steps-pre"
+        stair = {"drawstyle": step, "color": "#999999", "ls": "-", "lw": 1.5, "zorder": 1}
+        ax.plot(xs[front], ys[front], label="front", **stair)
         groups = list(dict.fromkeys(p.group for p in points))
-        for g, group in enumerate(groups):
+        for i, p in enumerate(points):
+            g = groups.index(p.group)
             color, marker = LINES[g % len(LINES)], MARKERS[g % len(MARKERS)]
-            members = [i for i, p in enumerate(points) if p.group == group]
-            for i in members:
-                p = points[i]
-                if p.low is not None:
-                    ax.errorbar(
-                        p.x,
-                        p.y,
-                        yerr=[[p.y - p.low], [p.high - p.y]],
-                        color=color,
-                        capsize=3,
-                        lw=1.3,
-                        fmt="none",
-                        zorder=2,
-                    )
-                ax.plot(
-                    p.x,
-                    p.y,
-                    marker=marker,
-                    ms=8,
-                    mec=color,
-                    mfc=color if i in front else "white",
-                    mew=1.6,
-                    ls="none",
-                    zorder=4,
-                )
-            if group:
-                ax.plot([], [], marker=marker, ms=8, mec=color, mfc=color, ls="none", label=group)
-        if logx:
-            ax.set_xscale("log")
-        if logy:
-            ax.set_yscale("log")
-        words = {"lower": "smaller is better", "higher": "larger is better"}
-        ax.set(
-            title=title,
-            xlabel=f"{'← ' * (x_better == 'lower')}{xlabel} ({words[x_better]}){' →' * (x_better == 'higher')}",
-            ylabel=f"{'← ' * (y_better == 'lower')}{ylabel} ({words[y_better]}){' →' * (y_better == 'higher')}",
-        )
+            dot = {"marker": marker, "ms": 8, "mec": color, "mew": 1.6, "ls": "none"}
+            if p.low is not None:
+                whisker = {"color": color, "capsize": 3, "lw": 1.3, "fmt": "none", "zorder": 2}
+                ax.errorbar(p.x, p.y, yerr=[[p.y - p.low], [p.high - p.y]], **whisker)
+            ax.plot(p.x, p.y, mfc=color if i in front else "white", zorder=4, **dot)
+            if p.group and p.group not in [q.group for q in points[:i]]:
+                ax.plot([], [], mfc=color, label=p.group, **dot)
+        ax.set_xscale("log" if logx else "linear")
+        ax.set_yscale("log" if logy else "linear")
+        ax.set(title=title, xlabel=_better(xlabel, x_better), ylabel=_better(ylabel, y_better))
         ax.margins(x=0.12, y=0.12)
         ax.legend(loc="best")
         stairs = [(xs[front[0]], ys[front[0]])]
         for i in front[1:]:
-            # smaller x is better: keep the quality until the next size; larger x is better: take the next one's at once
+            # smaller x is better: keep the quality until the next size; else take its at once
             corner = (xs[i], stairs[-1][1]) if x_better == "lower" else (stairs[-1][0], ys[i])
             stairs += [corner, (xs[i], ys[i])]
         _place_labels(fig, ax, points, stairs)
     return fig
+
+# %% ../nbs/01_plotting.ipynb #01f30001
+def _better(label: str, better: str) -> str:
+    """An axis label with the direction that is better."""
+    smaller, larger = f"← {label} (smaller is better)", f"{label} (larger is better) →"
+    return smaller if better == "lower" else larger
+
+
+def _check_points(points: Sequence[Point], logx: bool, logy: bool) -> None:
+    require(len(points) > 0, "points", points, "at least one Point")
+    _numbers("points' x", [p.x for p in points], ndim=1)
+    _numbers("points' y", [p.y for p in points], ndim=1)
+    for p in points:
+        interval, what = (p.low, p.high), f"interval of {p.name!r}"
+        require((p.low is None) == (p.high is None), what, interval, "both ends or neither")
+        if p.low is not None:
+            ok = p.low <= p.y <= p.high and math.isfinite(p.low) and math.isfinite(p.high)
+            require(ok, what, interval, f"finite ends around {p.y!r}")
+        lowest = p.y if p.low is None else p.low
+        for axis, log, value in (("x", logx, p.x), ("y", logy, lowest)):
+            positive = "more than 0 on a logarithmic axis"
+            require(not log or value > 0, f"{axis} of {p.name!r}", value, positive)
 
 # %% ../nbs/01_plotting.ipynb #985ac4c3
 def intervals(
@@ -499,56 +456,31 @@ def intervals(
     logx: bool = False,
     title: str = "",
 ) -> Plot:
-    """Dot-and-whisker chart: name → (value, low, high), first on top; `reference` is a vertical line to compare with."""
-    require(
-        isinstance(estimates, Mapping) and len(estimates) > 0,
-        "estimates",
-        estimates,
-        "name → (value, low, high), at least one",
-    )
+    """Dot-and-whisker chart, first estimate on top.
+
+    Args:
+        estimates: name → (value, low, high).
+        reference: a vertical line to compare with.
+    """
+    some = isinstance(estimates, Mapping) and len(estimates) > 0
+    require(some, "estimates", estimates, "name → (value, low, high), at least one")
     table = _numbers("estimates", list(estimates.values()), ndim=2)
-    require(
-        table.shape[1] == 3,
-        "estimates",
-        tuple(next(iter(estimates.values()))),
-        "three numbers each: value, low, high",
-    )
-    for name, (value, low, high) in zip(estimates, table):
-        require(
-            low <= value <= high,
-            f"interval of {name!r}",
-            (float(low), float(high)),
-            f"ends around {float(value)!r}",
-        )
-        require(
-            not logx or low > 0,
-            f"low end of {name!r}",
-            float(low),
-            "more than 0 on a logarithmic axis",
-        )
+    first = tuple(next(iter(estimates.values())))
+    require(table.shape[1] == 3, "estimates", first, "three numbers each: value, low, high")
+    for name, (value, low, high) in zip(estimates, table.tolist()):
+        around = low <= value <= high
+        require(around, f"interval of {name!r}", (low, high), f"ends around {value!r}")
+        above = "more than 0 on a logarithmic axis"
+        require(not logx or low > 0, f"low end of {name!r}", low, above)
     fig, axes = new_figure(alt, size=(7, 1.3 + 0.42 * len(table)))
-    ax = axes[0, 0]
+    ax, y = axes[0, 0], np.arange(len(table))[::-1]
+    value, low, high = table.T
     with style():
-        y = np.arange(len(table))[::-1]
-        ax.errorbar(
-            table[:, 0],
-            y,
-            xerr=[table[:, 0] - table[:, 1], table[:, 2] - table[:, 0]],
-            fmt="o",
-            color=LINES[0],
-            capsize=4,
-            lw=1.8,
-            ms=7,
-        )
+        look = {"fmt": "o", "color": LINES[0], "capsize": 4, "lw": 1.8, "ms": 7}
+        ax.errorbar(value, y, xerr=[value - low, high - value], **look)
         if reference is not None:
-            ax.axvline(
-                reference,
-                color="#666666",
-                lw=1.3,
-                ls="--",
-                zorder=1,
-                label=reference_label or f"{reference:g}",
-            )
+            label = reference_label or f"{reference:g}"
+            ax.axvline(reference, color="#666666", lw=1.3, ls="--", zorder=1, label=label)
             ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2)
         ax.set_yticks(y, list(estimates))
         ax.set(xlabel=xlabel, title=title, ylim=(-0.6, len(table) - 0.4))
@@ -559,43 +491,6 @@ def intervals(
     return fig
 
 # %% ../nbs/01_plotting.ipynb #550603e3
-def _draw_matrix(
-    ax: Any,
-    matrix: np.ndarray,
-    rows: Sequence[str] | None,
-    columns: Sequence[str] | None,
-    annotate: bool,
-    **scale: Any,
-) -> Any:
-    """One matrix on one axes, with tick labels and, on request, the numbers in the cells."""
-    image = ax.imshow(matrix, aspect="auto", interpolation="nearest", **scale)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    if rows is not None:
-        ax.set_yticks(range(len(rows)), rows)
-    if columns is not None:
-        long = max(map(len, columns)) > 3
-        ax.set_xticks(
-            range(len(columns)),
-            columns,
-            rotation=45 if long else 0,
-            ha="right" if long else "center",
-            rotation_mode="anchor",
-        )
-    if annotate:
-        for (i, j), value in np.ndenumerate(matrix):
-            ax.text(
-                j,
-                i,
-                f"{value:.3g}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color=text_color(image.cmap(image.norm(value))),
-            )
-    return image
-
-
 def heatmap(
     matrix: Any,
     *,
@@ -609,39 +504,50 @@ def heatmap(
     annotate: bool | None = None,
     title: str = "",
 ) -> Plot:
-    """A matrix (R, C) as colors; with `center`, a two-ended map that is symmetric around it.
+    """A matrix (m, n) as colors; with `center`, a two-ended map that is symmetric around it.
 
     Args:
-        rows, columns: tick labels, R and C of them.
+        rows, columns: tick labels, m and n of them.
         label: what the colors mean, written at the color bar.
         annotate: write the numbers into the cells; by default for at most 100 cells.
     """
     m = _numbers("matrix", matrix, ndim=2)
     for name, labels, n in (("rows", rows, m.shape[0]), ("columns", columns, m.shape[1])):
-        require(
-            labels is None or len(labels) == n,
-            f"number of {name}",
-            None if labels is None else len(labels),
-            f"{n}, as the matrix",
-        )
+        given = n if labels is None else len(labels)
+        require(given == n, f"number of {name}", given, f"{n}, as the matrix")
     scale: dict = {"cmap": "cividis"}
     if center is not None:
         reach = float(np.abs(m - center).max()) or 1.0
         scale = {"cmap": "PuOr", "vmin": center - reach, "vmax": center + reach}
-    fig, axes = new_figure(
-        alt, size=(min(9, 2.6 + 0.62 * m.shape[1]), min(8, 1.6 + 0.42 * m.shape[0]))
-    )
+    size = (min(WIDEST, 2.6 + 0.62 * m.shape[1]), min(8, 1.6 + 0.42 * m.shape[0]))
+    fig, axes = new_figure(alt, size=size)
     ax = axes[0, 0]
     with style():
-        image = _draw_matrix(
-            ax, m, rows, columns, m.size <= 100 if annotate is None else annotate, **scale
-        )
+        numbers = m.size <= 100 if annotate is None else annotate
+        image = _draw_matrix(ax, m, rows, columns, numbers, **scale)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
         fig.colorbar(image, ax=ax, label=label)
         _settle(fig)
     return fig
 
 
+def _draw_matrix(ax, matrix, rows, columns, annotate: bool, **scale: Any) -> Any:
+    """One matrix on one axes, with tick labels and, on request, the numbers in the cells."""
+    image = ax.imshow(matrix, aspect="auto", interpolation="nearest", **scale)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    if rows is not None:
+        ax.set_yticks(range(len(rows)), rows)
+    if columns is not None:
+        turn = {"rotation": 45, "ha": "right"} if max(map(len, columns)) > 3 else {"ha": "center"}
+        ax.set_xticks(range(len(columns)), columns, rotation_mode="anchor", **turn)
+    if annotate:
+        for (i, j), value in np.ndenumerate(matrix):
+            color = text_color(image.cmap(image.norm(value)))
+            ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9, color=color)
+    return image
+
+# %% ../nbs/01_plotting.ipynb #01f30002
 def attention_map(
     weights: Any,
     tokens: Sequence[str] | None = None,
@@ -650,52 +556,37 @@ def attention_map(
     names: Sequence[str] | None = None,
     title: str = "",
 ) -> Plot:
-    """Attention weights (T, T), or (H, T, T) as one panel per head on a common scale; every row sums to 1.
+    """Attention weights (T, T), or (H, T, T) as one panel per head; every row sums to 1.
 
     Args:
         tokens: the T tokens, at both axes.
         names: one title per head; “head 0”, “head 1”, … by default.
     """
-    if hasattr(weights, "detach"):
-        weights = weights.detach().cpu().double().numpy()
+    weights = weights.detach().cpu().double().numpy() if hasattr(weights, "detach") else weights
     w = _numbers("weights", weights, ndim=3 if np.ndim(weights) == 3 else 2)
-    w = w[None] if w.ndim == 2 else w
+    w = w[None] if w.ndim == 2 else w  # (H, T, T)
     heads, queries, keys = w.shape
     require(queries == keys, "shape of weights", w.shape, "(T, T) or (H, T, T)")
     off = np.abs(w.sum(-1) - 1).max()
-    require(
-        off < 1e-2 and w.min() >= 0,
-        "weights",
-        f"rows that are off a sum of 1 by {off:.3g}",
-        "rows of probabilities (apply the softmax over the last axis)",
-    )
-    require(
-        tokens is None or len(tokens) == queries,
-        "number of tokens",
-        None if tokens is None else len(tokens),
-        f"{queries}, as the weights",
-    )
-    require(
-        names is None or len(names) == heads,
-        "number of names",
-        None if names is None else len(names),
-        f"{heads}, one per head",
-    )
+    allowed = "rows of probabilities (apply the softmax over the last axis)"
+    found = f"rows that are off a sum of 1 by {off:.3g}"
+    require(off < 1e-2 and w.min() >= 0, "weights", found, allowed)
+    for what, labels, n in (("tokens", tokens, queries), ("names", names, heads)):
+        given = n if labels is None else len(labels)
+        require(given == n, f"number of {what}", given, f"{n}, as the weights")
     across = min(heads, 3)
-    down = -(-heads // across)
-    side = min(4.2, max(2.4, 0.36 * queries + 1))
-    fig, axes = new_figure(
-        alt, rows=down, columns=across, size=(min(11, side * across + 1.2), side * down + 0.5)
-    )
+    down, side = -(-heads // across), min(4.2, max(2.4, 0.36 * queries + 1))
+    side = min(side, (WIDEST - 1.2) / across)
+    size = (side * across + 1.2, side * down + 0.5)
+    fig, axes = new_figure(alt, rows=down, columns=across, size=size)
     shown = np.ma.masked_equal(w, 0)  # what cannot be seen at all is left white
+    scale = {"cmap": "cividis", "vmin": 0, "vmax": float(w.max())}
     with style():
         for h, ax in enumerate(axes.flat):
             if h >= heads:
                 ax.set_visible(False)
                 continue
-            image = _draw_matrix(
-                ax, shown[h], tokens, tokens, False, cmap="cividis", vmin=0, vmax=float(w.max())
-            )
+            image = _draw_matrix(ax, shown[h], tokens, tokens, False, **scale)
             ax.set_title(names[h] if names is not None else f"head {h}" if heads > 1 else title)
             ax.set_ylabel("query" if h % across == 0 else "")
             ax.set_xlabel("key" if h // across == down - 1 else "")
@@ -709,61 +600,36 @@ def attention_map(
 def save(
     fig: Figure, path: str | Path, *, alt: str | None = None, title: str | None = None
 ) -> Path:
-    """Write the figure as .svg or .png, whole or not at all, with its alternative text inside the file.
+    """Write the figure as .svg or .png, whole or not at all, with its alternative text inside.
 
-    An automatic layout is settled now and stays as it is: what is drawn on the figure later does not move it.
+    An automatic layout is settled now and stays: what is drawn later does not move it.
 
     Args:
         alt: needed only for a figure that was not made by this module.
-        title: a short name for the file; by default the title of the figure, else the first sentence of `alt`.
+        title: a short name for the file; by default the title of the figure, else the first
+            sentence of `alt`.
     """
-    path = Path(path)
-    alt = getattr(fig, "alt", "") if alt is None else alt
-    require(
-        isinstance(alt, str) and bool(alt.strip()),
-        "alt",
-        alt,
-        "one or two sentences that say what one sees",
-    )
+    path, alt = Path(path), getattr(fig, "alt", "") if alt is None else alt
+    _check_alt(alt)
     kind = path.suffix.lower().removeprefix(".")
     require(kind in ("svg", "png"), "path", str(path), "a name that ends in .svg or .png")
     require(path.parent.is_dir(), "folder of path", str(path.parent), "an existing folder")
     alt = " ".join(alt.split())
-    title = (
-        title
-        or next((t for ax in fig.axes if (t := ax.get_title())), "")
-        or alt.split(". ")[0].rstrip(".")
-    )
+    title = title or next((t for ax in fig.axes if (t := ax.get_title())), "")
+    title = title or alt.split(". ")[0].rstrip(".")
+    about = {"Title": title, "Description": alt, "Software": None}
+    if kind == "svg":  # what is left out would differ from one run to the next
+        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     buffer = io.BytesIO()
     with style():
         _settle(fig)
-        if kind == "png":
-            fig.savefig(
-                buffer,
-                format="png",
-                dpi=160,
-                facecolor="white",
-                metadata={"Title": title, "Description": alt, "Software": None},
-            )
-            content = buffer.getvalue()
-        else:
-            fig.savefig(
-                buffer,
-                format="svg",
-                facecolor="white",
-                metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-            )
-            head, tag, rest = buffer.getvalue().decode("utf8").partition("<svg ")
-            inside, close, body = rest.partition(">")
-            words = f"\n <title>{html.escape(title)}</title>\n <desc>{html.escape(alt)}</desc>"
-            content = f'{head}{tag}role="img" aria-label="{html.escape(alt)}" {inside}{close}{words}{body}'.encode()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp keeps the file to ourselves
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        fig.savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=about)
+    content = buffer.getvalue()
+    if kind == "svg":
+        head, tag, rest = content.decode("utf8").partition("<svg ")
+        inside, close, body = rest.partition(">")
+        described = f'role="img" aria-label="{html.escape(alt)}"'
+        words = f"\n <title>{html.escape(title)}</title>\n <desc>{html.escape(alt)}</desc>"
+        content = f"{head}{tag}{described} {inside}{close}{words}{body}"
+    write_atomic(path, content)
     return path
