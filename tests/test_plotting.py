@@ -216,3 +216,30 @@ def test_bad_input_is_one_sentence(wrong, words):
 def test_alt_is_required(draw):
     with pytest.raises(TypeError, match="alt"):
         draw([])
+
+
+# ------------------------------------------------------------------------------------ without color, and at page width
+
+
+@pytest.mark.parametrize("n", [2, 5, 10])
+def test_lines_differ_without_their_color(n):
+    """A black-and-white printer sees dashes: no two of the first five lines share one, nor two of equal color."""
+    fig = p.loss_curves({str(i): curves for i in range(n)}, alt=ALT)
+    looks = [(line.get_color(), str(line.get_linestyle()), line._dash_pattern) for line in fig.axes[0].lines]
+    assert len({str(dash) for _, _, dash in looks[:5]}) == min(n, 5) and len({str(look) for look in looks}) == n
+    with p.style():
+        _, axes = p.new_figure(ALT)
+        lines = [axes[0, 0].plot([0, 1], [i, i])[0] for i in range(n)]
+    assert len({str((line.get_color(), line._dash_pattern)) for line in lines}) == n
+    assert len({str(line._dash_pattern) for line in lines[:5]}) == min(n, 5)
+
+
+def test_letters_are_large_enough_at_page_width():
+    """A page is 820 pixels wide: 9 points are 12 of them."""
+    wide = [p.new_figure(ALT, size=(14, 4))[0], p.heatmap(np.random.rand(4, 30), alt=ALT), MAKE["attention_map"]()]
+    wide.append(p.attention_map(np.tile(np.eye(9), (5, 1, 1)), alt=ALT))
+    for fig in [*wide, *(make() for make in MAKE.values())]:
+        shown = min(1.0, 820 / (96 * fig.get_figwidth()))
+        fig.draw_without_rendering()
+        texts = [t for t in fig.findobj(lambda a: hasattr(a, "get_fontsize")) if t.get_visible() and t.get_text()]
+        assert all(t.get_fontsize() * shown >= 9 for t in texts), min(t.get_fontsize() * shown for t in texts)
