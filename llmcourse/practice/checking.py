@@ -828,16 +828,16 @@ def _show_outcome(outcome: dict, c: Case) -> str:
 
 
 def _argument_names(ex: Exercise, c: Case) -> tuple[str, ...]:
-    """The names of the positional arguments, from the solution's (or the driver's) signature."""
+    """The names of the positional arguments, from the solution's signature, or from the driver's if that names them."""
     try:
-        parameters = [
-            p
-            for p in inspect.signature(c.driver or ex.solution).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
+        parameters = list(inspect.signature(c.driver or ex.solution).parameters.values())
+        skip = 1 if c.driver else 0
+        if c.driver and any(p.kind == p.VAR_POSITIONAL for p in parameters):  # it hands on what the solution gets
+            parameters, skip = list(inspect.signature(ex.solution).parameters.values()), 0
     except (TypeError, ValueError):
         return ()
-    return tuple(p.name for p in parameters[1 if c.driver else 0 :])[: len(c.args)]
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(named[skip:])[: len(c.args)]
 
 
 def judge(ex: Exercise, outcomes: list[dict], seconds: float = 0.0) -> Result:
