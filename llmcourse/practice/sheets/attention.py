@@ -39,6 +39,9 @@ def alone(answer, *args, **kwargs):
     sys.setprofile(watch)
     try:
         result = answer(*args, **kwargs)
+    except ValueError:
+        if not found:
+            raise
     finally:
         sys.setprofile(before)
     if found:
@@ -98,6 +101,9 @@ def no_softmax(answer, *args, **kwargs):
     sys.setprofile(watch)
     try:
         result = answer(*args, **kwargs)
+    except ValueError:
+        if not found:
+            raise
     finally:
         sys.setprofile(before)
     if found:
@@ -116,8 +122,8 @@ def _():
         case("along the columns", torch.tensor([[math.log(3), 1.0], [0.0, 1.0]]), dim=0),
         case("along the middle axis", x, dim=1),
         case("along the middle axis, counted from the end", x, dim=-2),
-        case("large scores", torch.tensor([[1000.0, 999.0, 998.0], [-1000.0, -999.0, -998.0]])),
-        case("one row far below the other", torch.tensor([[500.0, 499.0], [1.0, 0.0]])),
+        case("large scores", torch.tensor([[1000.0, 999.0, 998.0], [-1000.0, -999.0, -998.0]])).tolerance(rtol=1e-3, atol=1e-5),
+        case("one row far below the other", torch.tensor([[500.0, 499.0], [1.0, 0.0]])).tolerance(rtol=1e-3, atol=1e-5),
         case("one score hidden", torch.tensor([[0.0, -inf, 1.0]])),
         case("all scores hidden", torch.tensor([[0.0, 1.0], [-inf, -inf]])),
         case("a hidden column", torch.tensor([[0.0, -inf], [2.0, -inf]]), dim=0),
@@ -252,7 +258,7 @@ def _():
         case("as many queries, keys and columns", r(2, 4, 4), r(2, 4, 4), r(2, 4, 4)),
         case("heads and batch", r(2, 3, 4, 8), r(2, 3, 5, 8), r(2, 3, 5, 2)),
         case("gradient", q, k, v).gradients(0, 1, 2),
-        case("large scores", 200 * q, k, v),
+        case("large scores", 200 * q, k, v).tolerance(rtol=1e-3, atol=1e-5),
         case("double precision", q.double(), k.double(), v.double()),
         case("half precision", q.half(), k.half(), v.half()).tolerance(rtol=5e-3, atol=5e-3),
         case("bfloat16", q.bfloat16(), k.bfloat16(), v.bfloat16()).tolerance(rtol=4e-2, atol=4e-2),
@@ -1614,6 +1620,9 @@ def watched(answer, q, k, v, block):
     try:
         with Watch():
             result = answer(q, k, v, block)
+    except ValueError:
+        if not found:
+            raise
     finally:
         sys.setprofile(before)
     if found:
@@ -1637,10 +1646,10 @@ def _():
         case("one key at a time", q, k, v, 1),
         case("two blocks and a rest", q, k, v, 3),
         case("a rest of one", q, k, v, 7),
-        case("rising scores", 3 * q, k * torch.arange(1.0, 9)[:, None], v, 2),
-        case("falling scores", 3 * q, k * torch.arange(8.0, 0, -1)[:, None], v, 2),
-        case("all scores far below zero", torch.ones(3, 4), low, v, 3),
-        case("large scores", 300 * q, k, v, 2),
+        case("rising scores", 3 * q, k * torch.arange(1.0, 9)[:, None], v, 2).tolerance(rtol=1e-4, atol=1e-5),
+        case("falling scores", 3 * q, k * torch.arange(8.0, 0, -1)[:, None], v, 2).tolerance(rtol=1e-4, atol=1e-5),
+        case("all scores far below zero", torch.ones(3, 4), low, v, 3).tolerance(rtol=1e-3, atol=1e-5),
+        case("large scores", 300 * q, k, v, 2).tolerance(rtol=1e-3, atol=1e-5),
         case("heads and a batch", r(2, 3, 5, 4), r(2, 3, 7, 4), r(2, 3, 7, 6), 2),
         case("gradient", q, k, v, 3).gradients(0, 1, 2),
         case("double precision", q.double(), k.double(), v.double(), 3),

@@ -33,6 +33,9 @@ def alone(answer, *args, **kwargs):
     sys.setprofile(watch)
     try:
         result = answer(*args, **kwargs)
+    except ValueError:
+        if not found:
+            raise
     finally:
         sys.setprofile(before)
     if found:

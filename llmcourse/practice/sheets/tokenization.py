@@ -32,6 +32,9 @@ def alone(answer, *args, **kwargs):
     sys.setprofile(watch)
     try:
         result = answer(*args, **kwargs)
+    except ValueError:
+        if not found:
+            raise
     finally:
         sys.setprofile(before)
     if found:
@@ -87,6 +90,9 @@ def fresh(answer, *args, **kwargs):
     sys.setprofile(watch)
     try:
         result = answer(*args, **kwargs)
+    except ValueError:
+        if not found:
+            raise
     finally:
         sys.setprofile(before)
     if found:
