@@ -110,8 +110,7 @@ def split_qkv_view(x, n_heads):
     if n_heads <= 0 or x.shape[-1] % (3 * n_heads) != 0:
         raise ValueError
     B, T, W = x.size()
-    q, k, v = x.view(B, T, 3, n_heads, W // 3 // n_heads).permute(2, 0, 3, 1, 4) if x.is_contiguous() else x.contiguous().view(
-        B, T, 3, n_heads, W // 3 // n_heads).permute(2, 0, 3, 1, 4)  # fmt: skip
+    q, k, v = x.contiguous().view(B, T, 3, n_heads, W // 3 // n_heads).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
