@@ -28,12 +28,10 @@ from llmcourse.report import print_table, render_report
 from llmcourse.settings import BadInput, Scale, Settings, expanded, load_settings, require
 from llmcourse.store import (
     CATALOG,
-    asset_folder,
     atomic_folder,
     digests,
     held,
     manifest_faults,
-    verify,
     write_atomic,
     write_manifest,
 )
@@ -48,16 +46,12 @@ PROMPT = "The difference between a measurement and an opinion is"
 
 def model_folder(model: str, settings: Settings) -> Path | None:
     """The folder that a model name stands for, checked as far as it can be without loading; None for a hub id."""
-    from llmcourse.modelfolder import check_model_folder
+    from llmcourse.modelfolder import check_model_folder, locate_model
 
     require(bool(model) and model.isprintable(), "model", model, "a name from `llmcourse data`, a folder, or a hub id")
-    if model in CATALOG:
-        folder = verify(model, settings.home)
-    else:
-        folder = expanded("model", model)
-        if not folder.is_dir():
-            return None
-    check_model_folder(folder)
+    folder = locate_model(model, settings)
+    if folder is not None:
+        check_model_folder(folder)
     return folder
 
 
@@ -485,10 +479,9 @@ class _Job:
             write_manifest(folder, job=self.fingerprint)
 
     def _dense_folder(self) -> Path | None:
-        if self.model_name in CATALOG:
-            return asset_folder(self.model_name, self.settings.home)
-        folder = Path(self.model_name).expanduser()
-        return folder if folder.is_dir() else None
+        from llmcourse.modelfolder import locate_model
+
+        return locate_model(self.model_name, self.settings)
 
     def _summary(self, results: dict, speed: dict) -> dict:
         from llmcourse.evaluation import compare_perplexity

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmcourse.modelfolder import check_model_folder, weight_files
+from llmcourse.modelfolder import check_model_folder, locate_model, weight_files
 from llmcourse.settings import BadInput, Settings, load_settings, require, whole
-from llmcourse.store import CATALOG, verify, write_atomic
+from llmcourse.store import write_atomic
 
 if TYPE_CHECKING:
     from llmcourse.model import GPT, GPTConfig
@@ -210,10 +210,9 @@ class LlamaFiles:
         from llmcourse.runtime import Runtime
 
         settings = settings or load_settings()
-        rt = rt or Runtime.auto(settings.device, settings.dtype)
-        models = [a.name for a in CATALOG.values() if a.kind == "models"]
-        folder = verify(str(name), settings.home, digests=False) if str(name) in models else Path(name).expanduser()
-        require(folder.is_dir(), "model", str(name), f"{', '.join(models)}, or a folder")
+        rt = Runtime.of(rt, settings=settings)
+        folder = locate_model(name, settings)
+        require(folder is not None, "model", str(name), "a model of the catalog, or a folder")
         config, stop = read_config(check_model_folder(folder), str(name))
         weights = read_weights(folder, device=rt.device, dtype=rt.dtype)
         if config.tied and "embed.weight" in weights:
