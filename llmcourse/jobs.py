@@ -80,7 +80,7 @@ def _inputs(
     import torch
     import transformers
 
-    from llmcourse.data import data_source
+    from llmcourse.readers import data_source
 
     texts = {name: digests(data_source(name, settings=settings)) for name in {settings.data, calib} - {"python"}}
     return {
