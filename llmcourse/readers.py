@@ -1,7 +1,7 @@
 """Readers of text: the course's own data sets, and files that other people wrote.
 
-Hand-written: this is plumbing, not a lesson. A reader yields plain dictionaries with at least `text`. What cannot be read
-is refused in one sentence with the number of its line.
+Hand-written: this is plumbing, not a lesson. A reader yields plain dictionaries with at least `text`. What cannot be
+read is refused in one sentence with the number of its line.
 """
 
 from __future__ import annotations

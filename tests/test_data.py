@@ -80,7 +80,7 @@ def test_every_kind_of_file_is_read(tmp_path):
 
 
 def test_one_text_file_is_many_documents(tmp_path):
-    """A .txt on its own is cut at blank lines, so that it has a test part and a calibration part; in a folder it is whole."""
+    """A .txt on its own is cut at blank lines, so that each part has some of it; in a folder it is whole."""
     paragraphs = [f"paragraph {i} " + "word " * 30 for i in range(400)]
     path = tmp_path / "my.txt"
     path.write_bytes("\ufeff".encode() + "\n \n".join(paragraphs).encode())
