@@ -33,8 +33,6 @@ def letters(formula: str) -> set[str]:
     formula = re.sub(r"\\(text|mathrm|operatorname|mathbf|mathcal|mathbb|begin|end)\s*\{[^}]*\}", " ", formula)
     names = "alpha|beta|gamma|delta|epsilon|eta|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Sigma|Phi|Theta"
     greek = re.findall(rf"\\(?:var)?({names})(?![a-zA-Z])", formula)
-        r"\\([A-Z]?[a-z]*(?:alpha|beta|gamma|delta|eta|theta|lambda|mu|rho|igma|tau|phi|omega))", formula
-    )
     return set(re.findall(r"[A-Z]", re.sub(r"\\[A-Za-z]+", " ", formula))) | set(greek)
 
 
