@@ -10,7 +10,6 @@ import hashlib
 import json
 import platform
 import shutil
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from llmcourse.llama import check_llama
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.optim import make_optimizer
 from llmcourse.runtime import Runtime
+from llmcourse.schema import parse, read_toml
 from llmcourse.settings import BadInput, Settings, load_settings, one_of, read_text, require, whole
 from llmcourse.store import CATALOG, MANIFEST, atomic_folder, manifest_faults, sha256, write_manifest
 from llmcourse.tokenizer import BPE
@@ -57,6 +57,33 @@ class PretrainRecipe:
 # ---------------------------------------------------------------------------------------------- reading a recipe
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What stands in a recipe file for one scale."""
+
+    name: str
+    data: tuple[str, ...]
+    vocab_size: int
+    model: dict[str, Any]
+    train: dict[str, Any]
+    licence: str
+    limits: str
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        # it becomes a heading of the card: no markup, no control characters
+        named = self.name.isprintable() and 0 < len(self.name.strip()) <= 60 and not set(self.name) & set("<>&`/\\")
+        require(
+            named, "name", self.name, "a text of 1 to 60 characters without control characters, <, >, &, ` and slashes"
+        )
+        require(len(self.data) > 0, "data", [], "a list of names of data sets")
+        require(len(set(self.data)) == len(self.data), "data", list(self.data), "each data set once")
+        for key in ("licence", "limits"):
+            require(bool(getattr(self, key).strip()), key, getattr(self, key), "a text")
+        one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        whole("vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
+
+
 def load_pretrain_recipe(path: str | Path, scale: str) -> PretrainRecipe:
     """Read the part of a recipe file that belongs to a scale (`test`, `cpu` or `gpu`), and check all of it.
 
@@ -65,51 +92,18 @@ def load_pretrain_recipe(path: str | Path, scale: str) -> PretrainRecipe:
             saved at the end.
     """
     path = Path(path)
-    require(path.is_file(), "recipe", str(path), "a .toml file")
-    text = read_text(path, "recipe")
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise BadInput(f"recipe is {str(path)!r}; allowed: TOML ({e}).") from None
+    raw = read_toml(path)
     scales = {k: v for k, v in raw.items() if isinstance(v, dict)}
     for key in scales:
         one_of(f"part of {path.name}", key, SCALES)
     require(scale in scales, "scale", scale, ", ".join(scales) + f", the parts of {path.name}")
-    part = {"dtype": "float32"} | {k: v for k, v in raw.items() if k not in scales} | scales[scale]
-
-    known = ("name", "data", "vocab_size", "model", "train", "dtype", "licence", "limits")
-    for key in part:
-        one_of(f"recipe key in {path.name}", key, known)
-    for key in known:
-        require(key in part, f"recipe key in {path.name}", f"{key} (missing)", ", ".join(known))
-    names = part["data"]
-    listed = isinstance(names, list) and bool(names) and all(isinstance(d, str) for d in names)
-    require(listed, "recipe key 'data'", names, "a list of names of data sets")
-    require(len(set(names)) == len(names), "recipe key 'data'", names, "each data set once")
-    for key in ("model", "train"):
-        require(isinstance(part[key], dict), f"recipe key {key!r}", part[key], "a table")
-    for key in ("name", "licence", "limits"):
-        require(isinstance(part[key], str) and bool(part[key].strip()), f"recipe key {key!r}", part[key], "a text")
-    one_of("dtype", part["dtype"], ("float32", "bfloat16", "float16"))
-    whole("vocab_size", part["vocab_size"], 257)  # 256 bytes and the separator
-
-    config = _build(GPTConfig, part["model"], f"[{scale}.model]", vocab_size=part["vocab_size"])
-    cfg = _build(TrainConfig, part["train"], f"[{scale}.train]")
-    part |= {"data": tuple(names), "model": config, "train": cfg}
-    recipe = PretrainRecipe(**part, text=text, scale=scale)
+    part = parse(_Part, {k: v for k, v in raw.items() if k not in scales} | scales[scale], path.name)
+    config = parse(GPTConfig, part.model, f"[{scale}.model]", given={"vocab_size": part.vocab_size})
+    cfg = parse(TrainConfig, part.train, f"[{scale}.train]")
+    values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)} | {"model": config, "train": cfg}
+    recipe = PretrainRecipe(**values, text=read_text(path, "recipe"), scale=scale)
     check_recipe(recipe)
     return recipe
-
-
-def _build(cls: type, table: dict, where: str, **more: Any) -> Any:
-    """An object of a dataclass from a table, whose keys are named when they are unknown or missing."""
-    fields = [f for f in dataclasses.fields(cls) if f.name not in more]
-    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
-    for name in table:
-        one_of(f"recipe key in {where}", name, [f.name for f in fields])
-    for name in needed:
-        require(name in table, f"recipe key in {where}", f"{name} (missing)", "a table with " + ", ".join(needed))
-    return cls(**table, **more)
 
 
 def check_recipe(recipe: PretrainRecipe) -> None:
