@@ -13,6 +13,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import time
@@ -308,23 +309,22 @@ class _Job:
         from llmcourse.data import load_model
 
         self.model, self.tokenizer, self.card = load_model(self.model_name, rt=self.rt, settings=self.settings)
-        kind = type(self.model).__name__
-        causal = kind == "GPT" or kind.endswith(("ForCausalLM", "LMHeadModel"))
-        require(causal, f"model {self.model_name!r}", kind, "a causal language model: a job measures perplexity")
         for name, tensor in self.model.named_parameters():
             require(bool(torch.isfinite(tensor).all()), f"weights of {name}", "NaN or infinite", "finite weights")
-        limit = positions(self.model.config) if hasattr(self.model.config, "to_dict") else None
+        scale, limit = self.settings.scale, positions(self.model.config)
+        require(limit is None or scale.context <= limit, "context", scale.context, f"at most {limit}, its positions")
+        self.left, wanted = {}, {"test": scale.eval_tokens}
         for name, passes in self.arms.items():
             try:
-                check_passes(self.model, passes)
+                self.left[name] = check_passes(self.model, passes).left
+                for p in passes:
+                    length = getattr(p, "seq_len", 0) if p.needs else 0
+                    require(limit is None or length <= limit, "seq_len", length, f"at most {limit}, its positions")
             except BadInput as e:
                 raise BadInput(f"arm {name!r}: {e}") from e
-        scale = self.settings.scale
-        require(
-            limit is None or scale.context <= limit, "context", scale.context, f"at most {limit}, the model's positions"
-        )
-        needed = {p.needs.get("calib", 0) for passes in self.arms.values() for p in passes}
-        self.data = job_data(self.tokenizer, self.settings, calib, scale.eval_tokens, max(needed, default=0))
+            for part, n in ((part, n) for p in passes for part, n in p.needs.items()):
+                wanted[part] = max(n, wanted.get(part, 0))
+        self.data = job_data(self.tokenizer, self.settings, calib, wanted)
 
     def _evaluate(self, model, folder: Path | None, packed=None) -> dict:
         """Perplexity of `model`, and the passport of the form it is stored in (`packed`, or the model itself)."""
@@ -369,26 +369,35 @@ class _Job:
             return None
 
     def _compress_arm(self, arm: Arm, work: Path) -> dict:
+        """The student in a folder of its own. Finished blocks are kept, so that a run that is cut off goes on there."""
         from llmcourse.compression import compress
-        from llmcourse.packed import save_packed
+        from llmcourse.packed import save_student
 
-        student, reports = compress(self.model, self.arms[arm.name], self.data, self.rt)
+        blocks = work / f"{arm.slug}-blocks"
+        student, reports = compress(self.model, self.arms[arm.name], self.data, self.rt, checkpoint=blocks)
         with atomic_folder(work / arm.slug, replace=True) as folder:
-            save_packed(student, self.tokenizer, folder)
-        return {"reports": [str(r) for r in reports], "layers": [asdict(layer) for r in reports for layer in r.layers]}
+            save_student(student, self.tokenizer, folder)
+        shutil.rmtree(blocks, ignore_errors=True)
+        layers = {layer.name: layer for r in reports for layer in r.layers}
+        return {
+            "reports": [str(r) for r in reports],
+            "layers": [asdict(layer) for r in reports for layer in r.layers],
+            "treated": sum(math.prod(layer.shape) for layer in layers.values()),
+            "left": {k: v for k, v in self.left[arm.name].items() if "embedding" not in layers or "embed" not in k},
+        }
 
     def _evaluate_arm(self, arm: Arm, work: Path) -> dict:
         """Measured on the model that is loaded back from its folder: what is judged is what was stored."""
-        from llmcourse.packed import dequantize_model, load_packed
+        from llmcourse.packed import dequantize_model
 
-        packed, _ = load_packed(work / arm.slug, dtype=self.rt.dtype)
+        packed = self._load_arm(arm, work)
         dense = dequantize_model(packed, dtype=self.rt.dtype)  # the same weights, without unpacking them at every step
         return self._evaluate(self.rt.move(dense), work / arm.slug, self.rt.move(packed))
 
     def _load_arm(self, arm: Arm, work: Path):
-        from llmcourse.packed import load_packed
+        from llmcourse.packed import load_student
 
-        return load_packed(work / arm.slug, dtype=self.rt.dtype)[0]
+        return load_student(work / arm.slug, dtype=self.rt.dtype).model
 
     def _speed(self, arm: Arm, work: Path) -> dict:
         """Reading a prompt and writing a token: the delivered model beside the dense one, in turn.
@@ -507,6 +516,8 @@ class _Job:
                     "smaller_than_bfloat16": 2 * parameters / disk if disk else None,
                     "writes": r["writes"],
                     "reports": r.get("made", {}).get("reports", []),
+                    "treated": r.get("made", {}).get("treated", 0) / parameters,
+                    "left": r.get("made", {}).get("left", {}),
                     "seconds": r["seconds"] + r.get("made", {}).get("seconds", 0),
                 }
             )
@@ -555,29 +566,24 @@ class _Job:
         return (folder / "pareto.svg").read_text(encoding="utf8")
 
 
-def job_data(tokenizer, settings: Settings, calib: str, test_tokens: int, calib_tokens: int):
-    """The test stream of the settings' data, and the calibration stream of the same data or of a text of its own."""
+def job_data(tokenizer, settings: Settings, calib: str, wanted: dict[str, int]):
+    """The streams of the settings' data, `wanted` tokens of each part; calibration from a text of its own if asked.
+
+    A calibration text is used as a whole, but for documents that are in the test part.
+    """
     from llmcourse.data import document_hash, encode, load_records, token_data
 
-    require(
-        getattr(tokenizer, "is_fast", True),
-        "tokenizer",
-        type(tokenizer).__name__,
-        "a fast tokenizer (it knows offsets)",
-    )
-    wanted = {"test": test_tokens} | ({"calib": calib_tokens} if calib == settings.data else {})
-    data = token_data(tokenizer, settings.data, settings=settings, limits=wanted)
-    if calib == settings.data:
+    fast = getattr(tokenizer, "is_fast", True)
+    require(fast, "tokenizer", type(tokenizer).__name__, "a fast tokenizer (it knows where in the text a token lies)")
+    own, n = calib != settings.data, wanted.get("calib", 0)
+    limits = {part: size for part, size in wanted.items() if not (own and part == "calib")}
+    data = token_data(tokenizer, settings.data, settings=settings, limits=limits)
+    if not own:
         return data
     tested = {document_hash(r["text"]) for r in load_records(settings.data, "test", settings=settings)}
     texts = [r["text"] for r in load_records(calib, settings=settings) if document_hash(r["text"]) not in tested]
-    ids, sizes = encode(tokenizer, texts, limit=calib_tokens)
-    require(
-        len(ids) >= calib_tokens,
-        "calib",
-        calib,
-        f"text of at least {calib_tokens} tokens outside the test part; it has {len(ids)}",
-    )
+    ids, sizes = encode(tokenizer, texts if n else [], limit=n)
+    require(len(ids) >= n, "calib", calib, f"text of at least {n} tokens outside the test part; it has {len(ids)}")
     return replace(data, calib=ids, bytes=data.bytes | {"calib": sizes})
 
 

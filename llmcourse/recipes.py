@@ -9,22 +9,28 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llmcourse.schema import parse, read_toml
-from llmcourse.settings import BadInput, Settings, course_root, one_of, require, whole
+from llmcourse.settings import BadInput, Settings, course_root, one_of, require
 
 __all__ = ["Arm", "Recipe", "find_recipe", "load_recipe"]
 
 DENSE = "dense"
-# method in a recipe -> (module, class). Named as text, so that reading a recipe needs no torch.
-METHODS = {
-    "rtn": ("llmcourse.quantization", "RTN"),
-    "gptq": ("llmcourse.quantization", "GPTQ"),
-    "rtn-embedding": ("llmcourse.quantization", "EmbeddingRTN"),
-    "noise": ("llmcourse.compression", "Noise"),
-}
+# the modules whose classes register passes, in the order of the chapters; one that is not there yet is left out
+MODULES = ("compression", "pruning", "distillation", "quantization")
+
+
+def methods() -> dict[str, type]:
+    """Name in a recipe → class of the pass: what the course, and a program around it, have registered."""
+    for name in MODULES:
+        if find_spec(f"llmcourse.{name}"):
+            import_module(f"llmcourse.{name}")
+    from llmcourse.compression import Pass
+
+    return {name: cls for name, cls in Pass.registry.items() if name}
 
 
 def _title(what: str, text: str, longest: int) -> None:
@@ -46,7 +52,8 @@ class Arm:
         require(letters and self.slug != f"arm-{DENSE}", "name", self.name, f"a text with a letter, not {DENSE!r}")
         require(len(self.passes) > 0, "passes", [], 'one or more tables like {method = "gptq", bits = 4}')
         for table in self.passes:
-            one_of("method", table.get("method"), METHODS)
+            method = table.get("method")
+            require(isinstance(method, str), "method", method, 'the name of a method, such as "gptq"')
 
     @property
     def slug(self) -> str:
@@ -62,23 +69,16 @@ class Arm:
         return [self._build(dict(table), settings, layers) for table in self.passes]
 
     def _build(self, table: dict[str, Any], settings: Settings, layers: str | None) -> Any:
-        module, name = METHODS[table.pop("method")]
-        cls = getattr(import_module(module), name)
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        known, where = methods(), f"arm {self.name!r}"
+        cls = known[one_of(f"method in {where}", table.pop("method"), known)]
         defaults = {
             "n_calib": settings.scale.calib_sequences,
             "seq_len": settings.scale.calib_length,
             "seed": settings.seed,
             "layers": layers,
         }
-        # what is no number or text cannot be written in a recipe
-        code = {n: f.default for n, f in fields.items() if callable(f.default)}
-        defaults = {k: v for k, v in defaults.items() if k in fields and v is not None}
-        where = f"arm {self.name!r}"
-        made = parse(cls, defaults | table, where, given=code)
-        for key, low in (("n_calib", 1), ("seq_len", 1), ("seed", 0)):
-            whole(f"{key} in {where}", getattr(made, key, low), low, 2**63 - 1)
-        return made
+        fields = {f.name for f in dataclasses.fields(cls)}
+        return parse(cls, {k: v for k, v in defaults.items() if k in fields and v is not None} | table, where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,12 @@ def print_table(job: dict) -> None:
     width = None if sys.stdout.isatty() else 120
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)  # names are only names
     console.print(table)
+    for r in job["rows"]:
+        if r["name"] == job["deliver"]:
+            left = ", ".join(f"{name} ({why})" for name, why in r["left"].items())
+            console.print(
+                f"{r['name']}: {r['treated']:.1%} of the parameters treated" + (f"; left: {left}" if left else "")
+            )
     for p in job["pairs"]:
         verdict = "is better" if p["high"] < 1 else "is worse" if p["low"] > 1 else "cannot be told from the other"
         console.print(

@@ -353,7 +353,10 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
         if callable(content):
             content(Path(name))
         else:
-            Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+            with open(name, "wb") as f:
+                f.write(content.encode() if isinstance(content, str) else content)
+                f.flush()
+                os.fsync(f.fileno())  # on the disk before the name is: a power cut leaves no empty file
         os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
     except BaseException:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from conftest import ROOT, SMALL, clean_env
 from safetensors.torch import load_file, save_file
 
+from llmcourse.compression import LayerPass, LayerUpdate, Pass, Report
 from llmcourse.data import load_model
 from llmcourse.jobs import find_recipe, load_recipe, run_job
 from llmcourse.settings import BadInput
@@ -185,15 +187,15 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that Ctrl-C is ignored
 import llmcourse.packed as q
 from llmcourse.cli import main
-real, calls = q.save_packed, []
-def save_packed(model, tokenizer, folder, **kw):
+real, calls = q.save_student, []
+def save_student(model, tokenizer, folder, **kw):
     calls.append(folder)
     if len(calls) < 2:
         return real(model, tokenizer, folder, **kw)
     (Path(folder) / "packed.safetensors").write_bytes(b"half")
     print("half a file is written", flush=True)
     time.sleep(300)
-q.save_packed = save_packed
+q.save_student = save_student
 main()
 """
 
@@ -242,7 +244,7 @@ def test_a_full_disk_keeps_the_finished_steps(tiny_model, tmp_path, small_settin
 
     out, recipe = tmp_path / "out", load_recipe(find_recipe("w4"))
     calls = []
-    real = q.save_packed
+    real = q.save_student
 
     def full(model, tokenizer, folder, **kw):
         calls.append(folder)
@@ -251,7 +253,7 @@ def test_a_full_disk_keeps_the_finished_steps(tiny_model, tmp_path, small_settin
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(model, tokenizer, folder, **kw)
 
-    monkeypatch.setattr(q, "save_packed", full)
+    monkeypatch.setattr(q, "save_student", full)
     with pytest.raises(BadInput, match="disk is full; finished steps are kept"):
         run_job(str(tiny_model), recipe, out, settings=small_settings, say=QUIET)
     assert not out.exists() and not list((tmp_path / ".out.work").glob("*partial*"))
@@ -404,12 +406,123 @@ def test_calibration_on_a_text_of_its_own_leaves_the_test_part_out(tiny_model, c
     other = tmp_path / "calib.jsonl"
     fresh = [f"fresh text number {i} about nothing at all" for i in range(50)]
     other.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*tested, *fresh]), encoding="utf8")
-    data = job_data(tokenizer, small_settings, str(other), 512, 256)
+    data = job_data(tokenizer, small_settings, str(other), {"test": 512, "calib": 256})
     said = tokenizer.decode(data.calib)
     assert "fresh text" in said and not any(text[:40] in said for text in tested)
-    assert torch.equal(data.test, job_data(tokenizer, small_settings, small_settings.data, 512, 256).test)
+    assert torch.equal(data.test, job_data(tokenizer, small_settings, small_settings.data, {"test": 512}).test)
     with pytest.raises(BadInput, match=r"calib is .*tokens outside the test part"):
-        job_data(tokenizer, small_settings, str(other), 512, 10**6)
+        job_data(tokenizer, small_settings, str(other), {"test": 512, "calib": 10**6})
+
+
+# ------------------------------------------------------------------------------------------- any student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves(LayerPass):
+    """Keeps the larger half of the weights of each row, as a mask."""
+
+    name = "test-halves"
+
+    def solve(self, W, stats, mask):
+        keep = W.abs() >= W.abs().median(1, keepdim=True).values
+        return LayerUpdate(W * keep, keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shorter(Pass):
+    """Drops the last block: another, smaller model."""
+
+    name = "test-shorter"
+    reshapes = True
+
+    def run(self, model, ctx):
+        model.model.layers = model.model.layers[:-1]
+        model.config.num_hidden_layers -= 1
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[:-1]
+        return model, Report(self.name, self.config, (), 0.0)
+
+
+STUDENTS = {
+    "masked": '{ method = "test-halves" }',
+    "masked and packed": '{ method = "test-halves" }, { method = "rtn", bits = 4, group_size = 64 }',
+    "some layers": '{ method = "rtn", bits = 4, group_size = 64, layers = "*.mlp.*" }',
+    "smaller": '{ method = "test-shorter" }',
+    "smaller and packed": '{ method = "test-shorter" }, { method = "gptq", bits = 4, group_size = 64 }',
+    "noise": '{ method = "rounding-noise", bits = 4, group_size = 64 }',
+}
+
+
+def recipe_of(tmp_path: Path, passes: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(GOOD.replace(PASS, passes), encoding="utf8")
+    return path
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_any_student_is_saved_measured_and_loaded_back(tiny_model, corpus, tmp_path, small_settings, kind):
+    from llmcourse.data import token_data
+    from llmcourse.evaluation import perplexity
+
+    recipe = load_recipe(recipe_of(tmp_path, STUDENTS[kind]))
+    job = run_job(str(tiny_model), recipe, tmp_path / "out", settings=small_settings, say=QUIET)
+    model, tokenizer, _ = load_model(tmp_path / "out", settings=small_settings)
+    data = token_data(tokenizer, corpus, limits={"test": 512}, settings=small_settings)
+    row, weights = job["rows"][1], dict(model.named_parameters())
+    again = perplexity(model, data, context=64, stride=48, batch_size=4)
+    assert again.value == pytest.approx(row["perplexity"], rel=1e-4)
+    assert 0 < row["treated"] < 1 or kind == "smaller"
+    if kind.startswith("masked"):
+        layer = model.get_submodule("model.layers.0.mlp.up_proj").weight
+        assert float((layer == 0).float().mean()) >= 0.45
+    if kind.startswith("smaller"):
+        assert model.config.num_hidden_layers == 1 and not any(".layers.1." in name for name in weights)
+    if kind == "some layers":
+        whole = {k for k in weights if "self_attn" in k and k.endswith("weight")}
+        assert len(whole) == 8 and row["treated"] < 0.6
+
+
+def test_layers_of_the_command_line_hold_for_passes_that_name_none(tiny_model, tmp_path, small_settings):
+    passes = PASS + ', { method = "rtn-embedding", bits = 8 }'
+    recipe, out = load_recipe(recipe_of(tmp_path, passes)), tmp_path / "out"
+    job = run_job(str(tiny_model), recipe, out, settings=small_settings, layers="*.mlp.down_proj", say=QUIET)
+    said = " ".join(job["rows"][1]["reports"])
+    assert "layers=*.mlp.down_proj" in said and ": 2 layers" in said and job["rows"][1]["left"]
+    page = (out / "report.html").read_text(encoding="utf8")
+    assert f"{100 * job['rows'][1]['treated']:.2f} % of the dense model" in " ".join(page.split())
+    with pytest.raises(BadInput, match="layers"):
+        other = tmp_path / "other"
+        run_job(str(tiny_model), recipe, other, settings=small_settings, layers="*.nothing.*", say=QUIET)
+
+
+def test_a_pass_that_is_cut_off_goes_on_from_its_finished_blocks(tiny_model, tmp_path, small_settings, monkeypatch):
+    import llmcourse.compression as compression
+
+    recipe = load_recipe(recipe_of(tmp_path, GPTQ))
+    whole = run_job(str(tiny_model), recipe, tmp_path / "whole", settings=small_settings, say=QUIET)
+    real, solved = compression.treat, []
+
+    def stop(method, site, *more):
+        if "layers.1." in site.name or any("layers.1." in name for name in site.layers):
+            raise KeyboardInterrupt
+        return real(method, site, *more)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(compression, "treat", stop)
+        run_job(str(tiny_model), recipe, tmp_path / "cut", settings=small_settings, say=QUIET)
+    assert list((tmp_path / ".cut.work").rglob("block-0000.safetensors"))
+
+    def count(method, site, *more):
+        solved.extend(site.layers)
+        return real(method, site, *more)
+
+    monkeypatch.setattr(compression, "treat", count)
+    again = run_job(str(tiny_model), recipe, tmp_path / "cut", settings=small_settings, say=QUIET)
+    assert solved and all("layers.1." in name for name in solved)  # the first block was not solved again
+    assert [r["perplexity"] for r in again["rows"]] == [r["perplexity"] for r in whole["rows"]]  # to the last bit
+    assert (tmp_path / "cut" / "packed.safetensors").read_bytes() == (
+        tmp_path / "whole" / "packed.safetensors"
+    ).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------- bad input

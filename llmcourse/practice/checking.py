@@ -18,7 +18,6 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from typing import Any
 
 from llmcourse.practice.worker import Other, Rng, TimeLimit, decode, encode, run_call, time_limit, timeout_outcome
 from llmcourse.settings import BadInput, require
+from llmcourse.store import write_atomic
 
 __all__ = [
     "Case",
@@ -1089,15 +1089,7 @@ class Progress:
             entries = self.read()
             yield entries
             text = json.dumps({"version": 1, "exercises": dict(sorted(entries.items()))}, indent=1) + "\n"
-            new = self.path.with_name(f"{self.path.name}.{os.getpid()}.{threading.get_ident()}.new")
-            try:
-                with open(new, "w", encoding="utf8") as f:
-                    f.write(text)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(new, self.path)
-            finally:
-                new.unlink(missing_ok=True)
+            write_atomic(self.path, text)
 
     def record(self, result: Result) -> None:
         """One more attempt; a pass is never taken back, and tries after it do not count."""
