@@ -8,29 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llmcourse import passes
 from llmcourse.schema import parse, read_toml
 from llmcourse.settings import BadInput, Settings, course_root, one_of, require
 
 __all__ = ["Arm", "Recipe", "find_recipe", "load_recipe"]
 
 DENSE = "dense"
-# the modules whose classes register passes, in the order of the chapters; one that is not there yet is left out
-MODULES = ("compression", "pruning", "distillation", "quantization")
-
-
-def methods() -> dict[str, type]:
-    """Name in a recipe → class of the pass: what the course, and a program around it, have registered."""
-    for name in MODULES:
-        if find_spec(f"llmcourse.{name}"):
-            import_module(f"llmcourse.{name}")
-    from llmcourse.compression import Pass
-
-    return {name: cls for name, cls in Pass.registry.items() if name}
 
 
 def _title(what: str, text: str, longest: int) -> None:
@@ -69,7 +56,7 @@ class Arm:
         return [self._build(dict(table), settings, layers) for table in self.passes]
 
     def _build(self, table: dict[str, Any], settings: Settings, layers: str | None) -> Any:
-        known, where = methods(), f"arm {self.name!r}"
+        known, where = passes(), f"arm {self.name!r}"
         cls = known[one_of(f"method in {where}", table.pop("method"), known)]
         defaults = {
             "n_calib": settings.scale.calib_sequences,

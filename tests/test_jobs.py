@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from llmcourse.compression import LayerPass, LayerUpdate, Pass, Report
 from llmcourse.data import load_model
 from llmcourse.jobs import find_recipe, load_recipe, run_job
+from llmcourse.report import render_report
 from llmcourse.settings import BadInput
 
 QUIET = lambda line: None
@@ -125,6 +126,50 @@ def test_the_report_is_one_self_contained_page_with_the_numbers_of_the_job(finis
     for r in job["rows"]:
         assert r["name"] in text and f"{r['perplexity']:.2f}" in text
     assert "context 64" in text and "<title" in html[html.index("<svg") :]  # the figure says in words what it shows
+
+
+def page_text(job: dict) -> str:
+    page = _Page()
+    page.feed(render_report(job, "<svg></svg>"))
+    return " ".join(" ".join(page.text).split())
+
+
+@pytest.mark.parametrize(
+    ("own", "control", "words"),
+    [
+        ((0.5, 0.4, 0.6), (1.0, 0.9, 1.1), "Yes , to write a token"),
+        ((4.0, 3.0, 5.0), (1.0, 0.9, 1.1), "No , to write a token"),
+        ((0.95, 0.93, 0.97), (1.0, 0.9, 1.1), "It cannot be told , to write a token"),  # inside what nothing shows
+        ((1.2, 0.9, 1.5), (1.0, 0.9, 1.1), "It cannot be told , to write a token"),
+        ((1.2, 1.15, 1.25), (1.1, 1.0, 1.3), "It cannot be told , to write a token"),
+    ],
+)
+def test_is_it_faster_is_answered_first_and_with_a_control(finished, own, control, words):
+    job = json.loads(json.dumps(finished[1]))
+    for name, values in ((job["deliver"], own), ("dense, again", control)):
+        job["speed"]["write"][name] |= dict(zip(("ratio", "low", "high"), values))
+    text = page_text(job)
+    answer = text[text.index("Is it faster?") :]
+    assert answer.startswith(f"Is it faster? {words}"), answer[:120]
+    assert f"{control[1]:.2f} to {control[2]:.2f}" in answer
+
+
+def test_the_headline_names_what_the_weights_came_in_and_no_ratio_is_one_over(finished):
+    job = json.loads(json.dumps(finished[1]))
+    chosen = next(r for r in job["rows"] if r["name"] == job["deliver"])
+    assert "package that the weights came in" not in page_text(job)  # this model came in none
+    job["packaged_bytes"] = round(chosen["bytes_disk"] / 0.92)
+    text = page_text(job)
+    assert "against that the file is 8 % smaller" in text and text.index("8 % smaller") < text.index("What was gained")
+    assert not re.search(r"\b1/\d", text) and f"{1 / chosen['smaller_than_bfloat16']:.3f} ×" in text
+
+
+def test_what_other_people_call_their_models_is_text_and_nothing_else(finished):
+    job = json.loads(json.dumps(finished[1]))
+    job["model"] = "<img src=x onerror=alert(1)>"
+    job["rows"][0]["writes"] = job["rows"][2]["writes"] = "<script>alert(1)</script>"
+    html = render_report(job, "<svg></svg>")
+    assert "<img" not in html and "<script" not in html and "&lt;img" in html
 
 
 def test_a_second_call_does_nothing(finished, tiny_model):
