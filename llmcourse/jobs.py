@@ -379,11 +379,17 @@ class _Job:
             save_student(student, self.tokenizer, folder)
         shutil.rmtree(blocks, ignore_errors=True)
         layers = {layer.name: layer for r in reports for layer in r.layers}
+        lefts = [r.coverage.left for r in reports if r.coverage is not None] or [self.left[arm.name]]
         return {
             "reports": [str(r) for r in reports],
             "layers": [asdict(layer) for r in reports for layer in r.layers],
             "treated": sum(math.prod(layer.shape) for layer in layers.values()),
-            "left": {k: v for k, v in self.left[arm.name].items() if "embedding" not in layers or "embed" not in k},
+            # what no pass has treated, and why
+            "left": {
+                name: why
+                for name, why in lefts[0].items()
+                if all(name in left for left in lefts) and not ("embedding" in layers and "embed" in name)
+            },
         }
 
     def _evaluate_arm(self, arm: Arm, work: Path) -> dict:
