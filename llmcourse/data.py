@@ -89,7 +89,7 @@ def load_model(
 def _card(name: str, folder: Path | None) -> ModelCard:
     if name in CATALOG:
         asset = CATALOG[name]
-        return ModelCard(name=name, source="cache", license=asset.licence, note=asset.note)
+        return ModelCard(name=name, source="cache", license=asset.license, note=asset.note)
     if folder is not None:
         return ModelCard(name=folder.name, source="folder", license="as its owner says", note="")
     return ModelCard(name=name, source="hub", license="as its card on the hub says", note="")

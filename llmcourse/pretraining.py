@@ -46,7 +46,7 @@ class PretrainRecipe:
     train: TrainConfig
     dtype: str
     """number format of matrix products: float32, bfloat16, or float16 on a GPU"""
-    licence: str
+    license: str
     limits: str
     """what a reader of the card should know about such texts"""
     text: str
@@ -66,7 +66,7 @@ class _Part:
     vocab_size: int
     model: dict[str, Any]
     train: dict[str, Any]
-    licence: str
+    license: str
     limits: str
     dtype: str = "float32"
 
@@ -78,7 +78,7 @@ class _Part:
         )
         require(len(self.data) > 0, "data", [], "a list of names of data sets")
         require(len(set(self.data)) == len(self.data), "data", list(self.data), "each data set once")
-        for key in ("licence", "limits"):
+        for key in ("license", "limits"):
             require(bool(getattr(self, key).strip()), key, getattr(self, key), "a text")
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         whole("vocab_size", self.vocab_size, 257)  # 256 bytes and the separator
@@ -292,7 +292,7 @@ def _card(
     ratio, cfg = compare_perplexity(counted, own), recipe.train
     epochs = result.targets / max(1, len(data.train))
     sources = [CATALOG[name] for name in recipe.data if name in CATALOG]
-    texts = "; ".join(f"{a.what} ({a.licence}; {a.origin})" for a in sources) or data.name
+    texts = "; ".join(f"{a.what} ({a.license}; {a.origin})" for a in sources) or data.name
     interval = lambda value, low, high, digits: f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
     rows = "\n".join(
         f"| {name} | {interval(p.value, p.low, p.high, 2)} "
@@ -306,7 +306,7 @@ def _card(
     return f"""---
 language: en
 license: other
-license_name: {recipe.licence}
+license_name: {recipe.license}
 library_name: transformers
 ---
 
@@ -321,7 +321,7 @@ llmcourse. Its weights were never quantized: they are the float32 numbers that t
 - **Tokenizer** byte-level BPE of {recipe.vocab_size} tokens, learned from the training part.
 - **Training** {result.steps:,} steps of {cfg.batch_size} × {cfg.seq_len} tokens: {seen}, {where}; {rule}, \
 matrix products in {recipe.dtype}, weights in float32.
-- **License** {recipe.licence}.
+- **License** {recipe.license}.
 
 | on the test part | perplexity (95 %) | bits per byte (95 %) |
 |---|---|---|
@@ -379,13 +379,13 @@ def _write_model(
         card = _card(recipe, data, result, measured, command, rt)
         (partial / "README.md").write_text(card, encoding="utf8")
         save(training_curve(result), partial / "loss.svg")
-        write_card_manifest(partial, recipe.name, recipe.licence)
+        write_card_manifest(partial, recipe.name, recipe.license)
     return target
 
 
-def write_card_manifest(folder: Path, name: str, licence: str) -> None:
+def write_card_manifest(folder: Path, name: str, license: str) -> None:
     """Size and SHA-256 of every file of a model folder that the course made, in the form of the catalog."""
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner only, and a package is read by everybody
-    about = {"requirement": "comes with llmcourse", "licence": licence, "origin": "trained by the course"}
+    about = {"requirement": "comes with llmcourse", "license": license, "origin": "trained by the course"}
     write_manifest(folder, name=name, revision=1, carrier=sha256(folder / "model.safetensors"), **about)

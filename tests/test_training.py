@@ -923,7 +923,7 @@ def test_the_same_training_on_a_gpu(dtype):
 
 RECIPE = """
 data = [{corpus!r}]
-licence = "none"
+license = "none"
 limits = "Made of syllables."
 [test]
 name = "tiny"
@@ -986,7 +986,7 @@ CHANGED = {  # what is replaced in the recipe, by what, and words of the refusal
     "longer than the context": ("seq_len = 32", "seq_len = 64", "seq_len is 64"),
     "another scale": ("[test]", "[cpu]", "scale is 'test'"),
     "unknown scale": ("[test]", "[huge]", "part of r.toml is 'huge'"),
-    "no TOML": ("licence", "= licence", "TOML"),
+    "no TOML": ("license", "= license", "TOML"),
     "a missing key of the training": ("steps = 8, ", "", "steps (missing)"),
     "an unknown table": ("train = {", "extra = {", "key in r.toml is 'extra'"),
     "a missing key of the model": ("d_model = 16, ", "", "d_model (missing)"),
@@ -1000,7 +1000,7 @@ CHANGED = {  # what is replaced in the recipe, by what, and words of the refusal
     "half a layer": ("n_layers = 1", "n_layers = 1.5", "n_layers in [test.model] is 1.5"),
     "a name that is markup": ('name = "', 'name = "<script>', "name is '<script>"),
     "a name that steers": ('name = "', 'name = "\\u001b[31m', "control characters"),
-    "unknown format": ('licence = "none"', 'licence = "none"\ndtype = "int8"', "dtype is 'int8'"),
+    "unknown format": ('license = "none"', 'license = "none"\ndtype = "int8"', "dtype is 'int8'"),
     "no Llama: ffn": ("n_layers = 1", "n_layers = 1, ffn = 'gelu'", "ffn is 'gelu'"),
     "no Llama: norm": ("n_layers = 1", "n_layers = 1, norm = 'layer'", "norm is 'layer'"),
     "no Llama: place of the norm": ("n_layers = 1", "n_layers = 1, norm_position = 'post'", "norm_position is 'post'"),
@@ -1042,7 +1042,7 @@ def test_what_cannot_end_well_is_refused_before_anything_is_written(tmp_path, sm
     assert ("test" in splits) == (count == 30)
     text = RECIPE.format(corpus=str(path))
     if what == "float16 on a CPU":
-        text = text.replace('licence = "none"', 'licence = "none"\ndtype = "float16"')
+        text = text.replace('license = "none"', 'license = "none"\ndtype = "float16"')
     if what == "no compiler":
         monkeypatch.setattr(launch, "has_compiler", lambda device: False)
         text = text.replace("lr = 0.01", "lr = 0.01, compile = true")
