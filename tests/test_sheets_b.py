@@ -1,4 +1,4 @@
-"""Right answers of other kinds pass the sheets 06–08: loops, NumPy, float64 inside, other formulas, optional arguments.
+"""Right answers of other kinds pass the sheets 05–08: loops, NumPy, float64 inside, other formulas, optional arguments.
 
 And the broken code that a statement shows runs, fails, and gets a sentence.
 """
@@ -663,6 +663,441 @@ def mccandlish(b_small, sq_small, b_big, sq_big):
         raise ValueError("equal batch sizes") from None
 
 
+# ------------------------------------------------------------------------------------ objectives
+
+
+@right("objectives.next_token_losses")
+def by_cross_entropy(logits, ids, pad_id):
+    flat = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return flat[ids[:, 1:].flatten().ne(pad_id)]
+
+
+@right("objectives.next_token_losses")
+def by_loop(logits, ids, pad_id, *, reduce=False):
+    losses = [
+        torch.logsumexp(logits[b, i].double(), 0) - logits[b, i, ids[b, i + 1]].double()
+        for b in range(ids.shape[0])
+        for i in range(ids.shape[1] - 1)
+        if ids[b, i + 1].item() != pad_id
+    ]
+    return torch.stack(losses).to(logits.dtype) if losses else logits.new_zeros(0)
+
+
+@right("objectives.mean_counted")
+def sum_over_count(logits, labels):
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+    return total / max(1, int((labels != -100).sum()))
+
+
+@right("objectives.mean_counted")
+def only_kept(logits, labels):
+    kept = labels.ne(-100)
+    if not kept.any():
+        return (logits * 0).sum()
+    rows = logits[kept]
+    return (rows.logsumexp(-1) - rows[torch.arange(len(rows)), labels[kept]]).mean()
+
+
+@right("objectives.mask_for_mlm")
+def mlm_by_index(ids, special, chosen, action, random_ids, mask_id, rate=0.15):
+    target = (chosen < rate).logical_and(special.logical_not())
+    inputs, labels = ids.clone(), torch.full_like(ids, -100)
+    labels[target] = ids[target]
+    masked = target & (action < 0.8)
+    inputs[masked] = mask_id
+    swap = target & ~masked & (action < 0.9)
+    inputs[swap] = random_ids[swap]
+    return inputs, labels
+
+
+@right("objectives.mask_for_mlm")
+def mlm_by_loop(ids, special, chosen, action, random_ids, mask_id, rate=0.15, ignore=-100):
+    inputs, labels = ids.tolist(), (ids * 0 + ignore).tolist()
+    for b in range(len(inputs)):
+        for t, token in enumerate(inputs[b]):
+            if special[b, t] or chosen[b, t] >= rate:
+                continue
+            labels[b][t] = token
+            if action[b, t] < 0.8:
+                inputs[b][t] = mask_id
+            elif action[b, t] < 0.9:
+                inputs[b][t] = int(random_ids[b, t])
+    return torch.tensor(inputs), torch.tensor(labels)
+
+
+@right("objectives.copying")
+def copying_by_parts(rate, vocab_size):
+    kept, random = 0.1, 0.1
+    return kept + random * 1 / vocab_size, 0.8 * rate + 0.1 * rate * (vocab_size - 1) / vocab_size
+
+
+@right("objectives.copying")
+def copying_fraction(rate, vocab_size):
+    from fractions import Fraction
+
+    right = Fraction(1, 10) * (1 + Fraction(1, vocab_size))
+    return float(right), float(1 - right) * rate
+
+
+@right("objectives.choose_words")
+def words_loop(starts, draws, rate):
+    out, on = [], False
+    for i, (s, d) in enumerate(zip(starts.tolist(), draws.tolist())):
+        on = d < rate if i == 0 or s else on
+        out.append(on)
+    return torch.tensor(out)
+
+
+@right("objectives.choose_words")
+def words_cummax(starts, draws, rate):
+    first = torch.where(starts, torch.arange(len(starts)), 0).cummax(0).values
+    return draws[first] < rate
+
+
+@right("objectives.corrupt_spans")
+def spans_backwards(ids, spans, sentinel):
+    inputs, targets, end = list(ids), [sentinel - len(spans)], len(ids)
+    for i in reversed(range(len(spans))):
+        start, length = spans[i]
+        if start < 0 or start + length > end:
+            raise ValueError("span")
+        targets[:0] = [sentinel - i, *ids[start : start + length]]
+        inputs[start : start + length] = [sentinel - i]
+        end = start
+    return inputs, targets
+
+
+@right("objectives.corrupt_spans")
+def spans_by_token(ids, spans, sentinel):
+    owner = [None] * len(ids)
+    for i, (start, length) in enumerate(spans):
+        for at in range(start, start + length):
+            if not 0 <= at < len(ids) or owner[at] is not None:
+                raise ValueError(f"position {at}")
+            owner[at] = i
+    inputs, targets, before = [], [], None
+    for token, i in zip(ids, owner):
+        if i is not None and i != before:
+            inputs.append(sentinel - i)
+            targets.append(sentinel - i)
+        (inputs if i is None else targets).append(token)
+        before = i
+    return inputs, [*targets, sentinel - len(spans)]
+
+
+@right("objectives.noise_plan")
+def plan_half_up(length, density, mean_span):
+    if length <= 1:
+        raise ValueError("length")
+    noise = int(max(1, min(math.floor(length * density + 0.5), length - 1)))
+    spans = int(np.clip(np.round(noise / mean_span), 1, length - noise))
+    return noise, spans, length - noise + spans, noise + spans + 1
+
+
+@right("objectives.noise_plan")
+def plan_sorted(length, density, mean_span):
+    if length < 2:
+        raise ValueError
+    noise = sorted([1, round(density * length), length - 1])[1]
+    kept = length - noise
+    spans = sorted([1, round(noise / mean_span), kept])[1] if kept > 1 else 1
+    return (noise, spans, kept + spans, noise + (spans + 1))
+
+
+@right("objectives.contrastive_losses")
+def by_cosine_similarity(a, b, temperature):
+    scores = F.cosine_similarity(a[:, None], b[None], dim=-1) / temperature
+    return F.cross_entropy(scores, torch.arange(len(a)), reduction="none")
+
+
+@right("objectives.contrastive_losses")
+def by_rows(a, b, temperature, symmetric=False):
+    losses = []
+    for i in range(len(a)):
+        cos = (b @ a[i]) / (b.norm(dim=1) * a[i].norm())
+        losses.append(torch.logsumexp(cos / temperature, 0) - cos[i] / temperature)
+    return torch.stack(losses)
+
+
+@right("objectives.extreme_losses")
+def extremes_measured(n, temperature):
+    x = torch.eye(n, dtype=torch.float64) - 1 / n
+    same = torch.ones(n, 3, dtype=torch.float64)
+    loss = lambda v: by_cosine_similarity(v, v, temperature)[0].item()
+    return loss(same), loss(x)
+
+
+@right("objectives.extreme_losses")
+def extremes_log1p(n, temperature):
+    return math.log(n), math.log1p((n - 1) * math.exp(-n / (n - 1) / temperature))
+
+
+@right("objectives.losses_without_twins")
+def twins_by_where(scores, keys):
+    out = (keys.unsqueeze(1) != keys) | torch.eye(len(keys)).bool()
+    kept = torch.where(out, scores, torch.full_like(scores, -torch.inf))
+    return kept.logsumexp(1) - scores.diag()
+
+
+@right("objectives.losses_without_twins")
+def twins_by_rows(scores, keys):
+    rows = []
+    for i, row in enumerate(scores):
+        keep = [j for j in range(len(row)) if j == i or keys[j] != keys[i]]
+        rows.append(-row[keep].log_softmax(0)[keep.index(i)])
+    return torch.stack(rows)
+
+
+@right("objectives.two_views")
+def views_in_one_batch(encoder, x):
+    was = encoder.training
+    try:
+        both = encoder.train()(torch.cat([x, x]))
+    finally:
+        encoder.train(was)
+    return both[: len(x)], both[len(x) :]
+
+
+@right("objectives.two_views")
+def views_by_part(encoder, x):
+    modes = {m: m.training for m in encoder.modules()}
+    for m in modes:
+        m.training = True
+    try:
+        first = encoder(x)
+        second = encoder(x)
+    except BaseException:
+        raise
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    return first, second
+
+
+@right("objectives.mean_pool")
+def pool_where(hidden, mask):
+    clean = torch.where(mask.bool().unsqueeze(-1), hidden, torch.zeros((), dtype=hidden.dtype))
+    n = mask.sum(1, keepdim=True).clamp(min=1)
+    return (clean.double().sum(1) / n).to(hidden.dtype)
+
+
+@right("objectives.mean_pool")
+def pool_loop(hidden, mask):
+    out = [h[m == 1].mean(0) if m.any() else torch.zeros_like(h[0]) for h, m in zip(hidden, mask)]
+    return torch.stack(out)
+
+
+@right("objectives.mixing_rates")
+def rates_by_logs(sizes, limit, temperature=1.0):
+    if not (temperature > 0):
+        raise ValueError
+    logs = np.log(np.minimum(np.asarray(sizes, dtype=float), limit)) / temperature
+    weights = np.exp(logs - logs.max())
+    return (weights / weights.sum()).tolist()
+
+
+@right("objectives.mixing_rates")
+def rates_math(sizes, limit, temperature=1.0, minimum=0):
+    if temperature <= 0 or math.isnan(temperature):
+        raise ValueError("temperature")
+    cut = [n if n < limit else limit for n in sizes]
+    powered = [math.pow(n / max(cut), 1 / temperature) for n in cut]
+    total = math.fsum(powered)
+    return [p / total for p in powered]
+
+
+@right("objectives.temperature_for")
+def by_bisection_of_logs(sizes, share):
+    if share <= 0 or share * len(sizes) >= 1:
+        raise ValueError("share")
+    x = torch.tensor(sizes, dtype=torch.float64).log()
+    low, high = math.log(1e-3), math.log(1e6)
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        got = (x / math.exp(middle)).softmax(0)[int(x.argmin())].item()
+        low, high = (middle, high) if got < share else (low, middle)
+    return math.exp(low)
+
+
+@right("objectives.temperature_for")
+def by_newton(sizes, share):
+    n, small = len(sizes), min(sizes)
+    if not 0 < share < 1 / n:
+        raise ValueError("share")
+    r = np.log(np.array(sizes, dtype=float) / small)
+    p = 0.0  # f(p) = log Σ exp(p r) is convex and rises: Newton from the right end of a step stays there
+    for _ in range(200):
+        top = (p * r).max()
+        w = np.exp(p * r - top)
+        p -= (top + math.log(w.sum()) + math.log(share)) / (w @ r / w.sum())
+    return float(1 / p)
+
+
+@right("objectives.sees_the_future")
+def by_every_text(model, length, vocab_size):
+    """All texts of up to 3,125 at once, grouped by what stands in front."""
+    import itertools
+
+    texts = torch.tensor(list(itertools.islice(itertools.product(range(vocab_size), repeat=length), 4000)))
+    logits = model(texts)
+    for end in range(1, length):
+        group = (texts[:, :end] * vocab_size ** torch.arange(end)).sum(1)
+        order = group.argsort(stable=True)
+        same = group[order][1:] == group[order][:-1]
+        front = logits[order, :end]
+        if ((front[1:] - front[:-1])[same].abs() > 1e-5).any():
+            return True
+    return False
+
+
+@right("objectives.sees_the_future")
+def by_single_changes(model, length, vocab_size, trials=10, tolerance=1e-5):
+    for seed in range(trials):
+        text = torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+        for j in range(length):
+            for token in range(vocab_size):
+                other = text.clone()
+                other[0, j] = token
+                if not torch.allclose(model(text)[0, :j], model(other)[0, :j], rtol=0, atol=tolerance):
+                    return True
+    return False
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+@right("evaluation.window_faults")
+def faults_by_counts(windows, n, *, verbose=False):
+    counts, blind = np.zeros(n, dtype=int), set()
+    for start, stop, first in windows:
+        counts[first:stop] += 1
+        if first == start and start:
+            blind.add(start)
+    counts[:1] = 1
+    return np.flatnonzero(counts == 0).tolist(), np.flatnonzero(counts > 1).tolist(), sorted(blind)
+
+
+@right("evaluation.window_faults")
+def faults_by_counter(windows, n):
+    from collections import Counter
+
+    seen = Counter(t for _, stop, first in windows for t in range(max(1, first), stop))
+    blind = sorted({s for s, _, f in windows if s == f and s > 0})
+    return sorted(set(range(1, n)) - set(seen)), sorted(t for t in seen if seen[t] >= 2), blind
+
+
+@right("evaluation.corpus_perplexity")
+def perplexity_numpy(losses):
+    flat = np.concatenate([np.asarray(d, dtype=float) for d in losses]) if losses else np.zeros(0)
+    if flat.size == 0:
+        raise ValueError("no targets")
+    with np.errstate(over="ignore"):
+        return float(np.exp(flat.mean()))
+
+
+@right("evaluation.corpus_perplexity")
+def perplexity_running(losses):
+    total = sum(sum(d) for d in losses)
+    n = sum(map(len, losses))
+    if n == 0:
+        raise ValueError
+    return torch.tensor(total / n, dtype=torch.float64).exp().item()
+
+
+@right("evaluation.bits_per_byte")
+def bits_from_nats(ppl, n_tokens, text, encoding="utf-8"):
+    if text == "":
+        raise ValueError("empty")
+    return math.log(ppl) * n_tokens / math.log(2) / len(bytes(text, encoding))
+
+
+@right("evaluation.bits_per_byte")
+def bits_by_characters(ppl, n_tokens, text):
+    size = sum(1 + (ord(c) > 0x7F) + (ord(c) > 0x7FF) + (ord(c) > 0xFFFF) for c in text)
+    if size == 0:
+        raise ValueError
+    return float(np.log2(ppl)) / size * n_tokens
+
+
+@right("evaluation.one_bad_token")
+def bad_by_power(ppl, n, p):
+    if math.isnan(p) or p < 0 or p > 1:
+        raise ValueError("p")
+    return math.inf if p == 0 else p ** (-1 / n) * ppl ** (-1 / n)
+
+
+@right("evaluation.one_bad_token")
+def bad_by_means(ppl, n, p):
+    if not (p >= 0 and p <= 1):
+        raise ValueError("p")
+    with np.errstate(divide="ignore"):
+        return float(np.exp(((n - 1) * np.log(ppl) - np.log(p)) / n) / ppl)
+
+
+@right("evaluation.paired_ratio")
+def paired_numpy(a, b, z=1.96):
+    if a.size() != b.size():
+        raise ValueError("shape")
+    d = b.to(torch.float64).numpy() - a.to(torch.float64).numpy()
+    m, s = d.mean(), d.std(ddof=1) / np.sqrt(d.size)
+    return tuple(float(np.exp(x)) for x in (m, m - z * s, m + z * s))
+
+
+@right("evaluation.paired_ratio")
+def paired_lists(a, b):
+    import statistics
+
+    x, y = a.tolist(), b.tolist()
+    if len(x) != len(y):
+        raise ValueError("length")
+    d = [v - u for u, v in zip(x, y)]
+    ratio, factor = math.exp(statistics.fmean(d)), math.exp(1.96 * statistics.stdev(d) / len(d) ** 0.5)
+    return ratio, ratio / factor, ratio * factor
+
+
+@right("evaluation.document_interval")
+def interval_numpy(sums, counts, draws):
+    index = np.array(draws)
+    values = np.exp(np.array(sums)[index].sum(1) / np.array(counts)[index].sum(1))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@right("evaluation.document_interval")
+def interval_by_hand(sums, counts, draws):
+    values = []
+    for draw in draws:
+        total = n = 0
+        for i in draw:
+            total, n = total + sums[i], n + counts[i]
+        values.append(math.exp(total / n))
+    values.sort()
+
+    def at(q):
+        place = q * (len(values) - 1)
+        k = min(int(place), len(values) - 2)
+        return values[k] + (place - k) * (values[k + 1] - values[k]) if len(values) > 1 else values[0]
+
+    return at(0.025), at(0.975)
+
+
+@right("evaluation.documents_needed")
+def needed_by_trying(ratio, deviation):
+    if not ratio > 0 or ratio == 1 or not deviation >= 0:
+        raise ValueError
+    n = 2
+    while 1.96 * deviation / n**0.5 > abs(math.log(ratio)) / 2:
+        n += 1
+    return n
+
+
+@right("evaluation.documents_needed")
+def needed_numpy(ratio, deviation):
+    if math.isnan(ratio) or math.isnan(deviation) or ratio <= 0 or ratio == 1.0 or deviation < 0:
+        raise ValueError("no effect")
+    return int(max(2, np.ceil((3.92 * deviation / np.log(ratio)) ** 2)))
+
+
 # ------------------------------------------------------------------------------------------ tests
 
 
@@ -689,7 +1124,7 @@ def broken():
     """(exercise, code) of every piece of broken code in the statements of our sheets."""
     import nbformat
 
-    for sheet in ("optimizers", "training", "objectives"):
+    for sheet in ("evaluation", "optimizers", "training", "objectives"):
         ((master),) = (ROOT / "solutions").glob(f"*/{sheet}.ipynb")
         for cell in nbformat.read(master, 4).cells:
             for code, name in BROKEN.findall(cell.source if cell.cell_type == "markdown" else ""):

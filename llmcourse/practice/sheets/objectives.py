@@ -7,6 +7,7 @@ CHAPTER = "08_objectives"
 
 # %% setup
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def next_token_losses(logits: Tensor, ids: Tensor, pad_id: int) -> Tensor:
 # %% checker next_token_losses
 ex = exercise(
     "objectives.next_token_losses",
-    title="The next token",
+    title="The next token, mended",
     minutes=12,
     difficulty=2,
     points=4,
@@ -37,6 +38,10 @@ ex = exercise(
         "The last position predicts nothing that we know, and the first token is nobody's target: cut one off the logits at the end, and one off the ids in front.",
         "log_softmax of `logits[:, :-1]`, gather the entries of `ids[:, 1:]`, change the sign, and keep those whose target is not the padding (a boolean index flattens in the right order).",
     ),
+    equivalent={
+        'losses = -logits[:, :-1].log_softmax(-1).gather(-1, targets[..., None])[..., -1] # (B, T - 1)': 'one column is left; a gather ignores the logits behind its index',
+        'losses = -logits[:, :].log_softmax(-1).gather(-1, targets[..., None])[..., 0] # (B, T - 1)': 'one column is left; a gather ignores the logits behind its index',
+    },
 )
 
 
@@ -52,6 +57,9 @@ def _():
     yield case("padding on the left", logits, torch.tensor([[0, 0, 3, 1], [2, 4, 3, 1]]), 0)
     yield case("another padding token", logits, torch.tensor([[3, 0, 2, 4], [2, 0, 4, 4]]), 4)
     yield case("large logits", 200 * logits, torch.tensor([[3, 1, 2, 4], [2, 0, 4, 1]]), 9)
+    yield case("rows of one token", logits[:, :1], torch.tensor([[3], [2]]), 0)
+    yield case("nothing but padding", logits, torch.tensor([[3, 0, 0, 0], [0, 0, 0, 0]]), 0)
+    yield case("half precision", torch.tensor([[[0.0, 2.0, 1.0], [1.0, 0.0, -1.0]]]).bfloat16(), torch.tensor([[0, 1]]), 2)
     yield case("gradient", logits, torch.tensor([[3, 1, 2, 0], [2, 4, 3, 1]]), 0).gradients(0)
 
 
@@ -116,6 +124,30 @@ def zero_is_padding(logits, ids, pad_id):
     return next_token_losses(logits, ids, 0)
 
 
+@ex.wrong("You rolled the tokens in place of shifting them: the last position of each row is asked for the first token of its row. A position at the end has no target.")
+def rolled(logits, ids, pad_id):
+    targets = ids.roll(-1, dims=1)
+    return _nll(logits, targets)[targets != pad_id]
+
+
+@ex.wrong("The first token of a row is a target in your answer, predicted by the last position of the row. Nothing comes before it.")
+def rolled_the_other_way(logits, ids, pad_id):
+    return _nll(logits.roll(1, dims=1), ids)[ids != pad_id]
+
+
+@ex.wrong("Your result has another dtype than the logits. Go wider inside if you like, and come back at the end.")
+def always_float32(logits, ids, pad_id):
+    return next_token_losses(logits.float(), ids, pad_id)
+
+
+@ex.wrong("This is the code as it was: it rolls in place of shifting, takes the logarithm of a softmax, looks for padding in the wrong token, and keeps what it leaves out as zeros.")
+def as_it_was(logits, ids, pad_id):
+    targets = ids.roll(-1, dims=1)
+    probabilities = logits.softmax(-1)
+    losses = -probabilities.gather(-1, targets[..., None])[..., 0].log()
+    return (losses * (ids != pad_id)).flatten()
+
+
 # %% solution mean_counted
 def mean_counted(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean of -ln p over the labels that are not -100: logits (B, T, V), labels (B, T) -> ()."""
@@ -136,6 +168,9 @@ ex = exercise(
         "−100 is not a column of the logits: give those positions some valid label first, and take their losses out afterwards.",
         "Losses with the labels clamped at 0; 0 where the label is −100; the sum, divided by how many count, but never by less than 1.",
     ),
+    equivalent={
+        'losses = -logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., -1]': 'one column is left',
+    },
 )
 
 
@@ -150,10 +185,13 @@ def _():
     yield case("three in one row, one in the other", logits, torch.tensor([[3, -100, 2, 4], [-100, 1, -100, -100]]))
     yield case("the label 0 counts", logits, torch.tensor([[0, -100, 2, 0], [0, 1, -100, -100]]))
     yield case("nothing counts", logits, torch.full((2, 4), -100)).gradients(0)
+    yield case("one of eight counts", logits, torch.tensor([[-100] * 4, [-100, -100, 4, -100]]))
+    yield case("large logits", 200 * logits, torch.tensor([[3, -100, 2, 4], [-100, 1, -100, 0]]))
+    yield case("half precision", torch.tensor([[[2.0, 0.0, 1.0], [1.0, 0.0, -1.0]]]).bfloat16(), torch.tensor([[0, -100]]))
     yield case("gradient", logits, torch.tensor([[3, -100, 2, 4], [-100, 1, -100, 0]])).gradients(0)
 
 
-@ex.wrong("You divided by the number of all positions. With 15 % of them masked, the loss and its gradient come out about seven times too small, and change with the amount of masking.")
+@ex.wrong("You divided by the number of all positions, as `nll_loss` with the reduction “none” and then `.mean()` do: the loss leaves out −100, the mean does not. With 15 % of them masked, the loss and its gradient come out about seven times too small, and change with the amount of masking.")
 def divided_by_all(logits, labels):
     return mean_counted(logits, labels) * (labels != -100).sum() / labels.numel()
 
@@ -195,9 +233,27 @@ def shifted(logits, labels):
     return mean_counted(logits[:, :-1], labels[:, 1:])
 
 
+@ex.wrong("You took the logarithm of the softmax. Where the logits are far apart a share underflows to 0, and its loss becomes inf: log_softmax never makes the share at all.")
+def log_of_softmax(logits, labels):
+    counts = labels != -100
+    losses = -logits.softmax(-1).log().gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    return losses.masked_fill(~counts, 0.0).sum() / counts.sum().clamp_min(1)
+
+
+@ex.wrong("You returned a row of losses, not their mean.")
+def not_averaged(logits, labels):
+    return _nll(logits, labels.clamp_min(0))[labels != -100]
+
+
 # %% solution mask_for_mlm
 def mask_for_mlm(
-    ids: Tensor, special: Tensor, chosen: Tensor, action: Tensor, random_ids: Tensor, mask_id: int, rate: float = 0.15
+    ids: Tensor,
+    special: Tensor,
+    chosen: Tensor,
+    action: Tensor,
+    random_ids: Tensor,
+    mask_id: int,
+    rate: float = 0.15,
 ) -> tuple[Tensor, Tensor]:
     """BERT's masking with given random numbers: inputs (B, T) and labels (B, T), -100 where nothing is asked."""
     target = (chosen < rate) & ~special
@@ -219,6 +275,9 @@ ex = exercise(
         "Make one boolean tensor for the targets, and two more for the targets that get the mask and those that get a random token.",
         "A target has `chosen < rate` and is not special. Labels: ids where target, −100 elsewhere; inputs: `torch.where` with target and action < 0.8, then with target and 0.8 ≤ action < 0.9.",
     ),
+    equivalent={
+        'inputs = torch.where(target & (action <= 0.8), mask_id, ids)': 'the border is written over by the random token in the next line',
+    },
 )
 
 
@@ -231,6 +290,12 @@ def _():
     yield case("one stays", t([[7, 8]]), no, t([[0.9, 0.1]]), t([[0.1, 0.95]]), t([[3, 4]]), 99)
     yield case("a special token", t([[1, 8]]), t([[True, False]]), t([[0.0, 0.0]]), t([[0.1, 0.1]]), t([[3, 4]]), 99)
     yield case("another rate", t([[5, 6, 7, 8]]), t([[False] * 4]), t([[0.2, 0.1, 0.29, 0.31]]), t([[0.0, 0.82, 0.91, 0.3]]), t([[2, 3, 4, 5]]), 99, rate=0.3)
+    d = lambda *v: torch.tensor([v], dtype=torch.float64)  # in float32, 0.8 and 0.9 are other numbers
+    few = t([[False] * 6])
+    yield case("exactly on the borders", t([[5, 6, 7, 8, 9, 10]]), few, d(0.25, 0.2, 0.2, 0.2, 0.2, 0.2), d(0.1, 0.8, 0.9, 0.79, 0.89, 0.91), t([[20, 21, 22, 23, 24, 25]]), 99, rate=0.25)
+    yield case("the usual rate", t([[5, 6]]), no, d(0.14, 0.16), d(0.1, 0.1), t([[20, 21]]), 99)
+    yield case("a rate of zero", t([[5, 6]]), no, d(0.0, 0.5), d(0.1, 0.85), t([[20, 21]]), 99, rate=0.0)
+    yield case("a rate of one", t([[5, 6]]), no, d(0.0, 0.999), d(0.1, 0.85), t([[20, 21]]), 0, rate=1.0)
     g = torch.Generator().manual_seed(5)
     ids = torch.randint(5, 50, (3, 8), generator=g)
     special = torch.zeros(3, 8, dtype=torch.bool)
@@ -293,6 +358,97 @@ def in_place(ids, special, chosen, action, random_ids, mask_id, rate=0.15):
     return ids, labels
 
 
+@ex.wrong("A number in `chosen` that is exactly the rate counted as below it. “Below” leaves it out: with a rate of 0, a draw of 0 must not choose anything.")
+def border_chosen(ids, special, chosen, action, random_ids, mask_id, rate=0.15):
+    return mask_for_mlm(ids, special, torch.where(chosen == rate, -1.0, chosen), action, random_ids, mask_id, rate)
+
+
+@ex.wrong("Your random tokens are those from 0.9 on, and what lies between 0.8 and 0.9 stays. The shares are right, the order is the other way around: mask, random, keep.")
+def keep_before_random(ids, special, chosen, action, random_ids, mask_id, rate=0.15):
+    action = torch.where(action >= 0.9, 0.85, torch.where(action >= 0.8, 0.95, action))
+    return mask_for_mlm(ids, special, chosen, action, random_ids, mask_id, rate)
+
+
+@ex.wrong("This is the code as it was: it writes into `ids`, chooses special tokens too, makes tokens random that are no targets, and takes the labels from the changed inputs.")
+def as_it_was(ids, special, chosen, action, random_ids, mask_id, rate=0.15):
+    inputs = ids
+    target = chosen < rate
+    inputs[target & (action < 0.8)] = mask_id
+    random = (action >= 0.8) & (action < 0.9)
+    inputs[random] = random_ids[random]
+    labels = torch.where(target, inputs, -100)
+    return inputs, labels
+
+
+# %% solution copying
+def copying(rate: float, vocab_size: int) -> tuple[float, float]:
+    """(share of the targets that copying gets right, share of all positions that are changed)."""
+    right = 0.1 + 0.1 / vocab_size  # kept, and random ones that happen to be the same
+    return right, rate * (1 - right)
+
+
+# %% checker copying
+ex = exercise(
+    "objectives.copying",
+    title="What copying earns",
+    minutes=8,
+    difficulty=2,
+    points=3,
+    hints=(
+        "Three things can happen to a target. In which of them does the model see the right token?",
+        "One tenth of the targets stay. Of the tenth that becomes random, one in vocab_size is the same token as before.",
+        "right = 0.1 + 0.1 / vocab_size; a position is changed when it is a target and copying gets it wrong: rate · (1 − right).",
+    ),
+)
+
+
+@ex.cases
+def _():
+    yield case("a vocabulary of two", 0.15, 2)
+    yield case("a vocabulary of five, a high rate", 0.4, 5)
+    yield case("BERT", 0.15, 30_522)
+    yield case("every token a target", 1.0, 10)
+    yield case("no targets", 0.0, 10)
+
+
+@ex.wrong("The random tokens that happen to be the right one are missing: one in vocab_size. With a small vocabulary (letters, bytes) one sees it.")
+def never_by_chance(rate, vocab_size):
+    return 0.1, rate * 0.9
+
+
+@ex.wrong("You counted all random tokens as right for the copying model. It sees the random token, and that is the right one only once in vocab_size times.")
+def random_are_right(rate, vocab_size):
+    return 0.2, rate * 0.8
+
+
+@ex.wrong("Your first number is a share of all positions. Only the targets are asked about; that is why copying earns so little in this objective.")
+def of_all_positions(rate, vocab_size):
+    right, changed = copying(rate, vocab_size)
+    return 1 - changed, changed
+
+
+@ex.wrong("Your second number is a share of the targets. It is asked for as a share of all positions: times the rate.")
+def of_the_targets(rate, vocab_size):
+    right, changed = copying(rate, vocab_size)
+    return right, 1 - right
+
+
+@ex.wrong("You counted every target as changed. A tenth of them stay as they are, and some random tokens are the same as before.")
+def every_target(rate, vocab_size):
+    return copying(rate, vocab_size)[0], rate
+
+
+@ex.wrong("You counted masked positions only. A random token is a change, too, unless it happens to be the same.")
+def masked_only(rate, vocab_size):
+    return copying(rate, vocab_size)[0], 0.8 * rate
+
+
+@ex.wrong("You multiplied the first number by the rate: that is the share of all positions that are targets and right. The question is which share of the targets.")
+def times_rate(rate, vocab_size):
+    right, changed = copying(rate, vocab_size)
+    return rate * right, changed
+
+
 # %% solution choose_words
 def choose_words(starts: Tensor, draws: Tensor, rate: float) -> Tensor:
     """(T,) bool: the tokens of all words whose first token has a draw below rate."""
@@ -314,6 +470,10 @@ ex = exercise(
         "A running sum over the starts counts the words that have begun. What does it give for the tokens of a cut word in front?",
         "Set the first start to True (in a copy); the running sum minus 1 is the number of the word; the draws at the starts, compared with rate, are one decision per word; look it up for each token.",
     ),
+    equivalent={
+        'word = first.long().cumsum(-1) - 1 # which word each token belongs to': 'one axis; a sum of booleans counts as well',
+        'word = first.cumsum(0) - 1 # which word each token belongs to': 'one axis; a sum of booleans counts as well',
+    },
 )
 
 
@@ -326,6 +486,10 @@ def _():
     yield case("a cut word in front, not chosen", t([False, True, False, True]), t([0.5, 0.05, 0.9, 0.7]), 0.15)
     yield case("every token a word", t([True] * 4), t([0.1, 0.5, 0.2, 0.01]), 0.15)
     yield case("one long word", t([True, False, False, False]), t([0.3, 0.1, 0.1, 0.2]), 0.35)
+    yield case("a draw of exactly the rate", t([True, True, False, True]), torch.tensor([0.25, 0.2, 0.9, 0.3], dtype=torch.float64), 0.25)
+    yield case("a rate of zero", t([True, False]), t([0.0, 0.0]), 0.0)
+    yield case("one token", t([False]), t([0.1]), 0.15)
+    yield case("no start at all", t([False, False, False]), t([0.1, 0.9, 0.9]), 0.15)
     g = torch.Generator().manual_seed(1)
     yield case("a longer text", torch.rand(20, generator=g) < 0.5, torch.rand(20, generator=g), 0.4)
 
@@ -384,8 +548,22 @@ def average_draw(starts, draws, rate):
     return (mean < rate)[word]
 
 
+@ex.wrong("A draw of exactly the rate chose its word. “Below” leaves it out: with a rate of 0 nothing is chosen, whatever is drawn.")
+def border_chosen(starts, draws, rate):
+    return choose_words(starts, torch.where(draws == rate, -1.0, draws), rate)
+
+
+@ex.wrong("You changed `starts`, by setting its first entry to True. Work on a copy: the caller may use it again.")
+def starts_changed(starts, draws, rate):
+    chosen = choose_words(starts, draws, rate)
+    starts[0] = True
+    return chosen
+
+
 # %% solution corrupt_spans
-def corrupt_spans(ids: list[int], spans: list[tuple[int, int]], sentinel: int) -> tuple[list[int], list[int]]:
+def corrupt_spans(
+    ids: list[int], spans: list[tuple[int, int]], sentinel: int
+) -> tuple[list[int], list[int]]:
     """T5's inputs and targets for given spans (start, length); sentinels count down from `sentinel`."""
     inputs, targets, at = [], [], 0
     for i, (start, length) in enumerate(spans):
@@ -412,6 +590,14 @@ ex = exercise(
 )
 
 
+def then_changed(answer, ids, spans, sentinel):
+    """Change the lists that were returned, and look at the text that was given."""
+    inputs, targets = answer(ids, spans, sentinel)
+    inputs.append(-1)
+    targets.append(-1)
+    return ids
+
+
 @ex.cases
 def _():
     yield case("by hand", [1, 2, 3, 4, 5], [(1, 2)], 99)
@@ -419,6 +605,13 @@ def _():
     yield case("a span at the end", [1, 2, 3], [(2, 1)], 50)
     yield case("three spans, two of them touch", [10, 11, 12, 13, 14, 15, 16], [(1, 2), (3, 1), (5, 1)], 31)
     yield case("no span", [1, 2], [], 9)
+    yield case("the whole text", [41, 42, 43], [(0, 3)], 99)
+    yield case("ids of several digits", [120, 7, 3051, 120, 99, 120], [(0, 1), (2, 2), (5, 1)], 32_099)
+    yield case("four spans that touch", [5, 6, 7, 8], [(0, 1), (1, 1), (2, 1), (3, 1)], 99)
+    yield case("the text given, after the result was changed", [1, 2], [], 9).through(then_changed)
+    yield case("a span before the text", [1, 2, 3, 4], [(-1, 2)], 99).raises(ValueError)
+    yield case("a span behind the text", [1, 2, 3, 4], [(4, 1)], 99).raises(ValueError)
+    yield case("the same span twice", [1, 2, 3, 4], [(1, 1), (1, 1)], 99).raises(ValueError)
     yield case("spans that overlap", [1, 2, 3, 4], [(0, 2), (1, 2)], 99).raises(ValueError)
     yield case("a span beyond the text", [1, 2, 3, 4], [(3, 2)], 99).raises(ValueError)
 
@@ -478,6 +671,32 @@ def accepts_everything(ids, spans, sentinel):
     return inputs + ids[at:], targets + [sentinel - len(spans)]
 
 
+@ex.wrong("Spans that only touch were refused. Two sentinels may follow each other; the spans overlap only when they share a token.")
+def touching_refused(ids, spans, sentinel):
+    for (start, length), (following, _) in zip(spans, spans[1:]):
+        if following <= start + length:
+            raise ValueError("spans")
+    return corrupt_spans(ids, spans, sentinel)
+
+
+@ex.wrong("A negative start went through: Python counts it from the end of the list, and the text is cut somewhere else.")
+def negative_start(ids, spans, sentinel):
+    return accepts_everything(ids, spans, sentinel) if any(start < 0 for start, _ in spans) else corrupt_spans(ids, spans, sentinel)
+
+
+@ex.wrong("A span that reaches beyond the text went through; Python's slices do not complain. The targets would promise tokens that do not exist.")
+def beyond_accepted(ids, spans, sentinel):
+    if any(start + length > len(ids) for start, length in spans):
+        return accepts_everything(ids, spans, sentinel)
+    return corrupt_spans(ids, spans, sentinel)
+
+
+@ex.wrong("Where nothing is cut out you returned the caller's own list. Whoever changes the inputs afterwards changes the text.")
+def own_list(ids, spans, sentinel):
+    inputs, targets = corrupt_spans(ids, spans, sentinel)
+    return inputs if spans else ids, targets
+
+
 # %% solution noise_plan
 def noise_plan(length: int, density: float, mean_span: float) -> tuple[int, int, int, int]:
     """(tokens cut out, spans, length of the inputs, length of the targets) of T5's span corruption."""
@@ -512,7 +731,13 @@ def _():
     yield case("spans longer than the noise", 10, 0.2, 9.0)
     yield case("nearly everything", 10, 0.99, 3.0)
     yield case("many short spans", 10, 0.8, 1.0)
+    yield case("mean spans that are no whole number", 31, 0.15, 3.2)
+    yield case("rounded down", 100, 0.123, 2.4)
+    yield case("no noise asked for", 10, 0.0, 3.0)
+    yield case("all of it asked for", 12, 1.0, 3.0)
+    yield case("as many spans as tokens left", 10, 0.5, 1.0)
     yield case("one token", 1, 0.15, 3.0).raises(ValueError)
+    yield case("no tokens", 0, 0.15, 3.0).raises(ValueError)
 
 
 @ex.wrong("You cut off the decimals where the numbers have to be rounded: 1.8 tokens are 2.")
@@ -573,6 +798,27 @@ def targets_as_long_as_text(length, density, mean_span):
     return *noise_plan(length, density, mean_span)[:3], length
 
 
+@ex.wrong("You divided length · density by the mean span before it was rounded. The spans share out the tokens that are really cut out: first round, then divide.")
+def spans_from_unrounded(length, density, mean_span):
+    noise = noise_plan(length, density, mean_span)[0]
+    spans = min(max(round(length * density / mean_span), 1), length - noise)
+    return noise, spans, length - noise + spans, noise + spans + 1
+
+
+@ex.wrong("You rounded up. To the nearest whole number: 12.3 tokens are 12.")
+def rounded_up(length, density, mean_span):
+    if length < 2:
+        raise ValueError("length")
+    noise = min(max(math.ceil(length * density), 1), length - 1)
+    spans = min(max(math.ceil(noise / mean_span), 1), length - noise)
+    return noise, spans, length - noise + spans, noise + spans + 1
+
+
+@ex.wrong("You gave floating-point numbers. All four are counts: Python's `round` gives a whole number, `np.round` and `torch.round` do not.")
+def floats(length, density, mean_span):
+    return tuple(map(float, noise_plan(length, density, mean_span)))
+
+
 # %% solution contrastive_losses
 def contrastive_losses(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     """InfoNCE with in-batch negatives, one loss for each row of a: a and b (N, D) -> (N,)."""
@@ -592,6 +838,13 @@ ex = exercise(
         "Make the table (N, N) of all cosines first. The partners stand on its diagonal; along which axis do the candidates of one row of a stand?",
         "Normalize the rows of both, multiply a by b transposed, divide by the temperature, log_softmax over the last axis, and take the diagonal with the sign changed.",
     ),
+    equivalent={
+        'scores = F.normalize(a, dim=1) @ F.normalize(b, dim=-1).mT / temperature # (N, N): rows of a against rows of b': "two axes: the last one is axis 1, which is also normalize's own",
+        'scores = F.normalize(a, dim=-1) @ F.normalize(b, dim=1).mT / temperature # (N, N): rows of a against rows of b': "two axes: the last one is axis 1, which is also normalize's own",
+        'scores = F.normalize(a) @ F.normalize(b, dim=-1).mT / temperature # (N, N): rows of a against rows of b': "two axes: the last one is axis 1, which is also normalize's own",
+        'scores = F.normalize(a, dim=-1) @ F.normalize(b).mT / temperature # (N, N): rows of a against rows of b': "two axes: the last one is axis 1, which is also normalize's own",
+        'return -scores.log_softmax(1).diagonal()': "two axes: the last one is axis 1, which is also normalize's own",
+    },
 )
 
 
@@ -604,6 +857,8 @@ def _():
     a, b = torch.randn(4, 3, generator=g), torch.randn(4, 3, generator=g)
     yield case("four pairs", a, b, 1.0)
     yield case("a low temperature", a, b, 0.05)
+    yield case("double precision", a.double(), b.double(), 0.2)
+    yield case("vectors of very different length", torch.tensor([[300.0, 1.0], [0.01, 0.02], [-2.0, 1.0]]), torch.tensor([[0.002, 0.001], [5.0, 9.0], [-70.0, 3.0]]), 0.5)
     yield case("a single pair", a[:1], b[:1], 0.5)
     yield case("gradient", a, b, 0.5).gradients(0, 1)
 
@@ -654,6 +909,101 @@ def the_share(a, b, temperature):
     return _scores(a, b, temperature).softmax(-1).diagonal()
 
 
+@ex.wrong("You put all 2N vectors into one softmax, so that row i also has the other rows of a as negatives. That is NT-Xent (SimCLR); InfoNCE here compares row i of a with the rows of b only.")
+def nt_xent(a, b, temperature):
+    both = _scores(a, b, temperature)
+    own = _scores(a, a, temperature).masked_fill(torch.eye(len(a), dtype=torch.bool), -math.inf)
+    return torch.cat([both, own], 1).logsumexp(1) - both.diagonal()
+
+
+@ex.wrong("You averaged both directions, a → b and b → a, as CLIP does. This loss asks for one: row i of a looks for its partner among the rows of b.")
+def both_directions(a, b, temperature):
+    scores = _scores(a, b, temperature)
+    return -(scores.log_softmax(-1).diagonal() + scores.log_softmax(0).diagonal()) / 2
+
+
+@ex.wrong("Only one of the two was brought to length one. The cosine divides by both lengths.")
+def one_side_normalized(a, b, temperature):
+    return -(F.normalize(a, dim=-1) @ b.mT / temperature).log_softmax(-1).diagonal()
+
+
+@ex.wrong("You normalized the columns, not the rows: each number was divided by the length over the batch. A vector is a row.")
+def columns_normalized(a, b, temperature):
+    return -(F.normalize(a, dim=0) @ F.normalize(b, dim=0).mT / temperature).log_softmax(-1).diagonal()
+
+
+# %% solution extreme_losses
+def extreme_losses(n: int, temperature: float) -> tuple[float, float]:
+    """(loss of a collapsed encoder, lowest loss of n pairs) of InfoNCE with in-batch negatives."""
+    cosine = -1 / (n - 1)  # 0 = |sum|² = n + n (n - 1) cosine
+    return math.log(n), math.log(1 + (n - 1) * math.exp((cosine - 1) / temperature))
+
+
+# %% checker extreme_losses
+ex = exercise(
+    "objectives.extreme_losses",
+    title="The loss of two extremes",
+    minutes=12,
+    difficulty=4,
+    points=4,
+    hints=(
+        "In both cases all negatives have the same score. How many of them are there, and how far below the partner's score are they?",
+        "The sum of n unit vectors is zero: 0 = n + n (n − 1) · c, where c is the cosine between two different ones.",
+        "Collapsed: n equal shares, ln n. Best: c = −1/(n − 1), and the loss is ln(1 + (n − 1) · exp((c − 1)/temperature)).",
+    ),
+)
+
+
+@ex.cases
+def _():
+    yield case("by hand", 2, 1.0)
+    yield case("a triangle", 3, 1.0)
+    yield case("a triangle, another temperature", 3, 0.5)
+    yield case("eight pairs", 8, 0.25)
+    yield case("many pairs, a high temperature", 100, 2.0)
+
+
+@ex.wrong("You let all negatives be opposite to their row, cosine −1. That works for two; three vectors cannot all be opposite to each other. Their sum is zero: what does that say about the cosine?")
+def all_opposite(n, temperature):
+    return math.log(n), math.log(1 + (n - 1) * math.exp(-2 / temperature))
+
+
+@ex.wrong("You let the vectors be orthogonal, cosine 0. They can do a little better than that: −1/(n − 1).")
+def orthogonal(n, temperature):
+    return math.log(n), math.log(1 + (n - 1) * math.exp(-1 / temperature))
+
+
+@ex.wrong("A collapsed encoder has a loss of ln n, whatever the temperature: n equal scores give n equal shares.")
+def collapsed_with_temperature(n, temperature):
+    return math.log(n) / temperature, extreme_losses(n, temperature)[1]
+
+
+@ex.wrong("You let the loss of the best encoder go to 0. The negatives keep a share, because no cosine is below −1 and the temperature is not 0.")
+def zero(n, temperature):
+    return math.log(n), 0.0
+
+
+@ex.wrong("You counted n negatives. There are n − 1: one of the n rows is the partner.")
+def n_negatives(n, temperature):
+    c = -1 / (n - 1)
+    return math.log(n + 1), math.log(1 + n * math.exp((c - 1) / temperature))
+
+
+@ex.wrong("The temperature has no effect in your second number. It divides every score, that of the partner too.")
+def temperature_ignored(n, temperature):
+    return extreme_losses(n, 1.0)
+
+
+@ex.wrong("You forgot that the partner has a score as well, 1/temperature: what counts is how far the negatives are below it, (c − 1)/temperature.")
+def partner_at_zero(n, temperature):
+    return math.log(n), math.log(1 + (n - 1) * math.exp(-1 / (n - 1) / temperature))
+
+
+@ex.wrong("You took the cosine −1/n. The sum of the n vectors is 0 = n + n(n − 1) · c: each vector has n − 1 others.")
+def one_over_n(n, temperature):
+    return math.log(n), math.log(1 + (n - 1) * math.exp((-1 / n - 1) / temperature))
+
+
 # %% solution losses_without_twins
 def losses_without_twins(scores: Tensor, keys: Tensor) -> Tensor:
     """Contrastive losses (N,) of a table of scores (N, N); other columns with the row's key are left out."""
@@ -674,6 +1024,9 @@ ex = exercise(
         "`keys[:, None] == keys[None, :]` marks all pairs from the same document, and among them the diagonal, which has to stay.",
         "Take the diagonal out of that mask, fill the marked scores with −inf, log_softmax over the last axis, the diagonal with the sign changed.",
     ),
+    equivalent={
+        'return -scores.masked_fill(twin, -math.inf).log_softmax(1).diagonal()': 'two axes: the last one is axis 1',
+    },
 )
 
 
@@ -685,6 +1038,8 @@ def _():
     scores = 2 * torch.randn(4, 4, generator=g)
     yield case("two and two", scores, torch.tensor([3, 8, 3, 8]))
     yield case("all from one document", scores, torch.tensor([2, 2, 2, 2]))
+    yield case("large and negative keys", scores, torch.tensor([2**40, -7, 2**40 + 1, -7]))
+    yield case("a twin with a much higher score", torch.tensor([[0.0, 90.0, 1.0], [90.0, 0.0, 1.0], [5.0, 1.0, 0.0]]), torch.tensor([4, 4, 5]))
     yield case("low scores", scores - 20, torch.tensor([1, 2, 2, 7]))
     yield case("gradient", scores, torch.tensor([0, 1, 0, 0])).gradients(0)
 
@@ -725,53 +1080,86 @@ def inverted(scores, keys):
     return -scores.masked_fill(keys[:, None] != keys[None, :], -math.inf).log_softmax(-1).diagonal()
 
 
+@ex.wrong("You wrote −inf into the table that you were given. The scores belong to the caller; `masked_fill` makes a copy, `masked_fill_` does not.")
+def in_place(scores, keys):
+    with torch.no_grad():
+        scores.masked_fill_(_twins(keys), -math.inf)
+    return -scores.log_softmax(-1).diagonal()
+
+
+@ex.wrong("You averaged. One loss for each row is wanted.")
+def averaged(scores, keys):
+    return losses_without_twins(scores, keys).mean()
+
+
+@ex.wrong("Your softmax runs down the columns. Row i chooses between the columns of its own row.")
+def down_the_columns(scores, keys):
+    return -scores.masked_fill(_twins(keys), -math.inf).log_softmax(0).diagonal()
+
+
 # %% solution two_views
 def two_views(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Two passes of x through encoder with dropout on; the encoder's mode is left as it was."""
     was = encoder.training
     encoder.train()
-    a, b = encoder(x), encoder(x)
-    encoder.train(was)
-    return a, b
+    try:
+        return encoder(x), encoder(x)
+    finally:
+        encoder.train(was)
 
 
 # %% checker two_views
 ex = exercise(
     "objectives.two_views",
-    title="Two views from one encoder",
+    title="Two views from one encoder, mended",
     minutes=8,
     difficulty=2,
     points=3,
     hints=(
         "When does `nn.Dropout` do anything at all?",
         "`encoder.training` tells the mode, `encoder.train(True)` and `encoder.train(False)` set it. Remember it before you change it.",
-        "Keep `encoder.training`, call `encoder.train()`, call the encoder twice, set the mode that you kept, return both results.",
+        "Keep `encoder.training`, call `encoder.train()`, call the encoder twice inside `try`, and set the mode that you kept in `finally`.",
     ),
 )
 
 
-def what_one_sees(answer, training, n, width):
+def what_one_sees(answer, training, n, width, fails=0):
     """`two_views` on an encoder that hands its input through and drops half of it: facts about the two views."""
     linear = nn.Linear(width, width, bias=False)
     linear.weight.data.copy_(torch.eye(width))
     encoder = nn.Sequential(linear, nn.Dropout(0.5)).train(training)
     sent = []
-    linear.register_forward_hook(lambda module, inputs, output: sent.append(len(output)))
+
+    def watch(module, inputs, output):
+        sent.append(len(output))
+        if len(sent) == fails:
+            raise ZeroDivisionError("this pass failed")
+
+    linear.register_forward_hook(watch)
+    modes = lambda: "training" if all(m.training for m in encoder.modules()) else "evaluation" if not any(m.training for m in encoder.modules()) else "mixed"
+    if fails:
+        try:
+            answer(encoder, torch.ones(n, width))
+        except ZeroDivisionError:
+            return {"the caller hears of it": True, "mode afterwards": modes()}
+        return {"the caller hears of it": False, "mode afterwards": modes()}
     a, b = answer(encoder, torch.ones(n, width))
+    texts, mode = sum(sent), modes()
+    again, _ = answer(encoder, torch.ones(n, width))
 
     def reaches(view):
         return bool(view.requires_grad and torch.autograd.grad(view.sum(), linear.weight, retain_graph=True)[0].any())
 
     return {
         "shapes": [tuple(a.shape), tuple(b.shape)],
-        "texts sent through the encoder": sum(sent),
+        "texts sent through the encoder": texts,
         "dropout in a": bool((a == 0).any()),
         "dropout in b": bool((b == 0).any()),
         "a equals b": bool(torch.equal(a, b)),
+        "a equals a of the next call": bool(torch.equal(a, again)),
         "gradient from a": reaches(a),
         "gradient from b": reaches(b),
-        "all parts in training mode afterwards": all(m.training for m in encoder.modules()),
-        "all parts in evaluation mode afterwards": not any(m.training for m in encoder.modules()),
+        "mode afterwards": mode,
     }
 
 
@@ -780,6 +1168,8 @@ def _():
     yield case("an encoder in evaluation mode", False, 2, 32).through(what_one_sees)
     yield case("an encoder in training mode", True, 2, 32).through(what_one_sees)
     yield case("a single text", False, 1, 64).through(what_one_sees)
+    yield case("the first pass fails", False, 2, 8, fails=1).through(what_one_sees)
+    yield case("a pass fails in training mode", True, 2, 8, fails=1).through(what_one_sees)
 
 
 @ex.wrong("Both views come from one pass: they are the same numbers. Every vector finds its partner at once, at a distance of zero, and the loss says nothing.")
@@ -847,6 +1237,32 @@ def fixed_target(encoder, x):
     return a, b.detach()
 
 
+@ex.wrong("When a pass fails, the encoder stays in training mode: the line that puts it back is never reached. `try … finally` reaches it.")
+def not_after_a_failure(encoder, x):
+    was = encoder.training
+    encoder.train()
+    a, b = encoder(x), encoder(x)
+    encoder.train(was)
+    return a, b
+
+
+@ex.wrong("You seeded the random numbers, so every call gives the same two views. Dropout has to be new at every step; the seed belongs to the run.")
+def seeded(encoder, x):
+    torch.manual_seed(0)
+    return two_views(encoder, x)
+
+
+@ex.wrong("This is the code as it was: it seeds, so that every call gives the same views; the second view carries no gradient; and the encoder is left in evaluation mode, or in training mode when a pass fails.")
+def first_try(encoder, x):
+    encoder.train()
+    torch.manual_seed(0)
+    a = encoder(x)
+    with torch.no_grad():
+        b = encoder(x)
+    encoder.eval()
+    return a, b
+
+
 # %% solution mean_pool
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens: hidden (B, T, D), mask (B, T) -> (B, D)."""
@@ -857,7 +1273,7 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 # %% checker mean_pool
 ex = exercise(
     "objectives.mean_pool",
-    title="One vector for a text",
+    title="One vector for a text, mended",
     minutes=10,
     difficulty=2,
     points=3,
@@ -880,6 +1296,9 @@ def _():
     yield case("padding on the left", hidden, t([[0, 0, 1, 1], [1, 1, 1, 1]]))
     yield case("nan in the padding", t([[[1.0, 2.0], [math.nan, math.inf]]]), t([[1, 0]]))
     yield case("a text without tokens", t([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]), t([[0, 0], [1, 1]]))
+    yield case("nan in the padding, gradient", t([[[1.0, 2.0], [math.nan, math.inf]], [[3.0, 4.0], [5.0, 6.0]]]), t([[1, 0], [1, 1]])).gradients(0)
+    yield case("half precision", t([[[1.0, -2.0], [3.0, 4.0], [9.0, 9.0]]]).bfloat16(), t([[1, 1, 0]]))
+    yield case("float16", t([[[1.0, -2.0], [2.0, 4.0], [9.0, 9.0]]]).half(), t([[1, 0, 1]]))
     yield case("double precision", hidden.double(), t([[1, 1, 0, 0], [1, 1, 1, 0]]))
     yield case("gradient", hidden, t([[1, 1, 1, 0], [0, 1, 1, 0]])).gradients(0)
 
@@ -933,8 +1352,27 @@ def inverted(hidden, mask):
     return mean_pool(hidden, 1 - mask)
 
 
+@ex.wrong("Your result is in float32, whatever the hidden states are: a mask of floats lifts half precision to float32. The dtype of `hidden` is asked for.")
+def always_float32(hidden, mask):
+    return mean_pool(hidden.float(), mask)
+
+
+@ex.wrong("This is the code as it was: it divides by the tokens of the whole batch (by 0 if there are none), lets nan through from the padding, and lifts half precision to float32.")
+def as_it_was(hidden, mask):
+    real = mask[..., None].float()
+    return (hidden * real).sum(1) / mask.sum()
+
+
+@ex.wrong("You took the last real token. That is how vectors are taken from a causal model; a mean was wanted.")
+def last_real(hidden, mask):
+    at = (torch.arange(mask.shape[1]) * mask).argmax(1)
+    return hidden[torch.arange(len(hidden)), at].masked_fill(~mask.bool().any(1, keepdim=True), 0.0)
+
+
 # %% solution mixing_rates
-def mixing_rates(sizes: list[int], limit: int, temperature: float = 1.0) -> list[float]:
+def mixing_rates(
+    sizes: list[int], limit: int, temperature: float = 1.0
+) -> list[float]:
     """T5's examples-proportional mixing: shares proportional to min(size, limit) ** (1 / temperature)."""
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
@@ -965,7 +1403,12 @@ def _():
     yield case("nearly equal", [10, 1000, 100_000], 50_000, temperature=50.0)
     yield case("a temperature below 1", [100, 200], 1000, temperature=0.5)
     yield case("one task", [7], 5, temperature=3.0)
+    yield case("sizes at the limit, and beside it", [599, 600, 601], 600)
+    yield case("odd sizes", [7, 2, 1, 90], 7)
+    yield case("a low temperature", [100, 101, 99], 1000, temperature=0.03125)
     yield case("temperature 0", [100, 200], 1000, temperature=0.0).raises(ValueError)
+    yield case("a negative temperature", [100, 200], 1000, temperature=-1.0).raises(ValueError)
+    yield case("a temperature of nan", [100, 200], 1000, temperature=math.nan).raises(ValueError)
 
 
 def _shares(weights):
@@ -1024,3 +1467,281 @@ def large_left_out(sizes, limit, temperature=1.0):
     _above_zero(temperature)
     kept = [n ** (1 / temperature) if n <= limit else 0.0 for n in sizes]
     return [k / (sum(kept) or 1.0) for k in kept]
+
+
+@ex.wrong("A temperature of nan went through: every comparison with nan is False, also `temperature <= 0`. Ask the question the other way around: not temperature > 0.")
+def nan_accepted(sizes, limit, temperature=1.0):
+    if temperature <= 0:
+        raise ValueError("temperature")
+    return _shares([min(n, limit) ** (1 / temperature) for n in sizes])
+
+
+@ex.wrong("A negative temperature went through. It would give the smallest data set the largest share.")
+def negative_accepted(sizes, limit, temperature=1.0):
+    if temperature == 0 or math.isnan(temperature):
+        raise ValueError("temperature")
+    return _shares([min(n, limit) ** (1 / temperature) for n in sizes])
+
+
+# %% solution temperature_for
+def temperature_for(sizes: list[int], share: float) -> float:
+    """The temperature at which the smallest data set is drawn with this share."""
+    if not 0 < share < 1 / len(sizes):
+        raise ValueError(f"share is {share}; it must be above 0 and below {1 / len(sizes)}")
+    smallest = math.log(min(sizes))
+
+    def gets(power: float) -> float:  # 1 / temperature; the share falls as it grows
+        return 1 / sum(math.exp(min(power * (math.log(n) - smallest), 700)) for n in sizes)
+
+    low, high = 0.0, 1.0
+    while gets(high) > share:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gets(middle) > share else (low, middle)
+    return 2 / (low + high)
+
+
+# %% checker temperature_for
+ex = exercise(
+    "objectives.temperature_for",
+    title="Which temperature?",
+    minutes=15,
+    difficulty=4,
+    points=5,
+    hints=(
+        "As the temperature rises, the share of the smallest data set only ever rises: from nearly 0 towards 1/n. So you can close in on it from both sides.",
+        "Search for the power 1/T rather than for T: with the power 0 all shares are 1/n. Double an upper end until the share is too small, then halve the interval again and again.",
+        "share(power) = 1 / Σ (size / smallest) ** power. low = 0, high = 1, doubled while share(high) > wanted; then a hundred halvings; the answer is 1 over the power. Refuse shares that are not above 0 and below 1/n.",
+    ),
+    equivalent={
+        'return 1 / sum(math.exp(min(power * (math.log(n) - smallest), 701)) for n in sizes)': 'the search ends at the same place, from other ends or with other steps',
+        'return 1 / sum(math.exp(min(power * (math.log(n) - smallest), 699)) for n in sizes)': 'the search ends at the same place, from other ends or with other steps',
+        'low, high = -1.0, 1.0': 'the search ends at the same place, from other ends or with other steps',
+        'low, high = 0.0, 2.0': 'the search ends at the same place, from other ends or with other steps',
+        'while gets(high) >= share:': 'the search ends at the same place, from other ends or with other steps',
+        'high *= 3': 'the search ends at the same place, from other ends or with other steps',
+        'for _ in range(101):': 'the search ends at the same place, from other ends or with other steps',
+        'for _ in range(99):': 'the search ends at the same place, from other ends or with other steps',
+        'low, high = (middle, high) if gets(middle) >= share else (low, middle)': 'the search ends at the same place, from other ends or with other steps',
+    },
+)
+
+
+@ex.cases
+def _():
+    near = dict(rtol=1e-4, atol=0.0)
+    yield case("by hand", [100, 900], 0.25).tolerance(**near)
+    yield case("the natural share", [900, 100], 0.1).tolerance(**near)
+    yield case("a temperature below 1", [300, 100], 0.1).tolerance(**near)
+    yield case("three data sets", [100, 300, 10_000], 0.15).tolerance(**near)
+    yield case("the smallest in the middle", [5000, 70, 1200, 900], 0.05).tolerance(**near)
+    yield case("nearly equal shares", [10, 1000, 100_000], 0.33).tolerance(**near)
+    yield case("two large ones alike", [10, 40, 40], 0.2).tolerance(**near)
+    yield case("an equal share", [100, 900], 0.5).raises(ValueError)
+    yield case("an equal share of four", [1, 2, 3, 4], 0.25).raises(ValueError)
+    yield case("more than an equal share", [100, 300, 900], 0.4).raises(ValueError)
+    yield case("no share", [100, 900], 0.0).raises(ValueError)
+    yield case("a negative share", [100, 900], -0.1).raises(ValueError)
+
+
+def _possible(sizes, share):
+    if not 0 < share < 1 / len(sizes):
+        raise ValueError("share")
+
+
+@ex.wrong("This is 1/T, the power. The temperature is one over it.")
+def the_power(sizes, share):
+    return 1 / temperature_for(sizes, share)
+
+
+@ex.wrong("Your answer is for the first data set of the list. The question is about the smallest, wherever it stands.")
+def the_first(sizes, share):
+    _possible(sizes, share)
+    if sizes[0] == min(sizes):
+        return temperature_for(sizes, share)
+    return 1.0
+
+
+@ex.wrong("You used the formula for two data sets, the smallest against all others together. With three or more each of the others is raised to the power for itself.")
+def two_only(sizes, share):
+    _possible(sizes, share)
+    small = min(sizes)
+    return math.log((sum(sizes) - small) / small) / math.log((1 - share) / share)
+
+
+@ex.wrong("A share that no temperature gives went through. The smallest data set always gets less than an equal share, 1/n, however high the temperature, and always more than nothing.")
+def everything_accepted(sizes, share):
+    try:
+        return temperature_for(sizes, share)
+    except ValueError:
+        return 1e6 if share > 0 else 1e-6
+
+
+@ex.wrong("An equal share was accepted. It is the limit of ever higher temperatures, and no temperature reaches it.")
+def equal_accepted(sizes, share):
+    return 1e9 if share == 1 / len(sizes) else temperature_for(sizes, share)
+
+
+@ex.wrong("You searched among temperatures of 1 and more only. Below 1 the large data sets get even stronger, and the smallest gets less than its natural share.")
+def never_below_one(sizes, share):
+    return max(1.0, temperature_for(sizes, share))
+
+
+@ex.wrong("You took the natural share to the power 1/T and stopped there. The shares are divided by their sum again, so the temperature that you found gives another share.")
+def not_normalized(sizes, share):
+    _possible(sizes, share)
+    return math.log(min(sizes) / sum(sizes)) / math.log(share)
+
+
+# %% solution sees_the_future
+def sees_the_future(model: Callable[[Tensor], Tensor], length: int, vocab_size: int) -> bool:
+    """Whether some logit depends on a token that comes later."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        ids = torch.randint(vocab_size, (1, length), generator=generator)
+        for changed in range(1, length):
+            variants = ids.repeat(vocab_size, 1)
+            variants[:, changed] = torch.arange(vocab_size)
+            before = model(variants)[:, :changed]  # what stands in front must not notice
+            if (before - before[:1]).abs().max() > 1e-5:
+                return True
+    return False
+
+
+# %% checker sees_the_future
+ex = exercise(
+    "objectives.sees_the_future",
+    title="Does it see the future?",
+    minutes=15,
+    difficulty=3,
+    points=5,
+    hints=(
+        "Change one token, and compare the logits before and after the change. At which positions may they differ?",
+        "A change at position j may be seen at j and later, never before j. Try every j, and every token there: some leaks show for one of them only.",
+        "For each position j from 1 on: a batch of copies of one text, with every token of the vocabulary at j; if the logits at positions before j differ by more than 1e-5 between the copies, it leaks. Repeat for a few texts.",
+    ),
+    equivalent={
+        'generator = torch.Generator().manual_seed(1)': 'other texts, or a tolerance between rounding and the smallest leak',
+        'generator = torch.Generator().manual_seed(-1)': 'other texts, or a tolerance between rounding and the smallest leak',
+        'generator = torch.Generator()': 'other texts, or a tolerance between rounding and the smallest leak',
+        'for _ in range(21):': 'other texts, or a tolerance between rounding and the smallest leak',
+        'for _ in range(19):': 'other texts, or a tolerance between rounding and the smallest leak',
+        'ids = torch.randint(vocab_size, (1, length))': 'other texts, or a tolerance between rounding and the smallest leak',
+        'if (before - before[:1]).abs().max() >= 1e-5:': 'other texts, or a tolerance between rounding and the smallest leak',
+        'if (before - before[:1]).abs().max() > 2e-05:': 'other texts, or a tolerance between rounding and the smallest leak',
+    },
+)
+
+
+def found(answer, kinds, length, vocab):
+    """The answer for models of these kinds."""
+    table = torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(1))
+
+    def model_of(kind):
+        def model(ids):
+            x = table[ids]  # (B, T, V)
+            past = x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
+            out = past + x
+            if kind == "sees everything":
+                return out + x.mean(1, keepdim=True)
+            if kind == "large numbers":
+                return 1000 * out
+            if kind == "only its own token":
+                return x
+            if kind == "the next token":
+                out[:, :-1] += x[:, 1:]
+            elif kind == "the next token, a little":
+                out[:, :-1] += 0.001 * torch.sign(x[:, 1:])
+            elif kind == "the first position sees the last":
+                out[:, 0] += x[:, -1]
+            elif kind == "the last but one sees the last":
+                out[:, -2] += x[:, -1]
+            elif kind == "the first sees the second":
+                out[:, 0] += x[:, 1]
+            elif kind == "one token":
+                later = (ids == 3).flip(1).cumsum(1).flip(1) - (ids == 3).long()
+                out += 0.5 * later.clamp(max=1)[..., None]
+            elif kind == "rounding":
+                out += 1e-7 * x.mean(1, keepdim=True)
+            elif kind == "one logit":
+                out[:, :-1, -1] += ids[:, 1:].float()
+            return out
+
+        return model
+
+    return [answer(model_of(kind), length, vocab) for kind in kinds]
+
+
+@ex.cases
+def _():
+    yield case("an honest model", ["looks back"], 4, 5).through(found)
+    yield case("one that looks both ways", ["sees everything"], 4, 5).through(found)
+    yield case("honest ones of other kinds", ["only its own token", "large numbers"], 5, 4).through(found)
+    yield case("rounding is no leak", ["rounding"], 4, 5).through(found)
+    yield case("the next token", ["the next token"], 6, 5).through(found)
+    yield case("a small leak", ["the next token, a little"], 5, 5).through(found)
+    yield case("from one end to the other", ["the first position sees the last"], 6, 5).through(found)
+    yield case("at the end only", ["the last but one sees the last"], 6, 5).through(found)
+    yield case("at the front only", ["the first sees the second"], 6, 5).through(found)
+    yield case("one token gives it away", ["one token"], 6, 5).through(found)
+    yield case("one logit", ["one logit"], 4, 4).through(found)
+    yield case("two tokens, two positions", ["looks back", "the next token"], 2, 2).through(found)
+
+
+def _leak(model, ids, changed, tokens, where, limit=1e-5):
+    """Whether the logits of `where` differ when position `changed` goes through `tokens`."""
+    variants = ids.repeat(len(tokens), 1)
+    variants[:, changed] = torch.tensor(tokens)
+    logits = model(variants)[:, where]
+    return bool((logits - logits[:1]).abs().max() > limit) if logits.numel() else False
+
+
+def _texts(length, vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (1, length), generator=generator) for _ in range(20)]
+
+
+@ex.wrong("You also compared the logits at the changed position, or behind it. A model may of course use the token that it has just read: only what stands before the change must not notice.")
+def its_own_position(model, length, vocab_size):
+    return any(_leak(model, ids, j, range(vocab_size), slice(0, j + 1)) for ids in _texts(length, vocab_size) for j in range(length))
+
+
+@ex.wrong("You changed the last token only. A model may look ahead from the front of a text and not at its end: change every position from the second on.")
+def last_only(model, length, vocab_size):
+    return any(_leak(model, ids, length - 1, range(vocab_size), slice(0, length - 1)) for ids in _texts(length, vocab_size))
+
+
+@ex.wrong("You looked at the position right before the change only. A leak can come from further away.")
+def neighbor_only(model, length, vocab_size):
+    return any(_leak(model, ids, j, range(vocab_size), slice(j - 1, j)) for ids in _texts(length, vocab_size) for j in range(1, length))
+
+
+@ex.wrong("You looked at the first position only, or changed nothing but the second token. Other positions can leak and this one not.")
+def first_only(model, length, vocab_size):
+    return any(_leak(model, ids, j, range(vocab_size), slice(0, 1)) for ids in _texts(length, vocab_size) for j in range(1, length))
+
+
+@ex.wrong("You tried two tokens only, 0 and 1. A leak can depend on another one: try all tokens of the vocabulary.")
+def two_tokens(model, length, vocab_size):
+    return any(_leak(model, torch.zeros(1, length, dtype=torch.long), j, range(2), slice(0, j)) for j in range(1, length))
+
+
+@ex.wrong("Your tolerance is too wide: a leak of 0.001 is a leak.")
+def too_tolerant(model, length, vocab_size):
+    return any(_leak(model, ids, j, range(vocab_size), slice(0, j), limit=0.01) for ids in _texts(length, vocab_size) for j in range(1, length))
+
+
+@ex.wrong("You took rounding for a leak. Two passes may differ in the last digit; compare with a tolerance of 0.00001.")
+def exact(model, length, vocab_size):
+    return any(_leak(model, ids, j, range(vocab_size), slice(0, j), limit=0.0) for ids in _texts(length, vocab_size) for j in range(1, length))
+
+
+@ex.wrong("Your answer is the wrong way around: True means that the model sees the future.")
+def opposite(model, length, vocab_size):
+    return not sees_the_future(model, length, vocab_size)
+
+
+@ex.wrong("You compared which token is the most likely. A leak changes the logits long before it changes the largest of them.")
+def argmax_only(model, length, vocab_size):
+    return sees_the_future(lambda ids: model(ids).argmax(-1, keepdim=True).double(), length, vocab_size)
