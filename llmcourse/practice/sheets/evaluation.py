@@ -50,6 +50,7 @@ def _():
     yield case("overlapping scores", [(0, 4, 1), (2, 6, 3), (4, 7, 5)], 7)
     yield case("a gap", [(0, 3, 1), (3, 6, 4)], 6)
     yield case("the end is missing", [(0, 4, 1)], 7)
+    yield case("from the front, twice", [(0, 4, 0), (0, 3, 0)], 4)
     yield case("no windows", [], 3)
     yield case("one token", [], 1)
     yield case("in another order, three times", [(4, 8, 5), (0, 5, 1), (2, 6, 4), (3, 6, 5)], 9)
@@ -211,6 +212,9 @@ ex = exercise(
         "A perplexity of 8 is a choice among 8, that is 3 bits for each token. How many bytes has the text in UTF-8?",
         "n_tokens · log2(ppl), over `len(text.encode(\"utf8\"))`; an empty text is refused.",
     ),
+    equivalent={
+        'n_bytes = len(text.encode())': "UTF-8 is Python's own choice",
+    },
 )
 
 
@@ -289,6 +293,9 @@ ex = exercise(
         "The sum loses ln ppl and gains −ln p. The exponential turns a change of the mean into a factor.",
         "exp((−ln p − ln ppl) / n), which is (1/(p · ppl)) to the power 1/n; inf for p = 0.",
     ),
+    equivalent={
+        'if not -1 <= p <= 1:': 'the logarithm of a negative number is a ValueError by itself',
+    },
 )
 
 
@@ -377,6 +384,14 @@ ex = exercise(
         "Take b − a for each target; everything else, mean, standard deviation, interval, is about these differences. The exponential comes last.",
         "mean m and standard error s = std / √n of (b − a) in float64; exp(m), exp(m − 1.96 s), exp(m + 1.96 s).",
     ),
+    equivalent={
+        'difference = b - a.double()': 'one float64 lifts the other; math turns a tensor into a float',
+        'difference = b.double() - a': 'one float64 lifts the other; math turns a tensor into a float',
+        'difference = b.float() - a.double()': 'one float64 lifts the other; math turns a tensor into a float',
+        'difference = b.double() - a.float()': 'one float64 lifts the other; math turns a tensor into a float',
+        'mean, error = difference.mean(), difference.std().item() / math.sqrt(len(difference))': 'one float64 lifts the other; math turns a tensor into a float',
+        'mean, error = difference.mean().item(), difference.std() / math.sqrt(len(difference))': 'one float64 lifts the other; math turns a tensor into a float',
+    },
 )
 
 
@@ -574,6 +589,10 @@ ex = exercise(
         "1.96 · deviation / √n ≤ ln(ratio)/2. What happens to the sign when the ratio is below 1?",
         "n = (1.96 · deviation / (|ln ratio| / 2))², rounded up, at least 2.",
     ),
+    equivalent={
+        'if not ratio >= 0 or ratio == 1 or not deviation >= 0:': 'the logarithm of 0 or less is a ValueError by itself',
+        'if not ratio > -1 or ratio == 1 or not deviation >= 0:': 'the logarithm of 0 or less is a ValueError by itself',
+    },
 )
 
 
