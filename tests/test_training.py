@@ -1056,7 +1056,7 @@ def test_what_cannot_end_well_is_refused_before_anything_is_written(tmp_path, sm
 
 
 def test_texts_without_enough_pairs_are_refused_before_the_tokenizer_is_kept(tmp_path, small_settings):
-    path, _ = jsonl(tmp_path / "data", [f"ab {i % 3} " * 60 for i in range(60)])
+    path, _ = jsonl(tmp_path / "data", [f"ab {i} " * 60 for i in range(60)])
     text = RECIPE.format(corpus=str(path)).replace("vocab_size = 300", "vocab_size = 5000")
     (tmp_path / "r.toml").write_text(text, encoding="utf8")
     recipe = pre.load_pretrain_recipe(tmp_path / "r.toml", "test")
@@ -1066,7 +1066,8 @@ def test_texts_without_enough_pairs_are_refused_before_the_tokenizer_is_kept(tmp
 
 
 def test_other_texts_under_the_same_name_are_another_run(tmp_path, small_settings):
-    documents = [f"document {i} " + "ka lo mi " * 40 for i in range(60)]
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(["kalo", "mine", "ru", "sato", "viqu", "zeka"], k=60)) for _ in range(60)]
     path, _ = jsonl(tmp_path / "data", documents)
     (tmp_path / "r.toml").write_text(RECIPE.format(corpus=str(path)), encoding="utf8")
     recipe = pre.load_pretrain_recipe(tmp_path / "r.toml", "test")
