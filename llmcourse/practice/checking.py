@@ -1,8 +1,9 @@
 """The exercise machine: `check`, `hint`, `reveal`, `progress`, and what the sheets' checkers are made of.
 
-A checker (`llmcourse/practice/sheets/<sheet>.py`) is exported from the master of its sheet in `solutions/`. It holds, per
-exercise, the cases, the solution and the named wrong answers. `check` runs the cases on the learner's answer and on the
-solution. When they differ it asks which wrong answer would have given the same results, and says that one's sentence.
+A checker (`llmcourse/practice/sheets/<sheet>.py`) is exported from the master of its sheet in `solutions/`. It holds,
+per exercise, the cases, the solution and the named wrong answers. `check` runs the cases on the learner's answer and
+on the solution. When they differ it asks which wrong answer would have given the same results, and says that one's
+sentence.
 
 Importing this module loads neither torch nor a notebook: a check does, when it is run.
 """
@@ -169,7 +170,7 @@ class Exercise:
         return make
 
     def wrong(self, sentence: str, *, name: str = "", value: Any = None) -> Callable | None:
-        """Decorator: a named wrong answer and the sentence for who gave it. A plain value is named and given directly."""
+        """Decorator: a named wrong answer and its sentence. A plain value is given by `name` and `value`."""
         if name:
             self.wrong_answers[name] = (sentence, value)
             return None
@@ -185,6 +186,11 @@ class Exercise:
             return answer
 
         return keep
+
+    def failed(self, sentence: str, **more: Any) -> Result:
+        """The verdict on an answer of which no case was run."""
+        base = dict(id=self.id, title=self.title, points=0, max_points=self.points, cases=len(self.all_cases()))
+        return Result(**base | {"status": "failed", "sentence": sentence} | more)
 
     @property
     def solution(self) -> Any:
@@ -210,7 +216,7 @@ class Exercise:
         return self._known["solution"]
 
     def broken(self) -> str:
-        """Why the solution itself cannot be run here; empty when it can. Something in this process is not as it should be."""
+        """Why the solution itself cannot be run in this process, where something is not as it should be; else empty."""
         for c, outcome in zip(self.all_cases(), self.expected()):
             if (outcome["kind"] != "value") != bool(c.error):
                 said = outcome.get("message") or outcome.get("type") or "no error was raised"
@@ -486,7 +492,9 @@ def _misused(got: dict) -> str:
         if part in got["message"]:
             return meaning
     if ".grad" in at and "NoneType" in got["message"]:
-        return "No gradient reaches one of the tensors: the result is computed from a copy, a constant or a detached tensor."
+        return (
+            "No gradient reaches one of the tensors: the result was computed from a copy, a constant or a detached one."
+        )
     if "argument" in got["message"] and got["type"] == "TypeError":
         return f"Your answer cannot be called as the statement says: {got['message']}."
     if "object has no attribute" in got["message"]:
@@ -692,7 +700,8 @@ class Result:
             more = f"<br>{e(self.detail)}" if self.detail != self.sentence else ""
             parts.append(f'<p style="margin:.6em 0 0">Smallest failing case: <em>{e(self.case)}</em>{more}</p>')
             parts.append(
-                f'<table aria-label="Smallest failing case: {e(self.case)}" style="margin:.3em 0 0;border-collapse:collapse;font-size:inherit">'
+                f'<table aria-label="Smallest failing case: {e(self.case)}" '
+                'style="margin:.3em 0 0;border-collapse:collapse;font-size:inherit">'
                 f"<tbody>{rows}</tbody></table>"
                 f'<div style="display:flex;flex-wrap:wrap">{beside}</div>'
             )
@@ -703,7 +712,8 @@ class Result:
         if not self.passed:
             parts.append(f'<p style="margin:.6em 0 0">A hint: <code>hint("{e(self.id)}")</code></p>')
         return (
-            f'<div role="status" class="llmcourse-check" data-status="{e(self.status)}" style="border:1px solid currentColor;'
+            f'<div role="status" class="llmcourse-check" data-status="{e(self.status)}" '
+            'style="border:1px solid currentColor;'
             f'border-left:.4em solid {color};padding:.7em 1em;margin:.3em 0;max-width:60em">{"".join(parts)}</div>'
         )
 
@@ -912,7 +922,7 @@ def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str
 
 
 def kill_matrix(ex: Exercise) -> tuple[list[dict], list[str]]:
-    """For each wrong answer the cases that it fails and the sentence that it gets; and what is wrong with the exercise."""
+    """For each wrong answer the cases that it fails and the sentence it gets; and what is wrong with the exercise."""
     problems = []
     cases = ex.all_cases()
     if why := ex.broken():
@@ -973,16 +983,18 @@ def check(id: str, answer: Any = _MISSING) -> Result:
 def _check(ex: Exercise, answer: Any, space: dict) -> Result:
     if answer is _MISSING:
         if ex.name not in space:
-            return Result(id=ex.id, title=ex.title, status="not started", points=0, max_points=ex.points, cases=len(ex.all_cases()),
-                          sentence=f"There is no {ex.name} yet: run the cell that defines it first.")  # fmt: skip
+            sentence = f"There is no {ex.name} yet: run the cell that defines it first."
+            return ex.failed(sentence, status="not started")
         answer = space[ex.name]
     import torch
 
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):  # the learner's own random numbers go on as if nothing had happened
         if why := ex.broken():
-            return Result(id=ex.id, title=ex.title, status="failed", points=0, max_points=ex.points, sentence="The check itself cannot run: "
-                          f"{why}. Something in this notebook has replaced a part of PyTorch or Python; restart the kernel and run all cells.")  # fmt: skip
+            return ex.failed(
+                f"The check itself cannot run: {why}. Something in this notebook has replaced a part of PyTorch or "
+                "Python; restart the kernel and run all cells."
+            )
         result = judge(ex, _run_here(ex, answer), time.perf_counter() - started)
     if os.environ.get("NBGRADER_EXECUTION"):
         # nbgrader run without our configuration counts a cell as wrong only when it raises.
@@ -1009,9 +1021,10 @@ class Note:
     def _repr_html_(self) -> str:
         code = f'<pre style="margin:.6em 0 0"><code>{html.escape(self.code)}</code></pre>' if self.code else ""
         return (
-            '<div role="status" class="llmcourse-note" style="border:1px solid currentColor;border-left:.4em solid #3d6fb4;'
-            'padding:.7em 1em;margin:.3em 0;max-width:60em">'
-            f'<p style="margin:0;font-weight:600">{html.escape(self.title)}</p><p style="margin:.4em 0 0">{html.escape(self.text)}</p>{code}</div>'
+            '<div role="status" class="llmcourse-note" style="border:1px solid currentColor;'
+            'border-left:.4em solid #3d6fb4;padding:.7em 1em;margin:.3em 0;max-width:60em">'
+            f'<p style="margin:0;font-weight:600">{html.escape(self.title)}</p>'
+            f'<p style="margin:.4em 0 0">{html.escape(self.text)}</p>{code}</div>'
         )
 
 
@@ -1151,7 +1164,8 @@ class Overview:
     @property
     def verdict(self) -> str:
         got, of = self.points
-        return f"{sum(r['status'] == 'passed' for r in self.rows)} of {len(self.rows)} exercises passed, {got} of {of} points"
+        passed = sum(r["status"] == "passed" for r in self.rows)
+        return f"{passed} of {len(self.rows)} exercises passed, {got} of {of} points"
 
     def to_dict(self) -> dict:
         return {"points": self.points[0], "max_points": self.points[1], "exercises": list(self.rows)}
@@ -1159,7 +1173,8 @@ class Overview:
     def __repr__(self) -> str:
         wide = max((len(r["id"]) for r in self.rows), default=2)
         lines = [
-            f"{r['id']:<{wide}}  {r['status']:<11}  {r['attempts']:>3} tries  {r['hints']} hints{'  solution seen' if r['reveals'] else ''}"
+            f"{r['id']:<{wide}}  {r['status']:<11}  {r['attempts']:>3} tries  {r['hints']} hints"
+            + ("  solution seen" if r["reveals"] else "")
             for r in self.rows
         ]
         return "\n".join([self.verdict, "", *lines])
@@ -1170,12 +1185,16 @@ class Overview:
             for h in ("Exercise", "Status", "Tries", "Hints", "Solution seen")
         )
         body = "".join(
-            f'<tr><th scope="row" style="text-align:left;font-weight:400">{html.escape(r["id"])}<br><small>{html.escape(r["title"])}</small></th>'
-            f'<td style="text-align:left">{"✓ " if r["status"] == "passed" else ""}{r["status"]}</td><td>{r["attempts"]}</td><td>{r["hints"]}</td>'
+            f'<tr><th scope="row" style="text-align:left;font-weight:400">{html.escape(r["id"])}<br>'
+            f"<small>{html.escape(r['title'])}</small></th>"
+            f'<td style="text-align:left">{"✓ " if r["status"] == "passed" else ""}{r["status"]}</td>'
+            f"<td>{r['attempts']}</td><td>{r['hints']}</td>"
             f'<td style="text-align:left">{"yes" if r["reveals"] else "no"}</td></tr>'
             for r in self.rows
         )
-        return f'<div role="status"><table><caption style="text-align:left">{self.verdict}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+        caption = f'<caption style="text-align:left">{self.verdict}</caption>'
+        return f'<div role="status"><table>{caption}{table}</table></div>'
 
 
 def progress(sheet: str | None = None, *, path: str | Path | None = None) -> Overview:
@@ -1190,6 +1209,6 @@ def _overview(sheet: str | None, path: str | Path | None = None) -> Overview:
         for ex in load_sheet(name).values():
             e = entries.get(ex.id, {})
             status = "passed" if e.get("passed") else "not yet" if _whole(e.get("attempts")) else "not started"
-            rows.append(dict(id=ex.id, title=ex.title, status=status, points=ex.points, attempts=_whole(e.get("attempts")),
-                             hints=_whole(e.get("hints")), reveals=_whole(e.get("reveals"))))  # fmt: skip
+            counts = {name: _whole(e.get(name)) for name in ("attempts", "hints", "reveals")}
+            rows.append(dict(id=ex.id, title=ex.title, status=status, points=ex.points) | counts)
     return Overview(tuple(rows))

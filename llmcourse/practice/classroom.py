@@ -1,7 +1,8 @@
 """What nbgrader needs to work with the course's sheets; used by `nbgrader_config.py` and by `tools/make_exercises.py`.
 
 nbgrader is an adapter here: releasing strips the master of what only the checker needs, and autograding asks
-`llmcourse.practice.grading` for the verdicts, so that the marks are those of `llmcourse check` and a submission cannot set its own.
+`llmcourse.practice.grading` for the verdicts, so that the marks are those of `llmcourse check` and a submission cannot
+set its own.
 
 Importing this module needs nbgrader (`pip install "llmcourse[classroom]"`).
 """
@@ -44,13 +45,14 @@ class ForLearners(NbGraderPreprocessor):
                     title, _, rest = cell.source.partition("\n")
                     points = "1 point" if ex.points == 1 else f"{ex.points} points"
                     minutes = "1 minute" if ex.minutes == 1 else f"{ex.minutes} minutes"
-                    facts = f'*Exercise {number} · about {minutes} · difficulty {ex.difficulty} of 5 · {points} · stuck? run* `hint("{ex.id}")`'
+                    facts = f"*Exercise {number} · about {minutes} · difficulty {ex.difficulty} of 5 · {points}"
+                    facts += f' · stuck? run* `hint("{ex.id}")`'
                     cell.source = f"{title}\n\n{facts}\n\n{rest.strip()}"
         return nb, resources
 
 
 class GradeApart(NbGraderPreprocessor):
-    """Autograde: instead of running the notebook, grade it in child processes and write the verdicts into its test cells."""
+    """Autograde: instead of running the notebook, grade it apart and write the verdicts into its test cells."""
 
     def preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
         graded = grading.grade_apart(resources.get("unique_key", "submission"), text=json.dumps(nb))

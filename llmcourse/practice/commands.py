@@ -1,4 +1,4 @@
-"""The exercise commands of `llmcourse`: check, hint, reveal, progress, exercises, classroom. `register` adds them to an app."""
+"""The exercise commands of `llmcourse`: check, hint, reveal, progress, exercises, classroom."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def check(
         str,
         typer.Argument(
             metavar="PATH_OR_ID",
-            help="A sheet's notebook, a folder of sheets, a sheet or its chapter (attention, 03_attention), or one exercise: attention.scaled_dot_product",
+            help="A sheet's notebook, a folder of sheets, a sheet or its chapter (attention, 03_attention), or one "
+            "exercise: attention.scaled_dot_product",
         ),
     ],
     as_json: AsJson = False,
@@ -257,10 +258,10 @@ def exercises(
         _prove(every, as_json)
         return
     rows = [
-        {"id": ex.id, "chapter": ex.chapter, "title": ex.title, "minutes": ex.minutes, "difficulty": ex.difficulty, "points": ex.points,
-         "wrong_answers": list(ex.wrong_answers)}
+        {name: getattr(ex, name) for name in ("id", "chapter", "title", "minutes", "difficulty", "points")}
+        | {"wrong_answers": list(ex.wrong_answers)}
         for ex in every
-    ]  # fmt: skip
+    ]
     if as_json:
         print(json.dumps(rows, indent=1))
         return

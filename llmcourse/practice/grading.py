@@ -1,11 +1,13 @@
 """Grade a sheet from outside: the learner's code runs in a child process, the cases and the solution stay here.
 
 For each exercise a fresh child runs the sheet's own set-up, then the learner's cells without those that answer another
-exercise, and serves calls of the answer (`llmcourse.practice.worker`). So a cell that loops for ever, leaves, eats memory
-or breaks a library costs its own exercise only, and a sheet that replaces `check` changes nothing: its `check` is not used.
+exercise, and serves calls of the answer (`llmcourse.practice.worker`). So a cell that loops for ever, leaves, eats
+memory or breaks a library costs its own exercise only, and a sheet that replaces `check` changes nothing: its `check`
+is not used.
 
-On Linux the kernel keeps the child from starting processes, from the network, from reading the checker and from writing
-outside its own folder. Elsewhere Python's audit hook does what it can, and on Windows only the time limit holds.
+On Linux the kernel keeps the child from starting processes, from the network, from reading the checker and from
+writing outside its own folder (`llmcourse.practice.walls`). Elsewhere Python's audit hook does what it can, and on
+Windows only the time limit holds.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from llmcourse.practice import checking, walls
-from llmcourse.practice.worker import as_python, read_message, timeout_outcome, write_message
+from llmcourse.practice.worker import as_python, busy_seconds, read_message, timeout_outcome, write_message
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
 __all__ = ["Limits", "SheetResult", "grade", "grade_file", "junit", "which_sheet"]
@@ -72,8 +74,8 @@ def _environment(folder: str) -> dict[str, str]:
     """Little is handed down: no tokens, no proxies."""
     keep = ("PATH", "LANG", "LC_ALL", "SYSTEMROOT", "TEMP", "TMP", "VIRTUAL_ENV")
     env = {k: v for k, v in os.environ.items() if k in keep}
-    return env | {"HOME": folder, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg",
-                  "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}  # fmt: skip
+    own = {"HOME": folder, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
+    return env | own | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def _command(*arguments: str) -> list[str]:
@@ -92,10 +94,11 @@ def _hidden() -> list[str]:
 
 
 # What PyTorch and Python read of the system: no passwords, no other processes.
-_SYSTEM = ["/usr", "/lib", "/lib64", "/bin", "/opt", "/System", "/Library", "/sys/devices/system", "/dev/null", "/dev/zero",
-           "/dev/urandom", "/dev/random", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/sys/vm",
-           "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/localtime", "/etc/passwd",
-           "/etc/group", "/etc/nsswitch.conf", "/etc/mime.types"]  # fmt: skip
+_SYSTEM = """
+/usr /lib /lib64 /bin /opt /System /Library /sys/devices/system /dev/null /dev/zero /dev/urandom /dev/random
+/proc/cpuinfo /proc/meminfo /proc/stat /proc/version /proc/sys/vm /etc/alternatives /etc/ld.so.cache /etc/ld.so.conf
+/etc/ld.so.conf.d /etc/localtime /etc/passwd /etc/group /etc/nsswitch.conf /etc/mime.types
+""".split()  # noqa: SIM905
 
 
 def _permitted() -> tuple[list[str], list[str]]:
@@ -142,10 +145,10 @@ class _Nursery:
         self.outside = "" if inside else tempfile.mkdtemp(prefix="llmcourse-")
         self.folder = self.outside or "/tmp"  # as the children see it
         ours, theirs = socket.socketpair()
+        fd, nowhere = theirs.fileno(), subprocess.DEVNULL
         self.process = subprocess.Popen(
-            [*inside, *_command("nursery", str(theirs.fileno()))], pass_fds=[theirs.fileno()], env=_environment(self.folder),
-            cwd=self.outside or "/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            [*inside, *_command("nursery", str(fd))], env=_environment(self.folder), cwd=self.outside or "/",
+            pass_fds=[fd], stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True,
         )  # fmt: skip
         theirs.close()
         self.control = ours
@@ -203,19 +206,19 @@ class Child:
             else:
                 self.outside = self.folder = tempfile.mkdtemp(prefix="llmcourse-")
                 flags = {"creationflags": 0x00000200} if os.name == "nt" else {"start_new_session": True}
+                pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
                 self.process = subprocess.Popen(
-                    _command(), env=_environment(self.folder), cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL, **flags,
+                    _command(), env=_environment(self.folder), cwd=self.folder, stdin=pipe, stdout=pipe, stderr=nowhere,
+                    **flags,
                 )  # fmt: skip
                 self.pid, self.source, self.sink = self.process.pid, self.process.stdout, self.process.stdin
             self.replies: queue.Queue = queue.Queue(maxsize=2)
             threading.Thread(target=self._listen, daemon=True).start()
             readable, listable = _permitted()
-            ready, _ = self.ask(
-                {"folder": self.folder, "readable": [*readable, "/proc/self"], "listable": listable, "hidden": _hidden(),
-                 "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes, "confine": limits.confine},
-                seconds=seconds, wall=limits.start_seconds,
-            )  # fmt: skip
+            paths = {"readable": [*readable, "/proc/self"], "listable": listable, "hidden": _hidden()}
+            sizes = {"memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes}
+            settings = {"folder": self.folder, "confine": limits.confine} | paths | sizes
+            ready, _ = self.ask(settings, seconds=seconds, wall=limits.start_seconds)
             self.walls += [str(w) for w in ready.get("in_force", [])]
         except BaseException:
             self.close()
@@ -241,8 +244,7 @@ class Child:
         self, message: dict, blobs: list[bytes] = (), *, seconds: float, wall: float | None = None
     ) -> tuple[dict, list[bytes]]:
         """Send a request. The child itself keeps to `seconds` of processor time; this is for when it cannot."""
-        started, before = time.monotonic(), self._processor_seconds()
-        wall = wall or 3 * seconds + 8
+        started, before, busy = time.monotonic(), self._processor_seconds(), busy_seconds(str(self.pid))
         try:
             write_message(self.sink, message | {"seconds": seconds}, blobs)
             while True:
@@ -250,8 +252,11 @@ class Child:
                     reply = self.replies.get(timeout=0.25)
                     break
                 except queue.Empty:
-                    used = self._processor_seconds() - before
-                    if used > 2 * seconds + 3 or time.monotonic() - started > wall:
+                    took = time.monotonic() - started
+                    awake = busy_seconds(str(self.pid))
+                    asleep = 0.0 if wall or busy is None or awake is None else took - (awake - busy)
+                    worked = self._processor_seconds() - before
+                    if worked > 2 * seconds + 3 or asleep > seconds + 8 or took > (wall or 6 * seconds + 30):
                         raise TimeoutError from None
         except BlockingIOError:  # it does not read
             raise TimeoutError from None
@@ -393,11 +398,6 @@ def _cells(nb: dict, exercises: Iterable[checking.Exercise]) -> list[_Cell]:
 # -------------------------------------------------------------------------------------- grading
 
 
-def _failed(ex: checking.Exercise, sentence: str, **more: Any) -> checking.Result:
-    base = dict(id=ex.id, title=ex.title, status="failed", points=0, max_points=ex.points, cases=len(ex.all_cases()))
-    return checking.Result(**base | {"sentence": sentence} | more)
-
-
 @dataclass
 class _Run:
     """The grading of one file: what was learned about its cells, and when it has to end."""
@@ -415,7 +415,7 @@ class _Run:
         """The verdict on one exercise."""
         started = time.monotonic()
         if started > self.end:
-            return _failed(ex, f"Not graded: the cells of this file need more than {self.limits.sheet_seconds:g} seconds in all.")  # fmt: skip
+            return ex.failed(f"Not graded: this file needs more than {self.limits.sheet_seconds:g} seconds in all.")
         own = [c for c in self.cells if c.owner in ("", ex.name) and c.number not in self.slow]
         result, lacks = self._attempt(ex, own)
         if lacks and len(own) < len(self.cells):  # perhaps a helper is defined in the cell of another exercise
@@ -438,7 +438,7 @@ class _Run:
                     return _call(ex, child, errors)
                 cell, why = stopped
                 if cell.owner == ex.name:
-                    return _failed(ex, f"The cell with your answer was stopped. {why}"), False
+                    return ex.failed(f"The cell with your answer was stopped. {why}"), False
                 self.guilty.add(cell.number)
 
 
@@ -479,13 +479,13 @@ def _call(ex: checking.Exercise, child: Child, errors: dict[_Cell, dict]) -> tup
             if reply.get("kind") == "missing":
                 mine = [e for cell, e in errors.items() if cell.owner == ex.name] or list(errors.values())
                 if not mine:
-                    return _failed(ex, f"No cell of the sheet defines {ex.name}.", status="not started"), True
+                    return ex.failed(f"No cell of the sheet defines {ex.name}.", status="not started"), True
                 e = mine[0]
                 if e["type"] == "NotImplementedError":
-                    return _failed(ex, "There is no answer yet.", status="not started"), False
+                    return ex.failed("There is no answer yet.", status="not started"), False
                 sentence = f"The cell that should define {ex.name} stopped with {e['type']}: {e['message']}"
                 line = f"{e['lineno']}: {e['line']}" if e.get("line") else ""
-                return _failed(ex, sentence, line=line), e["type"] == "NameError"
+                return ex.failed(sentence, line=line), e["type"] == "NameError"
             outcome = checking._read(_plain(reply), back, c)
         except TimeoutError:
             outcome = timeout_outcome(ex.time_limit)
@@ -542,8 +542,9 @@ class SheetResult:
         return sum(r.max_points for r in self.results)
 
     def to_dict(self) -> dict:
-        return {"sheet": self.sheet, "file": self.file, "passed": self.passed, "points": self.points, "max_points": self.max_points,
-                "walls": list(self.walls), "error": self.error, "exercises": [r.to_dict() for r in self.results]}  # fmt: skip
+        names = ("sheet", "file", "passed", "points", "max_points", "error")
+        exercises = [r.to_dict() for r in self.results]
+        return {n: getattr(self, n) for n in names} | {"walls": list(self.walls), "exercises": exercises}
 
 
 class NoSheet(BadInput):
@@ -626,7 +627,7 @@ def _grade_into(pipe: Any, text: str, file: str, only: str | None, limits: Limit
 
         torch.set_num_threads(1)
         sheet, exercises, run = _begin(_read(text, file), only, limits)
-        blank = lambda ex: asdict(_failed(ex, ""))
+        blank = lambda ex: asdict(ex.failed(""))
         send("begin", sheet=sheet, blank=[blank(ex) for ex in exercises])
         for ex in exercises:
             result = run.grade(ex)
@@ -718,9 +719,13 @@ def junit(results: Iterable[SheetResult]) -> str:
     root = ElementTree.Element("testsuites")
     clean = lambda text: re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
     for sheet in results:
-        failures = sum(not r.passed for r in sheet.results)
-        suite = ElementTree.SubElement(root, "testsuite", name=sheet.sheet, tests=str(len(sheet.results)), failures=str(failures), errors="0",
-                                       skipped="0", time=f"{sum(r.seconds for r in sheet.results):.3f}")  # fmt: skip
+        counts = {"tests": len(sheet.results), "failures": sum(not r.passed for r in sheet.results), "skipped": 0}
+        counts |= {"errors": int(bool(sheet.error)), "time": f"{sum(r.seconds for r in sheet.results):.3f}"}
+        name = sheet.sheet or clean(sheet.file)
+        suite = ElementTree.SubElement(root, "testsuite", name=name, **{k: str(v) for k, v in counts.items()})
+        if sheet.error:
+            one = ElementTree.SubElement(suite, "testcase", classname=name, name="the file", time="0")
+            ElementTree.SubElement(one, "error", message=clean(sheet.error))
         for r in sheet.results:
             one = ElementTree.SubElement(suite, "testcase", classname=sheet.sheet, name=r.id, time=f"{r.seconds:.3f}")
             if not r.passed:
