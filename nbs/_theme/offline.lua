@@ -11,6 +11,12 @@ for path in (os.getenv("QUARTO_PROJECT_OUTPUT_FILES") or ""):gmatch("[^\n]+") do
     clean = clean:gsub('<script src="https://cdn%.jsdelivr%.net/npm/jquery@[^>]*></script>%s*', "")
     clean = clean:gsub("<script type=\"application/javascript\">define%('jquery'.-</script>%s*", "")
     clean = clean:gsub(' data%-notebook="[^"]*"', "")
+    -- a button that opens a part of the list of chapters is no landmark; the landmarks have different names
+    clean = clean:gsub(' role="navigation"( aria%-expanded)', ' role="button"%1')
+    clean = clean:gsub('(data%-bs%-toggle="collapse" data%-bs%-target="#quarto%-sidebar%-section%-%d+") aria', '%1 role="button" aria')
+    clean = clean:gsub('role="button" role="button"', 'role="button"')
+    clean = clean:gsub('<nav id="quarto%-sidebar"', '<nav id="quarto-sidebar" aria-label="Chapters"')
+    clean = clean:gsub('<nav id="TOC"', '<nav id="TOC" aria-label="On this page"')
     if clean ~= html then
       file = assert(io.open(path, "wb"))
       file:write(clean)
