@@ -128,16 +128,18 @@ def is_picture(output: dict) -> bool:
 # ------------------------------------------------------------------- rules for the list of chapters
 
 
-def listing(listed: list[str], existing: set[str], home: str = "nbs/index.ipynb") -> list[str]:
-    """Every listed file exists, once; every notebook is listed. The home page embeds `home`."""
+def listing(listed: list[str], existing: set[str], apart: str = "nbs/92_teaching.ipynb") -> list[str]:
+    """Every listed file exists, once; every notebook is listed, but for the teachers' page, which names the wrong answers."""
     problems = [f"{f} is listed in _quarto.yml but is not there" for f in listed if f not in existing]
     problems += [f"{f} is listed twice" for f in sorted(set(listed)) if listed.count(f) > 1]
     problems += [
         f"{f} is not listed in _quarto.yml"
         for f in sorted(existing)
-        if f.endswith(".ipynb") and f not in listed and f != home
+        if f.endswith(".ipynb") and f not in listed and f != apart
     ]
     numbers = [f for f in listed if re.match(r"nbs/\d+[a-z]?_", f)]
+    if apart in listed:
+        problems.append(f"{apart} names the wrong answers: it is no page of the learners' site")
     if numbers != sorted(numbers):
         problems.append("the chapters are not listed in the order of their numbers, which is the reading order")
     return problems
@@ -154,10 +156,9 @@ def front_matter_complete(name: str, nb: dict, chapters: set[str], keys: set[str
     problems = [f"front matter has no {key}" for key in ("title", "subtitle", "course") if not meta.get(key)]
     if "\n" in str(meta.get("subtitle", "")).strip():
         problems.append("subtitle is the chapter's promise: one line")
-    if name != "index" and meta.get("output-file") != f"{slug(name)}.html":
-        problems.append(
-            f"output-file is {meta.get('output-file')!r}, the page's stable name is {slug(name) + '.html'!r}"
-        )
+    page = "tour.html" if name == "index" else f"{slug(name)}.html"
+    if meta.get("output-file") != page:
+        problems.append(f"output-file is {meta.get('output-file')!r}, the page's stable name is {page!r}")
     course = meta.get("course") or {}
     for key in ("minutes-read", "minutes-run"):
         if key == "minutes-run" and key not in course and not cells(nb, "code"):

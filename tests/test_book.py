@@ -19,9 +19,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
 LISTED = rules.chapter_files(CONFIG)
-# The home page, index.qmd, only embeds this notebook.
-HOME = "nbs/index.ipynb"
-NOTEBOOKS = [HOME, *(f for f in LISTED if f.endswith(".ipynb"))]
+# For teachers: a notebook beside the book.
+APART = "nbs/92_teaching.ipynb"
+NOTEBOOKS = [*(f for f in LISTED if f.endswith(".ipynb")), APART]
 KEYS = rules.bibliography_keys((ROOT / "references.bib").read_text(encoding="utf-8"))
 CHAPTERS = {rules.slug(Path(f).stem) for f in NOTEBOOKS}
 
@@ -47,7 +47,7 @@ class TestChapters:
         existing = {
             p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("nbs/*.ipynb"), ROOT / "index.qmd"] if p.exists()
         }
-        fine(rules.listing([*LISTED, HOME], existing))
+        fine(rules.listing(LISTED, existing))
 
     def test_front_matter(self, chapter: tuple[str, dict]) -> None:
         fine(rules.front_matter_complete(Path(chapter[0]).stem, chapter[1], CHAPTERS, KEYS))
@@ -135,7 +135,11 @@ def speaks(problems: list[str], word: str) -> None:
 
 class TestRulesCanFail:
     def test_listing(self) -> None:
-        assert rules.listing(["index.qmd", "nbs/00_a.ipynb"], {"index.qmd", "nbs/00_a.ipynb", "nbs/index.ipynb"}) == []
+        assert (
+            rules.listing(["index.qmd", "nbs/00_a.ipynb"], {"index.qmd", "nbs/00_a.ipynb", "nbs/92_teaching.ipynb"})
+            == []
+        )
+        speaks(rules.listing(["nbs/92_teaching.ipynb"], {"nbs/92_teaching.ipynb"}), "learners")
         speaks(rules.listing(["nbs/00_a.ipynb"], set()), "not there")
         speaks(rules.listing([], {"nbs/00_a.ipynb"}), "not listed")
         speaks(rules.listing(["nbs/00_a.ipynb"] * 2, {"nbs/00_a.ipynb"}), "twice")
@@ -352,8 +356,9 @@ class TestRenderedBook:
     def rendered(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         """A copy is rendered, so that the checkout stays clean. Returns its folder and the log."""
         copy = tmp_path_factory.mktemp("book")
-        for name in ("_quarto.yml", "index.qmd", "references.bib"):
+        for name in ("_quarto.yml", "index.qmd", "README.md"):
             shutil.copy(ROOT / name, copy / name)
+        shutil.copytree(ROOT / "exercises", copy / "exercises")
         shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "*_files"))
         done = subprocess.run(["quarto", "render"], cwd=copy, capture_output=True, text=True, timeout=900)
         log = done.stdout + done.stderr
@@ -372,7 +377,8 @@ class TestRenderedBook:
         fine(rules.warnings_in(rendered[1]))
 
     def test_every_page_is_there(self, rendered: tuple[Path, str], pages: dict[Path, rules.Page]) -> None:
-        want = {"index.html"} | {f"nbs/{rules.slug(Path(f).stem)}.html" for f in LISTED if f.endswith(".ipynb")}
+        names = {rules.slug(Path(f).stem) for f in LISTED if f.endswith(".ipynb")} - {"index"} | {"tour"}
+        want = {"index.html"} | {f"nbs/{name}.html" for name in names}
         assert {p.relative_to(rendered[0].resolve()).as_posix() for p in pages} == want
 
     @pytest.mark.parametrize(

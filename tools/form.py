@@ -40,9 +40,10 @@ FOLDED = {"source_hidden": True}
 
 @functools.cache
 def reading_order() -> list[str]:
-    """The notebooks of the book, in the order of _quarto.yml, the tour first."""
-    found = re.findall(r"nbs/([\w-]+\.ipynb)", (ROOT / "_quarto.yml").read_text(encoding="utf8"))
-    return ["index.ipynb", *dict.fromkeys(f for f in found if f != "index.ipynb")]
+    """The notebooks of the book, in the order of _quarto.yml."""
+    text = (ROOT / "_quarto.yml").read_text(encoding="utf8")
+    found = re.findall(r"^\s*- (?:file: )?nbs/([\w-]+\.ipynb)", text, re.M)
+    return list(dict.fromkeys(found))
 
 
 def front_matter(nb: nbformat.NotebookNode) -> dict:
@@ -177,6 +178,8 @@ def with_citations(text: str) -> str:
 
 def navigation(name: str) -> str:
     order = reading_order()
+    if name not in order:  # the teachers' page lies beside the book
+        return '<div class="course-nav">\n\n[Contents](index.ipynb)\n\n</div>'
     i = order.index(name)
     parts = [f"[← {title_of(order[i - 1])}]({order[i - 1]})"] if i else []
     parts += ["[Contents](index.ipynb)"] if name != "index.ipynb" else []
@@ -355,7 +358,7 @@ def main() -> int:
         page = NBS / REFERENCES
         made = generate(REFERENCES, references_page())
         write(page, made, args.check, stale)
-    for name in [p.name for p in args.notebooks] or [n for n in reading_order() if n != REFERENCES]:
+    for name in [p.name for p in args.notebooks] or sorted(p.name for p in NBS.glob("*.ipynb") if p.name != REFERENCES):
         nb = nbformat.read(NBS / name, 4)
         for cell in nb.cells if args.convert else []:
             if cell.cell_type == "markdown":
