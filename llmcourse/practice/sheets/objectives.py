@@ -1493,9 +1493,7 @@ def temperature_for(sizes: list[int], share: float) -> float:
     def gets(power: float) -> float:  # 1 / temperature; the share falls as it grows
         return 1 / sum(math.exp(min(power * (math.log(n) - smallest), 700)) for n in sizes)
 
-    low, high = 0.0, 1.0
-    while gets(high) > share:
-        high *= 2
+    low, high = 0.0, 1e6  # temperatures from infinity down to a millionth
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if gets(middle) > share else (low, middle)
@@ -1511,16 +1509,16 @@ ex = exercise(
     points=5,
     hints=(
         "As the temperature rises, the share of the smallest data set only ever rises: from nearly 0 towards 1/n. So you can close in on it from both sides.",
-        "Search for the power 1/T rather than for T: with the power 0 all shares are 1/n. Double an upper end until the share is too small, then halve the interval again and again.",
-        "share(power) = 1 / Σ (size / smallest) ** power. low = 0, high = 1, doubled while share(high) > wanted; then a hundred halvings; the answer is 1 over the power. Refuse shares that are not above 0 and below 1/n.",
+        "Search for the power 1/T rather than for T: with the power 0 all shares are 1/n, and with a huge one the smallest share is 0. Halve the interval again and again.",
+        "share(power) = 1 / Σ (size / smallest) ** power. low = 0, high = a million; a hundred halvings, keeping the half in which the wanted share lies; the answer is 1 over the power. Refuse shares that are not above 0 and below 1/n.",
     ),
     equivalent={
         'return 1 / sum(math.exp(min(power * (math.log(n) - smallest), 701)) for n in sizes)': 'the search ends at the same place, from other ends or with other steps',
         'return 1 / sum(math.exp(min(power * (math.log(n) - smallest), 699)) for n in sizes)': 'the search ends at the same place, from other ends or with other steps',
-        'low, high = -1.0, 1.0': 'the search ends at the same place, from other ends or with other steps',
-        'low, high = 0.0, 2.0': 'the search ends at the same place, from other ends or with other steps',
-        'while gets(high) >= share:': 'the search ends at the same place, from other ends or with other steps',
-        'high *= 3': 'the search ends at the same place, from other ends or with other steps',
+        'low, high = -1.0, 1e6 # temperatures from infinity down to a millionth': 'the search ends at the same place, from other ends or with other steps',
+        'low, high = 0.0, 1000001.0 # temperatures from infinity down to a millionth': 'the search ends at the same place, from other ends or with other steps',
+        'low, high = 0.0, 999999.0 # temperatures from infinity down to a millionth': 'the search ends at the same place, from other ends or with other steps',
+        'low, high = 0.0, 2000000.0 # temperatures from infinity down to a millionth': 'the search ends at the same place, from other ends or with other steps',
         'for _ in range(101):': 'the search ends at the same place, from other ends or with other steps',
         'for _ in range(99):': 'the search ends at the same place, from other ends or with other steps',
         'low, high = (middle, high) if gets(middle) >= share else (low, middle)': 'the search ends at the same place, from other ends or with other steps',
