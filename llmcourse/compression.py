@@ -131,7 +131,9 @@ class QParams:
         whole("bits", self.bits, 2, 8)  # a code is stored in at most one byte
         whole("group_size", self.group_size, 1)
         shape, same = tuple(self.scale.shape), self.scale.shape == self.zero.shape
-        require(len(shape) == 2 and same, "zero", tuple(self.zero.shape), f"shape of scale, {shape}")
+        require(
+            len(shape) == 2 and same, "zero", tuple(self.zero.shape), f"shape of scale, {shape}"
+        )
 
     @property
     def top(self) -> int:
