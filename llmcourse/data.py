@@ -76,9 +76,9 @@ def load_model(
     elif (check_model_folder(folder).get("quantization_config") or {}).get(
         "quant_method"
     ) == "llmcourse":
-        from llmcourse.packed import load_packed
+        from llmcourse.packed import load_student
 
-        packed, tokenizer = load_packed(folder)
+        packed, tokenizer = load_student(folder)
         return LoadedModel(rt.move(packed).eval(), tokenizer, _card(name, folder))
     config = from_pretrained(transformers.AutoConfig, source, what)
     model = from_pretrained(_class_of(config), source, what, dtype=rt.dtype)

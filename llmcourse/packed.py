@@ -35,10 +35,8 @@ __all__ = [
     "PackedHead",
     "PackedLinear",
     "dequantize_model",
-    "load_packed",
     "load_student",
     "pack_model",
-    "save_packed",
     "save_student",
     "stored_bytes",
 ]
@@ -559,6 +557,3 @@ def dequantize_model(model: nn.Module, *, dtype: torch.dtype = torch.float32) ->
             round_input(new, act)
         _replace(dense, name, new.train(module.training))
     return dense
-
-
-save_packed, load_packed = save_student, load_student  # the names before a student could be anything else
