@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 __all__ = [
-    "BadInput", "Scale", "Settings", "course_root", "environment_whole", "expanded", "load_settings", "number", "one_of", "plain",
+    "BadInput", "Scale", "Settings", "course_root", "environment_whole", "expanded", "load_settings", "number",
+    "one_of", "plain",
     "read_text", "require", "whole",
 ]  # fmt: skip
 

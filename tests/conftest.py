@@ -85,7 +85,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, corpus) -> Path:
-    """A folder with a random two-block Llama and a byte-level BPE tokenizer: loads in a moment, compresses in seconds."""
+    """A folder with a random two-block Llama and a byte-level BPE tokenizer: compresses in seconds."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

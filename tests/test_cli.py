@@ -28,7 +28,8 @@ FILES = {
     "list.ipynb": "[]",
     "null.ipynb": '{"nbformat": 4, "nbformat_minor": 5, "metadata": null, "cells": null}',
     "empty.ipynb": '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": []}',
-    "a.toml": 'name = "x"\ndeliver = "a"\n[[arm]]\nname = "a"\npasses = [{ method = "rtn", bits = 4, group_size = 64 }]\n',
+    "a.toml": 'name = "x"\ndeliver = "a"\n[[arm]]\nname = "a"\n'
+    'passes = [{ method = "rtn", bits = 4, group_size = 64 }]\n',
 }
 GO = "compress {model} --recipe a.toml --out out"
 REFUSED = [  # exit code 2, one line

@@ -767,7 +767,8 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         "import sys, time; t = time.perf_counter(); sys.argv = ['llmcourse', '--help']\n"
         "from llmcourse.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print(sorted(m for m in ('torch', 'transformers', 'numpy', 'datasets', 'matplotlib') if m in sys.modules), file=sys.stderr)"
+        "heavy = ('torch', 'transformers', 'numpy', 'datasets', 'matplotlib', 'pydantic')\n"
+        "print(sorted(m for m in heavy if m in sys.modules), file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=clean_env(), check=True)
     assert "compress" in result.stdout and result.stderr.strip() == "[]"

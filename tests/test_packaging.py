@@ -125,14 +125,16 @@ def test_the_package_imports_without_what_the_gpu_image_lacks():
     """Every module imports where datasets, nbdev, gguf, platformdirs, psutil and torchao are not installed."""
     code = """
 import sys
+absent = {"datasets", "nbdev", "fastcore", "gguf", "platformdirs", "psutil", "torchao", "pydantic", "nbgrader"}
+absent |= {"IPython", "execnb"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"datasets", "nbdev", "fastcore", "gguf", "platformdirs", "psutil", "torchao", "pydantic", "nbgrader", "IPython", "execnb"}:
+        if name.split(".")[0] in absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import importlib, pkgutil, llmcourse
 for module in pkgutil.walk_packages(llmcourse.__path__, "llmcourse."):
-    if module.name not in ("llmcourse.__main__", "llmcourse.practice.classroom"):  # classroom is the adapter to nbgrader
+    if module.name not in ("llmcourse.__main__", "llmcourse.practice.classroom"):  # the adapter to nbgrader
         importlib.import_module(module.name)
 print("imported")
 """

