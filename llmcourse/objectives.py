@@ -21,7 +21,8 @@ from .training import IGNORE, batch_parts, causal_lm_loss, hidden_states, losses
 from .training import require_causal, token_losses
 
 # %% ../nbs/08_objectives.ipynb #58f64065
-_all_ = ["IGNORE", "causal_lm_loss", "token_losses"]  # of the chapter on training; they belong here, too
+# of the chapter on training; they belong here, too
+_all_ = ["IGNORE", "causal_lm_loss", "token_losses"]
 
 Loss = Callable[[Any, Any], Tensor]
 """`loss_fn(model, batch)`: the losses of all targets that count, one number per target, (n,)"""
@@ -55,8 +56,10 @@ def mask_tokens(
         vocab_size: random tokens are drawn from 0 to vocab_size - 1.
         special_ids: tokens that are never chosen.
         rate: probability that a token (or a word) is chosen.
-        whole_words: (B, T) number of the word of each token, negative for none; a word is chosen as a whole.
-        replace: shares of the chosen tokens that become `mask_id` and a random token; the rest stays as it is.
+        whole_words: (B, T) number of the word of each token, negative for none; a word is chosen as
+            a whole.
+        replace: shares of the chosen tokens that become `mask_id` and a random token; the rest
+            stays as it is.
         attention_mask: (B, T), 0 for padding, which is never chosen.
     """
     check_masking(ids, mask_id, vocab_size, rate, whole_words, replace)
@@ -82,18 +85,29 @@ def check_masking(ids, mask_id, vocab_size, rate, whole_words, replace) -> None:
     """Refuse arguments of `mask_tokens` that mean nothing."""
     batch_parts(ids)
     number("rate", rate, high=1, above=0)
-    shares = len(replace) == 2 and min(replace) >= 0 and sum(replace) <= 1 + 1e-9  # 0.8 + 0.2 in floats
+    # 0.8 + 0.2 in floats
+    shares = len(replace) == 2 and min(replace) >= 0 and sum(replace) <= 1 + 1e-9
     require(shares, "replace", replace, "two shares of at least 0 with a sum of at most 1")
     whole("mask_id", mask_id, 0, vocab_size - 1)
     if whole_words is not None:
         same = whole_words.shape == ids.shape
-        require(same, "shape of whole_words", tuple(whole_words.shape), f"{tuple(ids.shape)}, as the ids")
+        require(
+            same,
+            "shape of whole_words",
+            tuple(whole_words.shape),
+            f"{tuple(ids.shape)}, as the ids",
+        )
 
 
 def word_numbers(
-    ids: Tensor, starts: Tensor, *, special_ids: Sequence[int] = (), attention_mask: Tensor | None = None
+    ids: Tensor,
+    starts: Tensor,
+    *,
+    special_ids: Sequence[int] = (),
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Number of the word of each token (B, T), counted from the start of the row; -1 for special ones and padding.
+    """Number of the word of each token (B, T), counted from the start of the row; -1 for special
+    ones and padding.
 
     Args:
         starts: (V,) bool, whether a token begins a new word.
@@ -105,7 +119,7 @@ def word_numbers(
     begins = (starts.to(ids.device)[ids] | after) & ~special  # (B, T)
     return begins.cumsum(-1).sub(1).masked_fill(special, -1)
 
-
+# %% ../nbs/08_objectives.ipynb #b2f00005
 def masked_lm_loss(
     model: Any,
     batch: Tensor | Mapping[str, Tensor],
@@ -118,11 +132,14 @@ def masked_lm_loss(
     replace: tuple[float, float] = (0.8, 0.1),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The chosen tokens from what is left of both sides: ids (B, T) → (n,), n about `rate` · tokens.
+    """The chosen tokens from what is left of both sides: ids (B, T) → (n,), n about `rate` ·
+    tokens.
 
     Args:
-        batch: ids (B, T), or a mapping with `input_ids` and possibly `attention_mask` (0 for padding, on either
-            side: it is neither chosen nor seen); with `labels` in it, the ids are taken as corrupted already.
+        batch: ids (B, T), or a mapping with `input_ids` and possibly `attention_mask` (0 for
+            padding, on either
+            side: it is neither chosen nor seen); with `labels` in it, the ids are taken as
+                corrupted already.
         starts: (V,) bool, whether a token begins a word: chooses whole words.
         mask_id, vocab_size, special_ids, rate, replace, generator: as in `mask_tokens`.
     """
@@ -145,7 +162,8 @@ class Spans(NamedTuple):
 
 
 def span_counts(length: int, *, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
-    """How many of `length` tokens are hidden, and in how many spans (Raffel et al., 2020, section 3.1.4)."""
+    """How many of `length` tokens are hidden, and in how many spans (Raffel et al., 2020, section
+    3.1.4)."""
     whole("length", length, 2)
     number("density", density, above=0, below=1)
     number("mean_span", mean_span, 1)
@@ -153,8 +171,11 @@ def span_counts(length: int, *, density: float = 0.15, mean_span: float = 3.0) -
     return hidden, min(max(round(hidden / mean_span), 1), length - hidden)
 
 
-def _cut(total: int, pieces: int, rows: int, device: Any, generator: torch.Generator | None) -> Tensor:
-    """(rows, pieces) lengths of at least 1 with the sum `total`; all such lists are equally likely."""
+def _cut(
+    total: int, pieces: int, rows: int, device: Any, generator: torch.Generator | None
+) -> Tensor:
+    """(rows, pieces) lengths of at least 1 with the sum `total`; all such lists are equally
+    likely."""
     # a random order of 0 … total - 2 marks `pieces - 1` of the places between two tokens as cuts
     cuts = torch.rand(rows, total - 1, device=device, generator=generator).argsort(-1) < pieces - 1
     piece = F.pad(cuts.long(), (1, 0)).cumsum(-1)  # (rows, total): the piece that each token is in
@@ -171,13 +192,15 @@ def noise_spans(
     device: Any = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """True where a token is hidden (rows, length): shown and hidden spans in turn, of random lengths.
+    """True where a token is hidden (rows, length): shown and hidden spans in turn, of random
+    lengths.
 
     Each row has exactly the `span_counts`, begins with a shown span and ends with a hidden one.
     """
     hidden, spans = span_counts(length, density=density, mean_span=mean_span)
     shown, gaps = (_cut(n, spans, rows, device, generator) for n in (length - hidden, hidden))
-    lengths = torch.stack((shown, gaps), -1).flatten(1)  # (rows, 2 · spans): shown, hidden, shown, …
+    # (rows, 2 · spans): shown, hidden, shown, …
+    lengths = torch.stack((shown, gaps), -1).flatten(1)
     begins = lengths.cumsum(-1)[:, :-1]  # where each span but the first begins
     marks = torch.zeros(rows, length, dtype=torch.long, device=device).scatter(1, begins, 1)
     return marks.cumsum(-1) % 2 == 1
@@ -188,14 +211,23 @@ def corrupt_spans(ids: Tensor, noise: Tensor, *, sentinels: Sequence[int]) -> Sp
 
     Args:
         ids: (B, T).
-        noise: (B, T) bool, True where hidden; every row with the same number of hidden tokens and of runs.
+        noise: (B, T) bool, True where hidden; every row with the same number of hidden tokens and
+            of runs.
         sentinels: token ids that occur nowhere in the text, one more than there are runs.
     Returns:
         inputs (B, T - hidden + runs) and targets (B, hidden + runs + 1).
     """
     batch_parts(ids)
-    found, wanted = f"{noise.dtype} of shape {tuple(noise.shape)}", f"torch.bool of shape {tuple(ids.shape)}"
-    require(noise.shape == ids.shape and noise.dtype == torch.bool, "noise", found, f"{wanted}, as the ids")
+    found, wanted = (
+        f"{noise.dtype} of shape {tuple(noise.shape)}",
+        f"torch.bool of shape {tuple(ids.shape)}",
+    )
+    require(
+        noise.shape == ids.shape and noise.dtype == torch.bool,
+        "noise",
+        found,
+        f"{wanted}, as the ids",
+    )
     begins = noise & ~F.pad(noise[:, :-1], (1, 0))  # (B, T): the first token of each run
     hidden, runs = noise.sum(-1), begins.sum(-1)  # (B,) each
     equal = bool((hidden == hidden[0]).all() and (runs == runs[0]).all())
@@ -210,7 +242,8 @@ def corrupt_spans(ids: Tensor, noise: Tensor, *, sentinels: Sequence[int]) -> Sp
 
     mark = marks[(begins.cumsum(-1) - 1).clamp_min(0)]  # (B, T): the sentinel of a token's run
     inputs = torch.where(begins, mark, ids)[~noise | begins].view(len(ids), -1)
-    # before each token its sentinel where a run begins: (B, T, 2); then only those and hidden tokens stay
+    # before each token its sentinel where a run begins: (B, T, 2); then only those and hidden
+    # tokens stay
     pairs, kept = torch.stack((mark, ids), -1), torch.stack((begins, noise), -1)
     targets = pairs[kept].view(len(ids), -1)
     return Spans(inputs, torch.cat((targets, marks[runs][:, None]), 1))
@@ -219,7 +252,8 @@ def corrupt_spans(ids: Tensor, noise: Tensor, *, sentinels: Sequence[int]) -> Sp
 def restore_spans(
     inputs: Sequence[int] | Tensor, targets: Sequence[int] | Tensor, *, sentinels: Sequence[int]
 ) -> list[int]:
-    """The text of one row of `Spans`: each sentinel of the inputs is replaced by what follows it in the targets."""
+    """The text of one row of `Spans`: each sentinel of the inputs is replaced by what follows it in
+    the targets."""
     found: dict[int, list[int]] = {}
     for token in torch.as_tensor(targets).tolist():
         if token in sentinels:
@@ -244,14 +278,26 @@ def span_corruption_loss(
 ) -> Tensor:
     """The hidden spans, sentinels included, from the text with gaps: ids (B, T) → (n,).
 
-    T5 reads the inputs with an encoder and writes the targets with a decoder. Here one causal model reads
-    `inputs + targets`, and only the targets count. Rows with padding are refused: their spans would have other counts.
+    T5 reads the inputs with an encoder and writes the targets with a decoder. Here one causal model
+    reads
+    `inputs + targets`, and only the targets count. Rows with padding are refused: their spans would
+    have other counts.
     """
     ids, labels, mask, more = batch_parts(batch)
     require(labels is None, "labels", "given", "none: this objective makes its own")
-    require(mask is None, "attention_mask", "one with padding", "rows without padding: cut the texts to one length")
+    require(
+        mask is None,
+        "attention_mask",
+        "one with padding",
+        "rows without padding: cut the texts to one length",
+    )
     require_causal(model, "the targets are written token by token")
-    options = {"density": density, "mean_span": mean_span, "device": ids.device, "generator": generator}
+    options = {
+        "density": density,
+        "mean_span": mean_span,
+        "device": ids.device,
+        "generator": generator,
+    }
     inputs, targets = corrupt_spans(ids, noise_spans(*ids.shape, **options), sentinels=sentinels)
     text = torch.cat((inputs, targets), 1)
     labels = text.clone()
@@ -265,7 +311,8 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def info_nce(a: Tensor, b: Tensor, *, temperature: float = 0.05) -> Tensor:
-    """For each row of a, the cross-entropy of finding its partner among all rows of b: (N, D), (N, D) → (N,).
+    """For each row of a, the cross-entropy of finding its partner among all rows of b: (N, D), (N,
+    D) → (N,).
 
     Row i of b is the partner of row i of a; the other N - 1 rows are negatives (van den Oord et al., 2018,
     equation 4, with the cosine divided by a temperature as score).
@@ -277,7 +324,8 @@ def info_nce(a: Tensor, b: Tensor, *, temperature: float = 0.05) -> Tensor:
 
 
 def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:
-    """InfoNCE with every other one of the 2N rows as a negative (Chen et al., 2020, equation 1): (2N,).
+    """InfoNCE with every other one of the 2N rows as a negative (Chen et al., 2020, equation 1):
+    (2N,).
 
     A row is never compared with itself.
     """
@@ -285,7 +333,8 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:
     number("temperature", temperature, above=0)
     both, N = torch.cat((a, b)), len(a)
     itself = torch.eye(2 * N, dtype=torch.bool, device=a.device)
-    scores = (cosine_similarity(both, both) / temperature).masked_fill(itself, -math.inf)  # (2N, 2N)
+    # (2N, 2N)
+    scores = (cosine_similarity(both, both) / temperature).masked_fill(itself, -math.inf)
     partner = torch.arange(2 * N, device=a.device).roll(N)
     return F.cross_entropy(scores, partner, reduction="none")
 
@@ -299,27 +348,33 @@ def _rows(name: str, x: Tensor, y: Tensor | None = None) -> None:
 
 # %% ../nbs/08_objectives.ipynb #b2f00004
 def mean_pool(hidden: Tensor, counted: Tensor | None = None) -> Tensor:
-    """One vector per text, the mean over its tokens: (B, T, D) → (B, D); `counted` (B, T) leaves padding out."""
+    """One vector per text, the mean over its tokens: (B, T, D) → (B, D); `counted` (B, T) leaves
+    padding out."""
     if counted is None:
         return hidden.mean(1)
     weight = (counted != 0).to(hidden.dtype)[..., None]  # (B, T, 1)
     return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
-def embed_text(model: Any, ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
-    """Mean of the last hidden states: ids (B, T) → (B, D). In training, dropout is on; gradients flow.
+def embed_text(
+    model: Any, ids: Tensor, attention_mask: Tensor | None = None, **more: Any
+) -> Tensor:
+    """Mean of the last hidden states: ids (B, T) → (B, D). In training, dropout is on; gradients
+    flow.
 
     Args:
         attention_mask: (B, T), 0 for padding, on either side: it is neither seen nor counted.
         more: what else a model of transformers takes, such as `token_type_ids`.
     """
-    given = {"input_ids": ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    given = {"input_ids": ids} | (
+        {} if attention_mask is None else {"attention_mask": attention_mask}
+    )
     ids, _, mask, _ = batch_parts(given)
     filled = mask is None or bool((mask != 0).any(1).all())
     require(filled, "attention_mask", "a row of padding only", "at least one token in each row")
     return mean_pool(hidden_states(model, ids, mask, **more), mask)
 
-
+# %% ../nbs/08_objectives.ipynb #b2f00006
 def _embed(model: Any, text: Tensor | Mapping[str, Tensor], copies: int = 1) -> Tensor:
     """`embed_text` of a batch in either form, several times in one pass: (copies · B, D)."""
     ids, labels, mask, more = batch_parts(text)
@@ -331,9 +386,11 @@ def _embed(model: Any, text: Tensor | Mapping[str, Tensor], copies: int = 1) -> 
 def simcse_loss(
     model: Any, batch: Tensor | Mapping[str, Tensor], *, temperature: float = 0.05
 ) -> Tensor:
-    """`info_nce` of each text with itself under another dropout mask: ids (B, T) → (B,) (Gao et al., 2021).
+    """`info_nce` of each text with itself under another dropout mask: ids (B, T) → (B,) (Gao et
+    al., 2021).
 
-    The negatives are the other rows of this batch: with micro-batches or several processes there are fewer of them.
+    The negatives are the other rows of this batch: with micro-batches or several processes there
+        are fewer of them.
     """
     a, b = _embed(model, batch, copies=2).chunk(2)  # one pass: each row draws its own dropout
     return info_nce(a, b, temperature=temperature)
@@ -343,13 +400,16 @@ def pair_loss(model: Any, batch: Any, *, temperature: float = 0.05) -> Tensor:
     """`info_nce` of pairs of texts: (B,). Negatives as in `simcse_loss`.
 
     Args:
-        batch: a pair of texts, each ids or a mapping with `attention_mask`, (B, S) and (B, T); or one batch of ids
+        batch: a pair of texts, each ids or a mapping with `attention_mask`, (B, S) and (B, T); or
+            one batch of ids
             (B, T) without padding, whose halves are the pair.
     """
     if isinstance(batch, (Tensor, Mapping)):
         ids, labels, mask, more = batch_parts(batch)
         plain = labels is None and mask is None and not more
-        require(plain, "batch", "one with padding or labels", "ids without padding, or a pair of texts")
+        require(
+            plain, "batch", "one with padding or labels", "ids without padding, or a pair of texts"
+        )
         half = ids.shape[1] // 2
         require(half >= 1, "tokens in a row", ids.shape[1], "at least 2, one for each half")
         batch = ids[:, :half], ids[:, half : 2 * half]
@@ -362,7 +422,8 @@ def pair_loss(model: Any, batch: Any, *, temperature: float = 0.05) -> Tensor:
 def mixing_rates(
     sizes: Mapping[str, int], *, limit: int | None = None, temperature: float = 1.0
 ) -> dict[str, float]:
-    """Share of each task among the examples (Raffel et al., 2020, section 3.5.2): min(size, limit)^(1/temperature).
+    """Share of each task among the examples (Raffel et al., 2020, section 3.5.2): min(size,
+    limit)^(1/temperature).
 
     Args:
         limit: larger tasks count as if they had this many examples.
@@ -378,18 +439,23 @@ def mixing_rates(
     rates = {name: (n / largest) ** (1 / temperature) for name, n in capped.items()}
     return {name: rate / sum(rates.values()) for name, rate in rates.items()}
 
-
-def mixed_loss(losses: Mapping[str, Loss], weights: Mapping[str, float], *, draw: bool = False) -> Loss:
+# %% ../nbs/08_objectives.ipynb #b2f00007
+def mixed_loss(
+    losses: Mapping[str, Loss], weights: Mapping[str, float], *, draw: bool = False
+) -> Loss:
     """One loss function out of several.
 
     Args:
         losses: name → loss function.
         weights: name → weight, at least 0; they are divided by their sum.
-        draw: False: every call runs every task, and the mean of the result is Σ weight · (mean of the task). True: a
-            call runs one task, drawn with these weights from torch's global generator: the same gradient on
+        draw: False: every call runs every task, and the mean of the result is Σ weight · (mean of
+            the task). True: a
+            call runs one task, drawn with these weights from torch's global generator: the same
+            gradient on
             average, at the price of one task.
     Returns:
-        loss_fn(model, batch); a batch that is a mapping with the names of the tasks gives each its own. Its `config`
+        loss_fn(model, batch); a batch that is a mapping with the names of the tasks gives each its
+        own. Its `config`
         tells one mixture from another.
     """
     complete = len(losses) > 0 and set(losses) == set(weights)
@@ -411,12 +477,17 @@ def mixed_loss(losses: Mapping[str, Loss], weights: Mapping[str, float], *, draw
         scaled = [part * (share[name] * n / max(1, len(part))) for name, part in parts.items()]
         return torch.cat(scaled)
 
-    loss_fn.config = {"losses": {k: describe(v) for k, v in losses.items()}, "share": share, "draw": draw}
+    loss_fn.config = {
+        "losses": {k: describe(v) for k, v in losses.items()},
+        "share": share,
+        "draw": draw,
+    }
     return loss_fn
 
 # %% ../nbs/08_objectives.ipynb #302d3817
 def retrieval_ranks(a: Tensor, b: Tensor) -> Tensor:
-    """Rank of each row's partner when the rows of b are ordered by cosine: (N, D), (N, D) → (N,), 1 is best.
+    """Rank of each row's partner when the rows of b are ordered by cosine: (N, D), (N, D) → (N,), 1
+    is best.
 
     Ties count half: if all rows are the same, the rank is (N + 1) / 2 and not 1.
     """
@@ -428,9 +499,11 @@ def retrieval_ranks(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, *, l2: float = 1e-3) -> Tensor:
-    """Classes (M,) that a logistic regression on frozen features (N, D) predicts for other features (M, D).
+    """Classes (M,) that a logistic regression on frozen features (N, D) predicts for other features
+    (M, D).
 
-    Features are standardized with the mean and deviation of `train`. The objective is convex and is minimized by
+    Features are standardized with the mean and deviation of `train`. The objective is convex and is
+    minimized by
     L-BFGS from zero: no seed, no learning rate.
 
     Args:

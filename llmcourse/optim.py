@@ -14,12 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .settings import require
+from .settings import number, one_of, require, whole
 
 # %% ../nbs/06_optimizers.ipynb #f1dcebae
-def sgd_update(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None = None, *, lr: float, momentum: float = 0.0, dampening: float = 0.0,
-               weight_decay: float = 0.0, nesterov: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Gradient descent, with momentum (Polyak, 1964) and Nesterov's variant (as in Sutskever et al., 2013).
+def sgd_update(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient descent, with momentum (Polyak, 1964) and Nesterov's variant (Sutskever et al.,
+    2013).
 
     Args:
         momentum_buffer: None at the first step.
@@ -27,15 +37,30 @@ def sgd_update(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None = Non
         The new parameter and the new buffer (None without momentum); the inputs are left alone.
     """
     step = grad + weight_decay * param
-    if momentum:
+    if momentum and momentum_buffer is None:
         # the first gradient is taken whole: dampening starts with the second
-        momentum_buffer = step if momentum_buffer is None else momentum * momentum_buffer + (1 - dampening) * step
+        momentum_buffer = step
+    elif momentum:
+        momentum_buffer = momentum * momentum_buffer + (1 - dampening) * step
+    if momentum:
         step = step + momentum * momentum_buffer if nesterov else momentum_buffer
     return param - lr * step, momentum_buffer
 
 # %% ../nbs/06_optimizers.ipynb #0f472cef
-def rmsprop_update(param: Tensor, grad: Tensor, square_avg: Tensor, grad_avg: Tensor | None = None, momentum_buffer: Tensor | None = None, *, lr: float, alpha: float = 0.99,
-                   eps: float = 1e-8, weight_decay: float = 0.0, momentum: float = 0.0, centered: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def rmsprop_update(
+    param: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    grad_avg: Tensor | None = None,
+    momentum_buffer: Tensor | None = None,
+    *,
+    lr: float,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """RMSprop (Hinton, 2012, lecture 6e), with PyTorch's options.
 
     Args:
@@ -49,16 +74,27 @@ def rmsprop_update(param: Tensor, grad: Tensor, square_avg: Tensor, grad_avg: Te
     spread = square_avg
     if centered:
         grad_avg = (1 - alpha) * grad + (0 if grad_avg is None else alpha * grad_avg)
-        spread = (square_avg - grad_avg**2).clamp(min=0)  # a variance of zero can come out a rounding error below it
+        # a variance of zero can come out a rounding error below it
+        spread = (square_avg - grad_avg**2).clamp(min=0)
     step = grad / (spread.sqrt() + eps)
     if momentum:
         momentum_buffer = step + (0 if momentum_buffer is None else momentum * momentum_buffer)
         step = momentum_buffer
     return param - lr * step, square_avg, grad_avg, momentum_buffer
 
-
-def adam_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, *, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-                eps: float = 1e-8, weight_decay: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+# %% ../nbs/06_optimizers.ipynb #c6f00002
+def adam_update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Adam (Kingma and Ba, 2015, algorithm 1); `weight_decay` is added to the gradient (L2).
 
     Args:
@@ -70,21 +106,43 @@ def adam_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     grad = grad + weight_decay * param
     exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
     exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad**2
-    mean = exp_avg / (1 - betas[0] ** step)  # averages that start at zero are too small by these factors
+    mean = exp_avg / (1 - betas[0] ** step)  # averages that start at zero are too small
     mean_square = exp_avg_sq / (1 - betas[1] ** step)
     return param - lr * mean / (mean_square.sqrt() + eps), exp_avg, exp_avg_sq
 
+# %% ../nbs/06_optimizers.ipynb #c6f00004
+def adamw_update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW in PyTorch's form: the weight shrinks by lr · weight_decay, apart from the gradient.
 
-def adamw_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, *, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
-    """AdamW (Loshchilov and Hutter, 2019, algorithm 2): the weight shrinks by lr · weight_decay, apart from the gradient.
-
-    Arguments and results as in `adam_update`.
+    In its authors' form (Loshchilov and Hutter, 2019, algorithm 2) it shrinks by η λ, where η is
+    the schedule's
+    factor alone. With λ = (base rate) · weight_decay both are the same. Arguments and results as in
+    `adam_update`.
     """
-    return adam_update(param * (1 - lr * weight_decay), grad, exp_avg, exp_avg_sq, step, lr=lr, betas=betas, eps=eps)
+    shrunk = param * (1 - lr * weight_decay)
+    return adam_update(shrunk, grad, exp_avg, exp_avg_sq, step, lr=lr, betas=betas, eps=eps)
 
 # %% ../nbs/06_optimizers.ipynb #d71da227
-def lion_update(param: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> tuple[Tensor, Tensor]:
+def lion_update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Lion (Chen et al., 2023, program 1 and algorithm 2), with decoupled decay.
 
     Args:
@@ -93,25 +151,36 @@ def lion_update(param: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: float, beta
         The new parameter and the new exp_avg.
     """
     direction = torch.sign(betas[0] * exp_avg + (1 - betas[0]) * grad)
-    return param * (1 - lr * weight_decay) - lr * direction, betas[1] * exp_avg + (1 - betas[1]) * grad
+    new = param * (1 - lr * weight_decay) - lr * direction
+    return new, betas[1] * exp_avg + (1 - betas[1]) * grad
 
 # %% ../nbs/06_optimizers.ipynb #34a9f8a7
+# Jordan et al. (2024): steep at zero, and within 0.7 to 1.2 for everything that is not tiny
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: Tensor, *, coefficients: tuple[float, float, float] = NS_COEFFICIENTS, eps: float = 1e-7, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Roughly U Vᵀ for matrix = U S Vᵀ, by Newton–Schulz iteration (Jordan et al., 2024); (M, N) → (M, N), or a stack (K, M, N) → (K, M, N).
+def orthogonalize(
+    matrix: Tensor,
+    *,
+    coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+    eps: float = 1e-7,
+    steps: int = 5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Roughly U Vᵀ for matrix = U S Vᵀ, by Newton–Schulz iteration (Jordan et al., 2024).
 
     Each round applies x ↦ a x + b x³ + c x⁵ to all singular values. With the usual coefficients and five rounds,
     values above about 0.005 of the Frobenius norm end between 0.68 and 1.16.
 
     Args:
+        matrix: (M, N), or a stack (K, M, N); the result has the same shape.
         eps: the Frobenius norm is taken to be at least this, so that a matrix of zeros stays one.
         dtype: format of the matrix products and of the result; None: the matrix's own.
     """
-    require(matrix.ndim in (2, 3), "shape of matrix", tuple(matrix.shape), "two dimensions (M, N), or three (K, M, N)")
+    two_or_three = "two dimensions (M, N), or three (K, M, N)"
+    require(matrix.ndim in (2, 3), "shape of matrix", tuple(matrix.shape), two_or_three)
     a, b, c = coefficients
-    X = matrix.to(dtype or matrix.dtype, copy=True)  # a copy of our own, which may be changed in place
+    X = matrix.to(dtype or matrix.dtype, copy=True)  # our own, which may be changed in place
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X  # the products below are smallest when M ≤ N
     X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps))
@@ -121,66 +190,68 @@ def orthogonalize(matrix: Tensor, *, coefficients: tuple[float, float, float] = 
         X = product(X, product(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A²) X
     return X.mT if tall else X
 
-
+# %% ../nbs/06_optimizers.ipynb #c6f00006
 def _shape_scale(shape: torch.Size, adjust_lr_fn: str | None) -> float:
     """What Muon multiplies the learning rate of an (M, N) matrix with."""
     M, N = shape
-    return 0.2 * math.sqrt(max(M, N)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1, M / N))
+    # 0.2: the root mean square of Adam's typical steps (Liu et al., 2025)
+    to_adam = adjust_lr_fn == "match_rms_adamw"
+    return 0.2 * math.sqrt(max(M, N)) if to_adam else math.sqrt(max(1, M / N))
 
 
-def muon_update(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, lr: float, weight_decay: float = 0.1, momentum: float = 0.95, nesterov: bool = True,
-                ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS, eps: float = 1e-7, ns_steps: int = 5, adjust_lr_fn: str | None = None,
-                ns_dtype: torch.dtype | None = torch.bfloat16) -> tuple[Tensor, Tensor]:
+def muon_update(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    lr: float,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    ns_dtype: torch.dtype | None = torch.bfloat16,
+) -> tuple[Tensor, Tensor]:
     """Muon (Jordan et al., 2024) for one matrix (M, N), with decoupled decay.
 
     Args:
         momentum_buffer: running mean of the gradient; zeros at the start.
-        adjust_lr_fn: `original` (also None): lr · sqrt(max(1, M / N)); `match_rms_adamw`: lr · 0.2 sqrt(max(M, N)) (Liu et al., 2025).
+        adjust_lr_fn: `original` (also None): lr · sqrt(max(1, M / N)); `match_rms_adamw`: lr · 0.2
+            sqrt(max(M, N))
+            (Liu et al., 2025).
         ns_dtype: format of the orthogonalization; None: the parameter's own.
     Returns:
         The new parameter and the new buffer.
     """
     momentum_buffer = momentum * momentum_buffer + (1 - momentum) * grad
-    direction = momentum * momentum_buffer + (1 - momentum) * grad if nesterov else momentum_buffer
-    step = orthogonalize(direction, coefficients=ns_coefficients, eps=eps, steps=ns_steps, dtype=ns_dtype)
-    return param * (1 - lr * weight_decay) - lr * _shape_scale(param.shape, adjust_lr_fn) * step, momentum_buffer
+    ahead = momentum * momentum_buffer + (1 - momentum) * grad
+    direction = ahead if nesterov else momentum_buffer
+    options = {"coefficients": ns_coefficients, "eps": eps, "steps": ns_steps, "dtype": ns_dtype}
+    step = orthogonalize(direction, **options)
+    scaled = lr * _shape_scale(param.shape, adjust_lr_fn) * step
+    return param * (1 - lr * weight_decay) - scaled, momentum_buffer
 
-# %% ../nbs/06_optimizers.ipynb #eaed80dd
-def _check_options(options: dict[str, Any], bounds: dict[str, tuple[float, float]]) -> None:
-    """Every numeric option within its bounds: (low, high) means low ≤ value < high; lr is above 0."""
-    def number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value < high and not (above and value == low)
-        require(ok, name, value, f"a finite number {'above' if above else 'of at least'} {low:g}" + (f" and below {high:g}" if high < math.inf else ""))
-
-    number("lr", options["lr"], 0, math.inf, above=True)
-    for name, (low, high) in bounds.items():
-        if name == "betas":
-            require(isinstance(options[name], (tuple, list)) and len(options[name]) == 2, name, options[name], "two numbers")
-            for i, value in enumerate(options[name]):
-                number(f"betas[{i}]", value, low, high)
-        else:
-            number(name, options[name], low, high)
-
-
-_PIECE = 2**18  # numbers: as float32 one megabyte, so that what one operation touches stays in the cache until the next needs it
+# %% ../nbs/06_optimizers.ipynb #c6f0000a
+# numbers: as float32 one megabyte, so that what one operation touches stays in the cache until the
+# next needs it
+_PIECE = 2**18
 
 
 def _pieces(rows: list[tuple[Tensor, ...]], cut: bool) -> Iterator[list[list[Tensor]]]:
     """Turn rows (parameter, gradient, *memory) into lists of tensors that are updated together.
 
-    On a CPU together about `_PIECE` numbers of each: small tensors are joined, large ones are cut (if `cut`). Elsewhere all at once.
+    On a CPU together about `_PIECE` numbers of each: small tensors are joined, large ones are cut
+    (if `cut`).
+    Elsewhere all at once.
     """
     if rows[0][0].device.type != "cpu":
         yield list(map(list, zip(*rows)))
         return
     batch, size = [], 0
     for row in rows:
-        parts: Iterable[tuple[Tensor, ...]] = (row,)
-        # a tensor that is not stored in one stretch, or of which only a part is on this machine, stays whole
-        if cut and row[0].numel() > _PIECE and type(row[1]) is Tensor and all(t.is_contiguous() for t in row):
-            equal = -(-row[0].numel() // -(-row[0].numel() // _PIECE))  # no small rest: it would cost as many calls as a full piece
-            parts = zip(*(t.view(-1).split(equal) for t in row))
-        for part in parts:
+        for part in _parts(row) if cut else (row,):
             if size and size + part[0].numel() > _PIECE:
                 yield list(map(list, zip(*batch)))
                 batch, size = [], 0
@@ -190,12 +261,26 @@ def _pieces(rows: list[tuple[Tensor, ...]], cut: bool) -> Iterator[list[list[Ten
         yield list(map(list, zip(*batch)))
 
 
+def _parts(row: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
+    """A row, cut into views of about equal length if it is longer than a piece."""
+    n = row[0].numel()
+    # a tensor that is not stored in one stretch, or of which only a part is on this machine, stays
+    # whole
+    whole_ = type(row[1]) is not Tensor or not all(t.is_contiguous() for t in row)
+    if n <= _PIECE or whole_:
+        return (row,)
+    count = -(-n // _PIECE)
+    # no small rest: it would cost as many calls as a full piece
+    return zip(*(t.view(-1).split(-(-n // count)) for t in row))
+
+# %% ../nbs/06_optimizers.ipynb #c6f0000c
 class _Optimizer(torch.optim.Optimizer):
-    """Bookkeeping for all rules. A subclass says what it remembers, what its settings may be, and how a list of tensors is updated."""
+    """Bookkeeping for all rules. A subclass says what it remembers, what its settings may be, and
+    how it updates."""
 
     _counts = True  # keeps the number of steps of each parameter as `step`
     _cuts = True  # may be given pieces of a tensor
-    _bounds: dict[str, tuple[float, float]] = {}
+    _bounds: dict[str, tuple[float, float]] = {}  # setting: (low, high), low ≤ value < high
 
     @staticmethod
     def _memory(group: dict[str, Any]) -> tuple[str, ...]:
@@ -203,81 +288,136 @@ class _Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @staticmethod
-    def _apply(group: dict[str, Any], key: int, params: list[Tensor], grads: list[Tensor], *memory: list[Tensor]) -> None:
-        """Update in place. `key` is the number of this step, or, where steps are not counted, 1 at the first and 2 later."""
+    def _apply(
+        group: dict, key: int, params: list[Tensor], grads: list[Tensor], *memory: list[Tensor]
+    ) -> None:
+        """Update in place. `key` is the number of this step; where none are counted, 1 at the first
+        and 2 later."""
         raise NotImplementedError
+
+    @staticmethod
+    def _check(group: dict[str, Any]) -> None:
+        """Refuse what bounds on single numbers cannot say."""
 
     def _rule(self, group: dict[str, Any]) -> type["_Optimizer"]:
         return type(self)
 
-    @staticmethod
-    def _check(group: dict[str, Any]) -> None:
-        """What bounds on single numbers cannot say."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            rule = self._rule(group)
-            _check_options(group, rule._bounds)
-            rule._check(group)
-            for p in group["params"]:
-                require(p.is_floating_point(), "dtype of a parameter", str(p.dtype), "real floating-point numbers")
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # also a state that torch.optim saved, unless it has options that we have not
-            for option in ("amsgrad", "maximize"):
-                require(not group.get(option), f"{option} of the saved state", True, "False")
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-        for memory in self.state.values():
-            if "step" in memory:  # wherever it was saved: reading it back from a GPU at every step would wait for the GPU
-                memory["step"] = torch.tensor(float(memory["step"]))
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient; `closure` recomputes the loss and is called first."""
+        """One step for every parameter with a gradient; `closure` recomputes the loss and is called
+        first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rule = self._rule(group)
-            names, alike = rule._memory(group), {}
+            rule, alike = self._rule(group), {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                require(not p.grad.is_sparse, "layout of a gradient", "sparse", "dense")
-                state, key = self.state[p], 2
-                for name in names:
-                    if name not in state:
-                        state[name], key = torch.zeros_like(p, memory_format=torch.preserve_format), 1
-                if rule._counts:  # as a tensor on the CPU, as torch.optim keeps it
-                    state["step"] = state["step"] + 1 if "step" in state else torch.tensor(1.0)
-                    key = int(state["step"])
-                alike.setdefault(key, []).append((p, p.grad, *(state[name] for name in names)))
-            for key, rows in alike.items():
+                if p.grad is not None:
+                    key, row = _row(self.state[p], p, rule, group)
+                    alike.setdefault(key, []).append(row)
+            for key, rows in alike.items():  # parameters at the same step are updated together
                 for lists in _pieces(rows, rule._cuts):
                     rule._apply(group, key, *lists)
         return loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check_group(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _check_state(self)
+
+# %% ../nbs/06_optimizers.ipynb #c6f0000d
+def _row(
+    state: dict, p: Tensor, rule: type[_Optimizer], group: dict
+) -> tuple[int, tuple[Tensor, ...]]:
+    """The number of this step for a parameter, and parameter, gradient and memory, made where
+    it is missing."""
+    require(not p.grad.is_sparse, "layout of a gradient", "sparse", "dense")
+    key, names = 2, rule._memory(group)
+    for name in names:
+        if name not in state:
+            state[name], key = torch.zeros_like(p, memory_format=torch.preserve_format), 1
+    if rule._counts:  # as a tensor on the CPU, as torch.optim keeps it
+        state["step"] = state["step"] + 1 if "step" in state else torch.tensor(1.0)
+        key = int(state["step"])
+    return key, (p, p.grad, *(state[name] for name in names))
+
+
+def _check_group(optimizer: _Optimizer) -> None:
+    """Refuse, and take back, a new group of parameters whose settings cannot work."""
+    group = optimizer.param_groups[-1]
+    try:
+        rule = optimizer._rule(group)
+        _check_options(group, rule._bounds)
+        rule._check(group)
+        for p in group["params"]:
+            require(
+                p.is_floating_point(),
+                "dtype of a parameter",
+                str(p.dtype),
+                "real floating-point numbers",
+            )
+    except ValueError:
+        optimizer.param_groups.pop()
+        raise
+
+
+def _check_options(options: dict[str, Any], bounds: dict[str, tuple[float, float]]) -> None:
+    """Every numeric option within its bounds: (low, high) means low ≤ value < high; lr is above
+    0."""
+    number("lr", options["lr"], above=0)
+    for name, (low, high) in bounds.items():
+        below = None if high == math.inf else high
+        values = {name: options[name]}
+        if name == "betas":
+            two = isinstance(options[name], (tuple, list)) and len(options[name]) == 2
+            require(two, name, options[name], "two numbers")
+            values = {f"betas[{i}]": value for i, value in enumerate(options[name])}
+        for told, value in values.items():
+            number(told, value, low, below=below)
+
+
+def _check_state(optimizer: _Optimizer) -> None:
+    """After loading: also a state that torch.optim saved, unless it has options that ours has
+    not."""
+    for group in optimizer.param_groups:
+        for option in ("amsgrad", "maximize"):
+            require(not group.get(option), f"{option} of the saved state", True, "False")
+        for name, value in optimizer.defaults.items():
+            group.setdefault(name, value)
+    for memory in optimizer.state.values():
+        # on the CPU: reading it back from a GPU at every step would wait for the GPU
+        if "step" in memory:
+            memory["step"] = torch.tensor(float(memory["step"]))
+
+# %% ../nbs/06_optimizers.ipynb #eaed80dd
 class SGD(_Optimizer):
-    """Gradient descent with momentum; names and meaning as in `torch.optim.SGD` (see `sgd_update`)."""
+    """Gradient descent with momentum; names and meaning as in `torch.optim.SGD` (see
+    `sgd_update`)."""
 
     _counts = False
     _bounds = {"momentum": (0, 1), "dampening": (0, 1), "weight_decay": (0, math.inf)}
 
-    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov})
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ):
+        settings = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        super().__init__(params, settings | {"weight_decay": weight_decay, "nesterov": nesterov})
 
     @staticmethod
     def _check(group):
-        require(not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0), "nesterov", True, "only with momentum above 0 and dampening 0")
+        plain = group["momentum"] > 0 and group["dampening"] == 0
+        only = "only with momentum above 0 and dampening 0"
+        require(not group["nesterov"] or plain, "nesterov", True, only)
 
     @staticmethod
     def _memory(group):
@@ -285,32 +425,50 @@ class SGD(_Optimizer):
 
     @staticmethod
     def _apply(group, key, params, grads, buffers=None):
-        if group["weight_decay"]:
-            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])  # new tensors: p.grad is not ours
+        momentum = group["momentum"]
+        if group["weight_decay"]:  # new tensors: p.grad is not ours
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         if buffers is not None:
             if key == 1:
                 torch._foreach_copy_(buffers, grads)
             elif group["dampening"] == 0 and buffers[0].device.type == "cpu":
                 for buffer, grad in zip(buffers, grads):  # one pass over the memory instead of two
-                    torch.add(grad, buffer, alpha=group["momentum"], out=buffer)
+                    torch.add(grad, buffer, alpha=momentum, out=buffer)
             else:
-                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_mul_(buffers, momentum)
                 torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
-            grads = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+            ahead = group["nesterov"]
+            grads = torch._foreach_add(grads, buffers, alpha=momentum) if ahead else buffers
         torch._foreach_add_(params, grads, alpha=-group["lr"])
 
-
+# %% ../nbs/06_optimizers.ipynb #c6f0000f
 class RMSprop(_Optimizer):
     """RMSprop; names and meaning as in `torch.optim.RMSprop` (see `rmsprop_update`)."""
 
-    _bounds = {"alpha": (0, 1), "eps": (0, math.inf), "weight_decay": (0, math.inf), "momentum": (0, 1)}
+    _bounds = {
+        "alpha": (0, 1),
+        "eps": (0, math.inf),
+        "weight_decay": (0, math.inf),
+        "momentum": (0, 1),
+    }
 
-    def __init__(self, params: Any, lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0, momentum: float = 0.0, centered: bool = False):
-        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum, "centered": centered})
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+    ):
+        settings = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings | {"momentum": momentum, "centered": centered})
 
     @staticmethod
     def _memory(group):
-        return ("square_avg", *(("grad_avg",) if group["centered"] else ()), *(("momentum_buffer",) if group["momentum"] else ()))
+        centered = ("grad_avg",) if group["centered"] else ()
+        return ("square_avg", *centered, *(("momentum_buffer",) if group["momentum"] else ()))
 
     @staticmethod
     def _apply(group, key, params, grads, squares, *more):
@@ -322,7 +480,8 @@ class RMSprop(_Optimizer):
         if group["centered"]:
             torch._foreach_lerp_(more[0], grads, 1 - alpha)
             spread = torch._foreach_addcmul(squares, more[0], more[0], -1)
-            torch._foreach_clamp_min_(spread, 0)  # a variance of zero can come out a rounding error below it
+            # a variance of zero can come out a rounding error below it
+            torch._foreach_clamp_min_(spread, 0)
             torch._foreach_sqrt_(spread)
         else:
             spread = torch._foreach_sqrt(squares)
@@ -334,14 +493,23 @@ class RMSprop(_Optimizer):
         else:
             torch._foreach_addcdiv_(params, grads, spread, -group["lr"])
 
-
+# %% ../nbs/06_optimizers.ipynb #c6f00010
 class Adam(_Optimizer):
     """Adam with L2 decay; names and meaning as in `torch.optim.Adam` (see `adam_update`)."""
 
     _bounds = {"betas": (0, 1), "eps": (0, math.inf), "weight_decay": (0, math.inf)}
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @staticmethod
     def _memory(group):
@@ -366,21 +534,34 @@ class Adam(_Optimizer):
 class AdamW(Adam):
     """AdamW; names and meaning as in `torch.optim.AdamW` (see `adamw_update`)."""
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     @staticmethod
     def _apply(group, key, *lists):
         Adam._apply(group, key, *lists, decoupled=True)
 
-
+# %% ../nbs/06_optimizers.ipynb #c6f00011
 class Lion(_Optimizer):
     """Lion, with the argument names of its authors (see `lion_update`)."""
 
     _counts = False
     _bounds = {"betas": (0, 1), "weight_decay": (0, math.inf)}
 
-    def __init__(self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @staticmethod
@@ -397,31 +578,37 @@ class Lion(_Optimizer):
             torch._foreach_mul_(params, 1 - lr * decay)
         torch._foreach_add_(params, direction, alpha=-lr)
 
-
+# %% ../nbs/06_optimizers.ipynb #c6f00012
 class Muon(_Optimizer):
-    """Muon for matrices; names and meaning as in `torch.optim.Muon` (see `muon_update`), and `ns_dtype`.
+    """Muon for matrices; names and meaning as in `torch.optim.Muon` (see `muon_update`), and
+    `ns_dtype`.
 
     On a CPU that has no bfloat16 arithmetic, `ns_dtype=torch.float32` is faster.
     """
 
     _counts = False
     _cuts = False  # a matrix is made orthogonal as a whole
-    _bounds = {"weight_decay": (0, math.inf), "momentum": (0, 1), "eps": (0, math.inf), "ns_steps": (1, 100)}
+    _bounds = {"weight_decay": (0, math.inf), "momentum": (0, 1), "eps": (0, math.inf)}
 
-    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95, nesterov: bool = True,
-                 ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS, eps: float = 1e-7, ns_steps: int = 5, adjust_lr_fn: str | None = None,
-                 ns_dtype: torch.dtype | None = torch.bfloat16):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "eps": eps,
-                                  "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype})
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        ns_dtype: torch.dtype | None = torch.bfloat16,
+    ):
+        given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        super().__init__(params, given)
 
     @staticmethod
     def _check(group):
-        require(isinstance(group["ns_steps"], int), "ns_steps", group["ns_steps"], "a whole number from 1 to 99")
-        require(isinstance(group["ns_coefficients"], (tuple, list)) and len(group["ns_coefficients"]) == 3, "ns_coefficients", group["ns_coefficients"], "three numbers")
-        require(group["adjust_lr_fn"] in (None, "original", "match_rms_adamw"), "adjust_lr_fn", group["adjust_lr_fn"], "None, original, match_rms_adamw")
-        require(group["ns_dtype"] is None or (isinstance(group["ns_dtype"], torch.dtype) and group["ns_dtype"].is_floating_point), "ns_dtype", group["ns_dtype"], "None or a floating-point format, such as torch.bfloat16")
-        for p in group["params"]:
-            require(p.ndim == 2, "shape of a parameter", tuple(p.shape), "two dimensions (M, N); give the others to AdamW")
+        _check_muon(group)
 
     @staticmethod
     def _memory(group):
@@ -429,23 +616,48 @@ class Muon(_Optimizer):
 
     @staticmethod
     def _apply(group, key, params, grads, buffers):
-        lr, momentum = group["lr"], group["momentum"]
+        lr, momentum, ahead = group["lr"], group["momentum"], group["nesterov"]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        directions = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
-        alike = {}  # matrices of one shape in a stack: on a GPU, and for small ones on a CPU, the number of calls is what takes time
+        directions = torch._foreach_lerp(grads, buffers, momentum) if ahead else buffers
+        # matrices of one shape in a stack: on a GPU, and for small ones on a CPU, calls are what
+        # takes time
+        alike = {}
         for p, direction in zip(params, directions):
             alike.setdefault(p.shape, []).append((p, direction))
+        how = {"coefficients": group["ns_coefficients"], "dtype": group["ns_dtype"]}
+        how |= {"eps": group["eps"], "steps": group["ns_steps"]}
         for shape, pairs in alike.items():
             same, stack = zip(*pairs)
-            stack = stack[0] if len(stack) == 1 else torch.stack(stack)
-            steps = orthogonalize(stack, coefficients=group["ns_coefficients"], eps=group["eps"], steps=group["ns_steps"], dtype=group["ns_dtype"])
-            for p, step in zip(same, [steps] if len(same) == 1 else steps):
-                p.mul_(1 - lr * group["weight_decay"])  # here and not earlier, so that the parameter is still in the cache for the next line
+            # one matrix alone is not copied into a stack
+            steps = (
+                [orthogonalize(stack[0], **how)]
+                if len(same) == 1
+                else orthogonalize(torch.stack(stack), **how)
+            )
+            # both lines per matrix: it is in the cache for the second
+            for p, step in zip(same, steps):
+                p.mul_(1 - lr * group["weight_decay"])
                 p.add_(step, alpha=-lr * _shape_scale(shape, group["adjust_lr_fn"]))
+
+# %% ../nbs/06_optimizers.ipynb #c6f00013
+def _check_muon(group: dict[str, Any]) -> None:
+    """Refuse settings of Muon that mean nothing, and parameters that are no matrices."""
+    whole("ns_steps", group["ns_steps"], 1, 99)
+    three = group["ns_coefficients"]
+    is_three = isinstance(three, (tuple, list)) and len(three) == 3
+    require(is_three, "ns_coefficients", three, "three numbers")
+    one_of("adjust_lr_fn", group["adjust_lr_fn"], (None, "original", "match_rms_adamw"))
+    form = group["ns_dtype"]
+    floating = form is None or (isinstance(form, torch.dtype) and form.is_floating_point)
+    require(floating, "ns_dtype", form, "None or a floating-point format, such as torch.bfloat16")
+    for p in group["params"]:
+        matrix = "two dimensions (M, N); give the others to AdamW"
+        require(p.ndim == 2, "shape of a parameter", tuple(p.shape), matrix)
 
 
 class MuonWithAdamW(_Optimizer):
-    """Muon and AdamW in one object: each parameter group says with `use_muon` which rule it follows.
+    """Muon and AdamW in one object: each parameter group says with `use_muon` which rule it
+    follows.
 
     Both kinds of groups bring the settings of their own class; `make_optimizer` builds them.
     """
@@ -457,16 +669,25 @@ class MuonWithAdamW(_Optimizer):
         return Muon if group["use_muon"] else AdamW
 
     def add_param_group(self, param_group):
-        require(isinstance(param_group.get("use_muon"), bool), "use_muon of a parameter group", param_group.get("use_muon"), "True, False")
+        one_of("use_muon of a parameter group", param_group.get("use_muon"), (True, False))
         super().add_param_group({**_options(self._rule(param_group)), **param_group})
 
 
 def _options(rule: type[_Optimizer]) -> dict[str, Any]:
     """The settings of a rule with their defaults."""
-    return {name: p.default for name, p in inspect.signature(rule).parameters.items() if name != "params"}
+    parameters = inspect.signature(rule).parameters
+    return {name: p.default for name, p in parameters.items() if name != "params"}
 
 # %% ../nbs/06_optimizers.ipynb #929ed0e6
-def lr_factor(step: int, *, total: int, warmup: int = 0, kind: str = "cosine", final: float = 0.1, decay: float = 0.2) -> float:
+def lr_factor(
+    step: int,
+    *,
+    total: int,
+    warmup: int = 0,
+    kind: str = "cosine",
+    final: float = 0.1,
+    decay: float = 0.2,
+) -> float:
     """What to multiply the peak learning rate with at this step.
 
     Args:
@@ -477,19 +698,19 @@ def lr_factor(step: int, *, total: int, warmup: int = 0, kind: str = "cosine", f
         final: the factor of the last step, unless constant.
         decay: wsd: this share of all steps is the last part.
     """
-    whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
-    require(kind in ("constant", "linear", "cosine", "wsd"), "kind", kind, "constant, linear, cosine, wsd")
-    require(whole(total) and total >= 1, "total", total, "a whole number of at least 1")
-    require(whole(step) and step >= 0, "step", step, "a whole number of at least 0")
-    require(whole(warmup) and 0 <= warmup <= total, "warmup", warmup, f"0 to total = {total}")
-    require(isinstance(final, (int, float)) and 0 <= final <= 1, "final", final, "0 to 1")
-    require(isinstance(decay, (int, float)) and 0 < decay <= 1, "decay", decay, "above 0 and at most 1")
+    one_of("kind", kind, ("constant", "linear", "cosine", "wsd"))
+    whole("step", step, 0)
+    whole("warmup", warmup, 0, whole("total", total, 1))
+    number("final", final, 0, 1)
+    number("decay", decay, high=1, above=0)
     if step < warmup:
         return (step + 1) / warmup
     if kind == "constant":
         return 1.0
-    last = total - 1
-    start = warmup if kind != "wsd" else max(warmup, total - max(1, round(decay * total))) - 1  # the last step at the peak
+    start, last = warmup, total - 1
+    if kind == "wsd":  # the last step at the peak
+        start = max(warmup, total - max(1, round(decay * total))) - 1
+    # 0 at `start`, 1 at the last step
     t = min(1.0, max(0.0, (step - start) / (last - start))) if last > start else float(step > start)
     shape = (1 + math.cos(math.pi * t)) / 2 if kind == "cosine" else 1 - t
     return final + (1 - final) * shape
@@ -497,77 +718,112 @@ def lr_factor(step: int, *, total: int, warmup: int = 0, kind: str = "cosine", f
 # %% ../nbs/06_optimizers.ipynb #a85b1c5f
 @torch.no_grad()
 def clip_by_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
-    """Shorten the gradients, in place, so that their joint Euclidean norm is at most `max_norm` (Pascanu et al., 2013).
+    """Shorten the gradients, in place, so that their joint Euclidean norm is at most `max_norm`
+    (Pascanu et al., 2013).
 
-    Equal to `torch.nn.utils.clip_grad_norm_`, except that a norm that is not finite leaves the gradients as they are:
+    Equal to `torch.nn.utils.clip_grad_norm_`, except that a norm that is not finite leaves the
+    gradients as they are:
     the caller decides. Gradients in half precision are measured in float32.
 
     Returns:
         The norm before, as a tensor without dimensions.
     """
-    require(isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool) and max_norm > 0, "max_norm", max_norm, "a number above 0; inf only measures")
+    real = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+    require(real and max_norm > 0, "max_norm", max_norm, "a number above 0; inf only measures")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.tensor(0.0)
     half = any(g.dtype in (torch.float16, torch.bfloat16) for g in grads)
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float32) if half else torch._foreach_norm(grads, 2)
+    more = {"dtype": torch.float32} if half else {}
+    norms = torch._foreach_norm(grads, 2, **more)
     total = torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in norms]))
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # 1e-6: PyTorch's guard against a norm of 0
     factor = torch.where(total.isfinite(), factor, 1.0)
-    if total.device.type != "cpu" or factor < 1:  # on a GPU the question would cost more than the answer
+    # on a GPU the question would cost more than the answer
+    if total.device.type != "cpu" or factor < 1:
         for g in grads:
             g.mul_(factor.to(g.device))
     return total
 
 # %% ../nbs/06_optimizers.ipynb #d230d744
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: tensors of two and more dimensions decay, norms and biases do not.
+    """Parameter groups for an optimizer: tensors of two and more dimensions decay, norms and biases
+    do not.
 
-    Each trainable parameter is there exactly once, also if two modules share it. Groups without parameters are left out.
+    Each trainable parameter is there exactly once, also if two modules share it. Groups without
+    parameters are left
+    out.
     """
-    _check_options({"lr": 1, "weight_decay": weight_decay}, {"weight_decay": (0, math.inf)})
-    parameters = [p for p in model.parameters() if p.requires_grad]  # parameters() itself gives a shared tensor once
+    number("weight_decay", weight_decay, 0)
+    parameters = [p for p in model.parameters() if p.requires_grad]  # gives a shared tensor once
     require(bool(parameters), "model", type(model).__name__, "a module with trainable parameters")
-    groups = [{"params": [p for p in parameters if (p.ndim >= 2) == decays], "weight_decay": weight_decay if decays else 0.0} for decays in (True, False)]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 _RULES = {"sgd": SGD, "rmsprop": RMSprop, "adam": Adam, "adamw": AdamW, "lion": Lion}
 
 
-def make_optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float = 0.0, **options: Any) -> torch.optim.Optimizer:
-    """An optimizer of this chapter for all trainable parameters of a model, with the groups of `decay_groups`.
+def _refuse_unknown(
+    options: dict[str, Any], known: dict[str, Any], extra: tuple[str, ...] = ()
+) -> None:
+    allowed = [n for n in (*known, *extra) if n not in ("lr", "weight_decay")]
+    for option in options:
+        one_of("option of the optimizer", option, allowed)
+
+# %% ../nbs/06_optimizers.ipynb #c6f00014
+def make_optimizer(
+    model: nn.Module, name: str, *, lr: float, weight_decay: float = 0.0, **options: Any
+) -> torch.optim.Optimizer:
+    """An optimizer of this chapter for all trainable parameters of a model, with the groups of
+    `decay_groups`.
 
     Args:
-        name: sgd, rmsprop, adam, adamw, lion or muon. The first three add the decay to the gradient, the others keep it apart.
+        name: sgd, rmsprop, adam, adamw, lion or muon. The first three add the decay to the
+            gradient, the others keep
+            it apart.
         lr: peak learning rate; a schedule writes its product with a factor into `group["lr"]`.
         options: further settings of the optimizer's class, such as `betas` or `momentum`.
 
-    With `muon`, matrices inside the numbered blocks of the model (a parameter name with a number in it, such as
-    `blocks.0.attn.q.weight`) follow Muon, everything else AdamW. The scale `match_rms_adamw` lets both use the same rate;
-    `adamw_lr` sets another one for the AdamW part, `adamw_betas` its averages (0.9, 0.95 by default).
+    With `muon`, matrices inside the numbered blocks of the model (a parameter name with a number in
+    it, such as
+    `blocks.0.attn.q.weight`) follow Muon, everything else AdamW. The scale `match_rms_adamw` lets
+    both use the same
+    rate; `adamw_lr` sets another one for the AdamW part, `adamw_betas` its averages (0.9, 0.95 by
+    default).
     """
+    one_of("name", name, (*_RULES, "muon"))
     if name != "muon":
-        require(name in _RULES, "name", name, ", ".join((*_RULES, "muon")))
         _refuse_unknown(options, _options(_RULES[name]))
         return _RULES[name](decay_groups(model, weight_decay), lr=lr, **options)
     settings = {"adjust_lr_fn": "match_rms_adamw"} | options
     adamw = {"lr": settings.pop("adamw_lr", lr), "betas": settings.pop("adamw_betas", (0.9, 0.95))}
     _refuse_unknown(settings, _options(Muon), extra=("adamw_lr", "adamw_betas"))
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    inside = {id(p) for n, p in model.named_parameters() if p.ndim == 2 and id(p) not in tables and any(part.isdigit() for part in n.split("."))}
-    groups = []
+    inside, groups = _inside_blocks(model), []
     for group in decay_groups(model, weight_decay):
         for use_muon, rest in ((True, {"lr": lr} | settings), (False, adamw)):
             chosen = [p for p in group["params"] if (id(p) in inside) == use_muon]
             if chosen:
-                groups.append({"params": chosen, "weight_decay": group["weight_decay"], "use_muon": use_muon, **rest})
-    require(any(g["use_muon"] for g in groups), "model", type(model).__name__, "a module with matrices inside numbered blocks, for muon")
+                decay = group["weight_decay"]
+                groups.append(
+                    {"params": chosen, "weight_decay": decay, "use_muon": use_muon, **rest}
+                )
+    some, needed = (
+        any(g["use_muon"] for g in groups),
+        "a module with matrices inside numbered blocks, for muon",
+    )
+    require(some, "model", type(model).__name__, needed)
     return MuonWithAdamW(groups)
 
 
-def _refuse_unknown(options: dict[str, Any], known: dict[str, Any], extra: tuple[str, ...] = ()) -> None:
-    for option in options:
-        allowed = [n for n in (*known, *extra) if n not in ("lr", "weight_decay")]
-        require(option in allowed, "option of the optimizer", option, ", ".join(allowed))
+def _inside_blocks(model: nn.Module) -> set[int]:
+    """Which parameters are matrices inside numbered blocks, by id: embeddings are tables and no
+    maps."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    numbered = lambda name: any(part.isdigit() for part in name.split("."))
+    matrices = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and id(p) not in tables]
+    return {id(p) for n, p in matrices if numbered(n)}

@@ -41,9 +41,12 @@ IGNORE = -100
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """-ln p of every label that counts: logits (…, V), labels (…) → (n,). `IGNORE` does not count."""
+    """-ln p of every label that counts: logits (…, V), labels (…) → (n,). `IGNORE` does not
+    count."""
     shape = tuple(logits.shape[:-1])
-    require(shape == labels.shape, "shape of labels", tuple(labels.shape), f"{shape}, as the logits")
+    require(
+        shape == labels.shape, "shape of labels", tuple(labels.shape), f"{shape}, as the logits"
+    )
     counted = labels != IGNORE
     if bool(counted.all()):  # the usual case, without a copy of all logits
         logits, labels = logits.flatten(0, -2), labels.flatten()  # (n, V), (n,)
@@ -56,12 +59,17 @@ def causal_lm_loss(model: Any, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
     """Each token from those before it: ids (B, T) → (n,), n = B · (T - 1) without padding.
 
     Args:
-        batch: ids (B, T), or what the collators of transformers return: `input_ids`, and possibly `labels` (the
-            same ids, *not* shifted, `IGNORE` where nothing counts) and `attention_mask` (0 for padding, on either
-            side). Without labels every token counts that is no padding. Nothing is predicted from padding.
+        batch: ids (B, T), or what the collators of transformers return: `input_ids`, and possibly
+            `labels` (the
+            same ids, *not* shifted, `IGNORE` where nothing counts) and `attention_mask` (0 for
+            padding, on either
+            side). Without labels every token counts that is no padding. Nothing is predicted from
+            padding.
     """
     ids, labels, mask, more = batch_parts(batch)
-    require(ids.shape[1] >= 2, "tokens in a row", ids.shape[1], "at least 2: the first one is only read")
+    require(
+        ids.shape[1] >= 2, "tokens in a row", ids.shape[1], "at least 2: the first one is only read"
+    )
     require_causal(model, "a model that sees both sides would be shown the answer")
     labels = ids if labels is None else labels
     if mask is not None:
@@ -73,12 +81,17 @@ def causal_lm_loss(model: Any, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
 
 # %% ../nbs/07_training.ipynb #a1f00004
 def batch_parts(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, Any]]:
-    """Token ids (B, T), labels or None, attention mask or None, and what else a model gets, of any batch of ids."""
+    """Token ids (B, T), labels or None, attention mask or None, and what else a model gets, of any
+    batch of ids."""
     more = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids, labels, mask = (more.pop(name, None) for name in ("input_ids", "labels", "attention_mask"))
     ok = isinstance(ids, Tensor) and ids.ndim == 2
     ok = ok and not ids.is_floating_point() and ids.dtype != torch.bool
-    found = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    found = (
+        f"{ids.dtype} of shape {tuple(ids.shape)}"
+        if isinstance(ids, Tensor)
+        else type(ids).__name__
+    )
     require(ok, "batch", found, "whole numbers of shape (B, T), or a mapping with such `input_ids`")
     for name, tensor in (("labels", labels), ("attention_mask", mask)):
         same = tensor is None or (isinstance(tensor, Tensor) and tensor.shape == ids.shape)
@@ -95,7 +108,9 @@ def require_causal(model: Any, why: str) -> None:
     require(causal, "model", "a GPT with causal=False", f"one with causal=True: {why}")
 
 
-def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+def hidden_states(
+    model: Any, ids: Tensor, attention_mask: Tensor | None = None, **more: Any
+) -> Tensor:
     """The stream after the last norm, (B, T) → (B, T, D), of a `GPT` or a model of transformers."""
     if not isinstance(model, GPT):
         known = isinstance(model, nn.Module) and hasattr(model, "config")
@@ -109,20 +124,25 @@ def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None,
 def losses_at(
     model: Any, ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> Tensor:
-    """`token_losses` of `model` for labels (B, T) that stand where they are predicted (no shift here)."""
+    """`token_losses` of `model` for labels (B, T) that stand where they are predicted (no shift
+    here)."""
     counted = labels != IGNORE
     if isinstance(model, GPT) and (more or attention_mask is not None or not bool(counted.all())):
         # the head is the most expensive layer of a small model: it runs only where a label counts
         hidden = hidden_states(model, ids, attention_mask, **more)[counted]  # (n, D)
         return F.cross_entropy(model.head(hidden).float(), labels[counted], reduction="none")
-    out = model(ids, **more, **({} if attention_mask is None else {"attention_mask": attention_mask}))
+    out = model(
+        ids, **more, **({} if attention_mask is None else {"attention_mask": attention_mask})
+    )
     return token_losses(getattr(out, "logits", out), labels)
 
 # %% ../nbs/07_training.ipynb #f535359d
 class Sequences(torch.utils.data.Dataset):
-    """A stream of tokens (N,) cut into examples of `length` + 1; the last token of one is the first of the next.
+    """A stream of tokens (N,) cut into examples of `length` + 1; the last token of one is the first
+    of the next.
 
-    So each token but the first is a target exactly once in an epoch. Up to `length` tokens at the end are left out.
+    So each token but the first is a target exactly once in an epoch. Up to `length` tokens at the
+    end are left out.
     """
 
     def __init__(self, stream: Tensor, length: int, *, name: str = "data"):
@@ -141,18 +161,25 @@ class Sequences(torch.utils.data.Dataset):
 
 
 class Order:
-    """Which examples step k sees: every epoch is a new permutation of all n, and batches run across its border.
+    """Which examples step k sees: every epoch is a new permutation of all n, and batches run across
+    its border.
 
-    A pure function of (seed, step): there is no state to save, and a resumed run cannot see an example twice.
+    A pure function of (seed, step): there is no state to save, and a resumed run cannot see an
+    example twice.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int):
-        self.n, self.batch_size, self.seed = whole("n", n, 1), whole("batch_size", batch_size, 1), seed
+        self.n, self.batch_size, self.seed = (
+            whole("n", n, 1),
+            whole("batch_size", batch_size, 1),
+            seed,
+        )
         # the permutation of this epoch, and of the next when a batch runs across the border
         self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)  # a prime: seeds do not meet
+        # a prime: seeds do not meet
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.n, generator=generator).tolist()
 
     def __getitem__(self, step: int) -> list[int]:
@@ -163,7 +190,8 @@ class Order:
 # %% ../nbs/07_training.ipynb #9ea39cbe
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained. Runs of the same configuration, model, data, loss and number format are the same run."""
+    """How a model is trained. Runs of the same configuration, model, data, loss and number format
+    are the same run."""
 
     steps: int
     """optimizer steps"""
@@ -174,13 +202,15 @@ class TrainConfig:
     lr: float
     """the peak of the learning rate"""
     micro_batch: int | None = None
-    """sequences that a process puts through the model at once; None: its whole share of the batch"""
+    """sequences that a process puts through the model at once; None: its whole share of the
+    batch"""
     optimizer: str = "adamw"
     """a name that `optim.make_optimizer` knows"""
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     """its other arguments, such as `{"betas": (0.9, 0.95)}`"""
     weight_decay: float = 0.1
-    """decay of the matrices (norms and biases have none), as the optimizer applies it: see `make_optimizer`"""
+    """decay of the matrices (norms and biases have none), as the optimizer applies it: see
+    `make_optimizer`"""
     schedule: str = "cosine"
     """constant, linear, cosine or wsd"""
     warmup: int = 0
@@ -215,7 +245,9 @@ class TrainConfig:
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, the first being 0."""
         kind, final = self.schedule, self.final_lr
-        return self.lr * lr_factor(step, total=self.steps, warmup=self.warmup, kind=kind, final=final)
+        return self.lr * lr_factor(
+            step, total=self.steps, warmup=self.warmup, kind=kind, final=final
+        )
 
 # %% ../nbs/07_training.ipynb #a1f00007
 def check_config(cfg: TrainConfig) -> None:
@@ -243,11 +275,17 @@ def check_config(cfg: TrainConfig) -> None:
     one_of("recompute", cfg.recompute, (True, False))
     one_of("compile", cfg.compile, (True, False))
     looks = cfg.patience is None or cfg.eval_every > 0
-    require(looks, "patience", cfg.patience, "None when eval_every is 0: it counts looks at the validation part")
+    require(
+        looks,
+        "patience",
+        cfg.patience,
+        "None when eval_every is 0: it counts looks at the validation part",
+    )
 
 # %% ../nbs/07_training.ipynb #5233bc46
 class NotFinite(ArithmeticError):
-    """The loss or the gradient became NaN or infinite; the weights are those before the step, which was not made.
+    """The loss or the gradient became NaN or infinite; the weights are those before the step, which
+    was not made.
 
     Attributes:
         step: number of the step, from 0, which is also how many were made.
@@ -264,7 +302,7 @@ class NotFinite(ArithmeticError):
         super().__init__(text)
         self.step, self.examples, self.checkpoint = step, list(examples), checkpoint
 
-
+# %% ../nbs/07_training.ipynb #a2f00010
 @dataclass(kw_only=True)
 class TrainResult:
     """What happened in a run. Lists have one entry per step unless they say otherwise."""
@@ -313,7 +351,8 @@ class TrainResult:
 
 # %% ../nbs/07_training.ipynb #ab9d7053
 def share(indices: list[int], rank: int, world: int, micro: int | None) -> list[list[int]]:
-    """The pieces of one process: a contiguous share of the batch, as even as possible, cut into micro-batches."""
+    """The pieces of one process: a contiguous share of the batch, as even as possible, cut into
+    micro-batches."""
     start, stop = (len(indices) * r // world for r in (rank, rank + 1))
     own = indices[start:stop]
     micro = len(own) if micro is None else micro
@@ -335,7 +374,8 @@ def examples(data: Any, cfg: TrainConfig) -> tuple[Any, Any]:
 
 # %% ../nbs/07_training.ipynb #08a290bf
 class _Losses(nn.Module):
-    """Model and loss as one module: data parallelism sees one forward pass whatever the loss calls inside."""
+    """Model and loss as one module: data parallelism sees one forward pass whatever the loss calls
+    inside."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor]):
         super().__init__()
@@ -363,7 +403,9 @@ class Run:
         saved: the checkpoint that was written or read last, or None.
     """
 
-    def __init__(self, model, data, cfg, *, loss_fn, collate=None, rt=None, optimizer=None, say=None):
+    def __init__(
+        self, model, data, cfg, *, loss_fn, collate=None, rt=None, optimizer=None, say=None
+    ):
         rt = rt or Runtime(device=next(model.parameters()).device, dtype=torch.float32)
         check_machine(cfg, rt)
         self.cfg, self.model, self.loss_fn = cfg, model, loss_fn
@@ -378,7 +420,9 @@ class Run:
         model.to(rt.device)
         if optimizer is None:
             name, options = cfg.optimizer, cfg.optimizer_options
-            optimizer = make_optimizer(model, name, lr=cfg.lr, weight_decay=cfg.weight_decay, **options)
+            optimizer = make_optimizer(
+                model, name, lr=cfg.lr, weight_decay=cfg.weight_decay, **options
+            )
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.losses = _Losses(model, loss_fn)
         if cfg.compile:
@@ -391,11 +435,14 @@ class Run:
 
 # %% ../nbs/07_training.ipynb #a1f00008
 def step(run: Run) -> None:
-    """One optimizer step: the gradient of the mean over all targets of the batch, its norm cut, the update."""
+    """One optimizer step: the gradient of the mean over all targets of the batch, its norm cut, the
+    update."""
     start, k, cfg = time.perf_counter(), run.result.steps, run.cfg
     seed_step(cfg.seed, k, run.rank)
     pieces = share(run.order[k], run.rank, run.world, cfg.micro_batch)
-    total, count = backward(run, [run.collate([run.train_set[i] for i in piece]) for piece in pieces])
+    total, count = backward(
+        run, [run.collate([run.train_set[i] for i in piece]) for piece in pieces]
+    )
     require(count > 0, "the result of loss_fn", "no target in a whole step", "at least one")
     if not math.isfinite(total):
         raise NotFinite(f"the loss is {total}", k, run.order[k], run.saved)
@@ -414,11 +461,13 @@ def step(run: Run) -> None:
     run.result.add(total / count, norm, count, time.perf_counter() - start)
     run.result.stopped = "done" if run.result.steps == cfg.steps else ""
 
-
+# %% ../nbs/07_training.ipynb #a2f00011
 def backward(run: Run, batches: list[Any]) -> tuple[float, int]:
-    """Gradients of the sum of all losses, divided by batch_size · seq_len and by the number of processes.
+    """Gradients of the sum of all losses, divided by batch_size · seq_len and by the number of
+    processes.
 
-    The divisor is the same everywhere, so no piece weighs more than another; the true count is known only after
+    The divisor is the same everywhere, so no piece weighs more than another; the true count is
+    known only after
     the last one, and `scale_and_clip` corrects for it.
 
     Returns:
@@ -442,7 +491,8 @@ def backward(run: Run, batches: list[Any]) -> tuple[float, int]:
 
 
 def scale_and_clip(run: Run, factor: float) -> float:
-    """Multiply the gradients by `factor` and cut their norm, in one pass; returns the norm before the cut."""
+    """Multiply the gradients by `factor` and cut their norm, in one pass; returns the norm before
+    the cut."""
     run.accelerator.unscale_gradients()
     params = (p for group in run.optimizer.param_groups for p in group["params"])
     grads = [p.grad for p in params if p.grad is not None]
@@ -456,7 +506,8 @@ def scale_and_clip(run: Run, factor: float) -> float:
 
 # %% ../nbs/07_training.ipynb #a458720b
 class Observer:
-    """Something that looks at a run from outside the step. Each method gets the `Run`; the default does nothing."""
+    """Something that looks at a run from outside the step. Each method gets the `Run`; the default
+    does nothing."""
 
     def begin(self, run: Run) -> None: ...
 
@@ -479,7 +530,8 @@ class Schedule(Observer):
 
 
 class Validation(Observer):
-    """The mean loss on the same examples of the validation part, every `eval_every` steps and at the end."""
+    """The mean loss on the same examples of the validation part, every `eval_every` steps and at
+    the end."""
 
     def after_step(self, run):
         done, cfg = run.result.steps, run.cfg
@@ -493,7 +545,8 @@ class Validation(Observer):
 
 
 class Patience(Observer):
-    """Keep the best weights, stop after `patience` looks without a new best, and hand the best ones back."""
+    """Keep the best weights, stop after `patience` looks without a new best, and hand the best ones
+    back."""
 
     def after_step(self, run):
         result, cfg = run.result, run.cfg
@@ -510,7 +563,8 @@ class Patience(Observer):
 
 # %% ../nbs/07_training.ipynb #a1f00009
 def validation_loss(run: Run) -> float:
-    """Mean loss over the same examples of the validation part, with the same random numbers, at every look."""
+    """Mean loss over the same examples of the validation part, with the same random numbers, at
+    every look."""
     cfg, n = run.cfg, min(run.cfg.eval_sequences, len(run.val_set))
     if is_sharded(run.losses):  # these processes have to run the same number of forward passes
         require(n >= run.world, "eval_sequences", n, f"at least {run.world}, one for each process")
@@ -549,7 +603,9 @@ def identity(run: Run) -> dict[str, dict]:
             "sha256 of the validation data": None if run.val_set is None else digest(run.val_set),
         },
         "optimizer": {
-            "class of the optimizer": type(getattr(run.optimizer, "optimizer", run.optimizer)).__name__,
+            "class of the optimizer": type(
+                getattr(run.optimizer, "optimizer", run.optimizer)
+            ).__name__,
             "peak rates": run.peaks,
             "sizes of its groups": [len(g["params"]) for g in groups],
             "settings of its groups": describe(rule),
@@ -558,9 +614,10 @@ def identity(run: Run) -> dict[str, dict]:
     }
     return json.loads(json.dumps(found, default=str))
 
-
+# %% ../nbs/07_training.ipynb #a2f00012
 class Checkpoints(Observer):
-    """Go on from the newest whole checkpoint of the same run, and write one every `save_every` steps."""
+    """Go on from the newest whole checkpoint of the same run, and write one every `save_every`
+    steps."""
 
     def __init__(self, out: str | Path):
         self.out = Path(out)
@@ -573,7 +630,9 @@ class Checkpoints(Observer):
         about = json.loads((found / "train.json").read_text(encoding="utf8"))
         if different := differences(about["identity"], self.identity):
             other = f"out is {str(self.out)!r}, whose checkpoint has another configuration: "
-            raise BadInput(other + "; ".join(different) + "; allowed: the same one, or an empty folder.")
+            raise BadInput(
+                other + "; ".join(different) + "; allowed: the same one, or an empty folder."
+            )
         weights, run.best, state = load_checkpoint(found)
         load_weights(run.model, weights)
         load_optimizer(run.accelerator, run.wrapped, run.optimizer, state)
@@ -600,7 +659,8 @@ class Checkpoints(Observer):
 
 # %% ../nbs/07_training.ipynb #43d9a2b3
 class Report(Observer):
-    """A line at every look at the validation part and about every ten seconds; a bar where somebody watches."""
+    """A line at every look at the validation part and about every ten seconds; a bar where somebody
+    watches."""
 
     def begin(self, run):
         cfg, n = run.cfg, run.world
@@ -652,11 +712,13 @@ class Curve(Observer):
 
 # %% ../nbs/07_training.ipynb #a1f0000a
 def training_curve(result: TrainResult) -> Any:
-    """Training loss (pale: each step, strong: the mean of the steps around it) and validation loss by step."""
+    """Training loss (pale: each step, strong: the mean of the steps around it) and validation loss
+    by step."""
     from llmcourse.plotting import LINES, new_figure, style
 
     losses = np.array(result.losses)
-    width = max(1, len(losses) // 40)  # a fortieth of the run: smooth enough to see, short enough to follow
+    # a fortieth of the run: smooth enough to see, short enough to follow
+    width = max(1, len(losses) // 40)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     alt = f"Training loss against the step, from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
     with style():
@@ -665,7 +727,9 @@ def training_curve(result: TrainResult) -> Any:
         ax.plot(np.arange(1, len(losses) + 1), losses, color=LINES[0], alpha=0.25, linewidth=0.8)
         ax.plot(middle, smooth, color=LINES[0], label="training")
         if result.val:
-            ax.plot(*zip(*result.val), marker="o", linestyle="-", color=LINES[1], label="validation")
+            ax.plot(
+                *zip(*result.val), marker="o", linestyle="-", color=LINES[1], label="validation"
+            )
         ax.set(xlabel="step", ylabel="loss (nats per target)")
         ax.legend()
     return fig
@@ -673,7 +737,8 @@ def training_curve(result: TrainResult) -> Any:
 # %% ../nbs/07_training.ipynb #a1f0000b
 @contextlib.contextmanager
 def training_mode(run: Run) -> Iterator[None]:
-    """Dropout on, recomputation if asked, random numbers of its own; afterwards all is as the caller had it."""
+    """Dropout on, recomputation if asked, random numbers of its own; afterwards all is as the
+    caller had it."""
     model = run.model
     modes = {m: m.training for m in model.modules()}
     model.zero_grad(set_to_none=True)  # what an earlier loop left behind is not part of this one
@@ -707,21 +772,28 @@ def train(
     """Train `model` in place.
 
     Args:
-        data: a `TokenData`, whose parts train and val are cut into `Sequences`; or a pair (train, val) of data
+        data: a `TokenData`, whose parts train and val are cut into `Sequences`; or a pair (train,
+            val) of data
             sets with `len()` and indices, val possibly None.
-        loss_fn: `loss_fn(model, batch)` → the loss of each target that counts, (N,), not averaged. A row's losses
-            must not depend on other rows, or the result depends on how the batch is cut. Random masks and dropout
-            draw from torch's global generator, which is seeded for each step and left as the caller had it.
+        loss_fn: `loss_fn(model, batch)` → the loss of each target that counts, (N,), not averaged.
+            A row's losses
+            must not depend on other rows, or the result depends on how the batch is cut. Random
+            masks and dropout
+            draw from torch's global generator, which is seeded for each step and left as the caller
+            had it.
         collate: list of examples → batch; by default torch's.
-        rt: the device, and with its dtype the format of matrix products (weights stay float32); by default the
+        rt: the device, and with its dtype the format of matrix products (weights stay float32); by
+            default the
             model's own device, in float32.
         out: folder for checkpoints. If it has one of the same run, the run goes on from there.
-        optimizer: by default `make_optimizer(model, cfg.optimizer, …)`. Another one brings its own peak rates.
+        optimizer: by default `make_optimizer(model, cfg.optimizer, …)`. Another one brings its own
+            peak rates.
         live: in a notebook, redraw the loss curve while training.
         say: gets a line per look at the validation part, and about every ten seconds.
         observers: more of them, called after the trainer's own.
     Raises:
-        BadInput: a configuration that does not fit the data, the machine or the checkpoint in `out`.
+        BadInput: a configuration that does not fit the data, the machine or the checkpoint in
+            `out`.
         NotFinite: a loss or gradient that is NaN or infinite.
         OSError: a checkpoint could not be written; earlier ones are intact.
     """
@@ -754,11 +826,13 @@ def matmul_speed(
 
 
 def training_flops(config: GPTConfig, seq_len: int) -> float:
-    """FLOPs per token of a training step: three times the forward pass, because the backward pass costs two."""
+    """FLOPs per token of a training step: three times the forward pass, because the backward pass
+    costs two."""
     return 3 * config.flops(seq_len) / seq_len
 
 
 def mfu(targets_per_second: float, config: GPTConfig, seq_len: int, peak: float) -> float:
-    """Model FLOPs utilization (Chowdhery et al., 2023, appendix B): needed FLOP/s over the device's `peak`."""
+    """Model FLOPs utilization (Chowdhery et al., 2023, appendix B): needed FLOP/s over the device's
+    `peak`."""
     number("peak", peak, above=0)
     return targets_per_second * training_flops(config, seq_len) / peak
