@@ -66,6 +66,12 @@ ex = exercise(
         "For one hash function: which value does each element of the set get, and which of the values do you keep?",
         "`min((a_k * i + b_k) % p for i in ids)` for each k. Then count the positions in which both signatures hold the same number, and divide by K.",
     ),
+    equivalent={
+        'if not x and not y:': 'min() of nothing is a ValueError as well',
+        'if False:': 'min() of nothing is a ValueError as well',
+        'pass # raise ValueError("a set without shingles has no signature")': 'min() of nothing is a ValueError as well',
+        'return sum(s == t for s, t in zip(signature(y), signature(x))) / len(a)': 'the estimate is the same for (x, y) and (y, x)',
+    },
 )
 
 
@@ -421,6 +427,10 @@ ex = exercise(
         "The condition for dropping has two parts, and both have to hold. When is a character kept?",
         "Draw with `torch.rand(len(text), generator=generator)`, `zip` the text with the numbers, and `join` the characters that are no letter or whose number is at least the rate.",
     ),
+    equivalent={
+        'drawn = torch.rand(len(text), generator=generator)': 'the numbers are compared as tensors of one element',
+        'return "".join(c for c, r in zip(text, drawn) if not (c.isalpha() and r <= rate))': 'no number that is drawn equals a rate',
+    },
 )
 
 

@@ -130,7 +130,8 @@ ex = exercise(
         "`for v in range(255, -1, -1)`: c = v / 255, the luminance by the two formulas, return v when 1.05 / (L + 0.05) >= ratio; after the loop raise.",
     ),
     equivalent={
-        "luminance = c / 12.92 if c < 0.04045 else ((c + 0.055) / 1.055) ** 2.4": "no gray value is exactly at the border",
+        'luminance = c / 12.92 if c < 0.04045 else ((c + 0.055) / 1.055) ** 2.4': 'no gray value is exactly at the border',
+        'for v in range(256, -1, -1):': '256 would be lighter than white: its contrast is below 1',
     },
 )
 
@@ -147,6 +148,7 @@ def _():
     yield case("exactly that of gray 100", _contrast(100))
     yield case("a little more than that", _contrast(100) + 1e-6)
     yield case("exactly that of gray 5", _contrast(5))
+    yield case("exactly that of gray 15", _contrast(15))
     yield case("only black", _contrast(1) + 1e-6)
     yield case("more than black has", 21.1).raises(ValueError)
     yield case("below 1", 0.99).raises(ValueError)

@@ -232,6 +232,10 @@ ex = exercise(
         "`word.split()` gives the symbols and `pairwise` their neighbors. By how much does each occurrence raise the count?",
         "Add the word's number to `count[pair]` for each pair. Then `min` over the pairs with the key `(-count[pair], pair)`: the minus makes the largest count the smallest key.",
     ),
+    equivalent={
+        'if False:': 'min() of nothing is a ValueError as well',
+        'pass # raise ValueError("no word has two symbols")': 'min() of nothing is a ValueError as well',
+    },
 )
 
 
@@ -574,6 +578,12 @@ ex = exercise(
         "`itertools.product(letters, repeat=n)` gives all words of n letters, in order when the letters are sorted. In which order do you try the lengths?",
         "For n from 1 to limit, for each word in order: if encode_word(word, merges) differs from the longest match, return the word. After the loops, return None.",
     ),
+    equivalent={
+        'size = next((n for n in range(len(word), 0, -1) if word[:n] in known), 1)': 'no merge makes a single character',
+        'words = ("".join(w) for n in range(2, limit + 1) for w in product(letters, repeat=n))': 'words of no or one letter are the same for both',
+        'words = ("".join(w) for n in range(0, limit + 1) for w in product(letters, repeat=n))': 'words of no or one letter are the same for both',
+        'words = ("".join(w) for n in range(limit + 1) for w in product(letters, repeat=n))': 'words of no or one letter are the same for both',
+    },
 )
 
 
@@ -1092,6 +1102,10 @@ ex = exercise(
         "For one document: which chunks have room for it, and which of them has the least? Nothing found means a new chunk.",
         "`sorted(range(len(lengths)), key=lambda i: -lengths[i])` gives the order and keeps equal lengths in theirs; `min` over the fitting chunks by their room takes the first of equal ones.",
     ),
+    equivalent={
+        'if max(lengths, default=1) > capacity:': 'no capacity is below 1',
+        'if max(lengths, default=-1) > capacity:': 'no capacity is below 0',
+    },
 )
 
 
