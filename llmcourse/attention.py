@@ -19,7 +19,8 @@ from .settings import number, one_of, require, whole
 
 # %% ../nbs/03_attention.ipynb #50ee511d
 def stable_softmax(x: Tensor, dim: int = -1) -> Tensor:
-    """Softmax along `dim` that does not overflow; a slice of nothing but -inf gives zeros, never nan."""
+    """Softmax along `dim` that does not overflow; a slice of nothing but -inf gives zeros, never
+    nan."""
     top = x.detach().amax(dim, keepdim=True)
     top = top.masked_fill(top == -math.inf, 0.0)  # -inf - (-inf) would be nan
     e = (x - top).exp()
@@ -27,36 +28,25 @@ def stable_softmax(x: Tensor, dim: int = -1) -> Tensor:
     return e / total.masked_fill(total == 0, 1.0)
 
 # %% ../nbs/03_attention.ipynb #1d99c234
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Shapes q (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, C), with Hk a divisor of H."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        require(isinstance(x, Tensor), name, type(x).__name__, "a tensor (B, H, T, d_h)")
-        require(x.ndim == 4 and x.numel() > 0, f"shape of {name}", tuple(x.shape), "four sizes (B, H, T, d_h), none of them zero")
-        require(x.dtype == q.dtype, f"dtype of {name}", x.dtype, f"{q.dtype}, as q")
-    require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], "shape of k", tuple(k.shape), f"({q.shape[0]}, heads, keys, {q.shape[3]}), to fit q")
-    require(v.shape[:3] == k.shape[:3], "shape of v", tuple(v.shape), f"({', '.join(map(str, k.shape[:3]))}, any width), to fit k")
-    require(q.shape[1] % k.shape[1] == 0, "number of query heads", q.shape[1], f"a multiple of {k.shape[1]}, the key-value heads")
-
-
-def _check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
-    if mask is not None:
-        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        require(found == torch.bool, "dtype of mask", found, "torch.bool, where True means: may look")
-        fits = mask.ndim <= 4 and all(a in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1]))
-        require(fits, "shape of mask", tuple(mask.shape), f"what broadcasts to (B, H, T, S) = {shape}")
-
-
 def repeat_heads(x: Tensor, n: int) -> Tensor:
-    """(B, Hk, S, D) -> (B, Hk * n, S, D): each head n times, neighbors stay together (0 0 1 1, not 0 1 0 1)."""
+    """(B, H_k, S, d_h) -> (B, H_k * n, S, d_h): each head n times, neighbors stay together (0 0 1
+    1, not 0 1 0 1)."""
     return x if n == 1 else x.repeat_interleave(n, dim=1)
 
 
-def attention_weights(q: Tensor, k: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """The shares p = softmax(q kᵀ · scale + bias) over the keys [Vaswani et al. 2017, eq. 1].
 
     Args:
-        q: (B, H, T, D).
-        k: (B, Hk, S, D); Hk divides H, and query head h looks at key head h // (H / Hk).
+        q: (B, H, T, d_h).
+        k: (B, H_k, S, d_h); query head h looks at key head h // (H / H_k).
         mask: bool, broadcasts to (B, H, T, S); True means "may look".
         bias: is added to the scores, broadcasts to (B, H, T, S).
         scale: 1 / √D by default.
@@ -71,21 +61,58 @@ def attention_weights(q: Tensor, k: Tensor, *, mask: Tensor | None = None, bias:
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)  # before the softmax: what is not seen must not count in the sum
+        # before the softmax: what is not seen must not count in the sum
+        scores = scores.masked_fill(~mask, -math.inf)
     return stable_softmax(scores)
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Attention with the whole table of weights in memory: q (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, C) -> (B, H, T, C).
+def naive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention with the whole table of weights in memory: v (B, H_k, S, d_v) -> (B, H, T, d_v).
 
     The arguments are those of `attention_weights`. A query that may look at nothing gets zeros.
     """
     _check(q, k, v)
     weights = attention_weights(q, k, mask=mask, bias=bias, scale=scale)  # (B, H, T, S)
-    return weights @ repeat_heads(v, q.shape[1] // v.shape[1])  # (B, H, T, C)
+    return weights @ repeat_heads(v, q.shape[1] // v.shape[1])  # (B, H, T, d_v)
+
+# %% ../nbs/03_attention.ipynb #e03b0003
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes q (B, H, T, d_h), k (B, H_k, S, d_h), v (B, H_k, S, d_v), with H_k a divisor of H."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require(isinstance(x, Tensor), name, type(x).__name__, "a tensor (B, H, T, d_h)")
+        allowed = "four sizes (B, H, T, d_h), none of them zero"
+        require(x.ndim == 4 and x.numel() > 0, f"shape of {name}", tuple(x.shape), allowed)
+        require(x.dtype == q.dtype, f"dtype of {name}", x.dtype, f"{q.dtype}, as q")
+    (B, H, _, D), (_, H_k, S, _) = q.shape, k.shape
+    fits = k.shape[0] == B and k.shape[3] == D
+    require(fits, "shape of k", tuple(k.shape), f"({B}, heads, keys, {D}), to fit q")
+    allowed = f"({k.shape[0]}, {H_k}, {S}, any width), to fit k"
+    require(v.shape[:3] == k.shape[:3], "shape of v", tuple(v.shape), allowed)
+    require(H % H_k == 0, "number of query heads", H, f"a multiple of {H_k}, the key-value heads")
+
+
+def _check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    if mask is not None:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        allowed = "torch.bool, where True means: may look"
+        require(found == torch.bool, "dtype of mask", found, allowed)
+        sizes = zip(mask.shape[::-1], shape[::-1])
+        fits = mask.ndim <= 4 and all(a in (1, b) for a, b in sizes)
+        allowed = f"what broadcasts to (B, H, T, S) = {shape}"
+        require(fits, "shape of mask", tuple(mask.shape), allowed)
 
 # %% ../nbs/03_attention.ipynb #389037e8
-def causal_mask(T: int, S: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
+def causal_mask(
+    T: int, S: int | None = None, *, device: torch.device | str | None = None
+) -> Tensor:
     """(T, S) bool: query i, at position i + S - T, may look at the keys up to its own position."""
     S = whole("T" if S is None else "S", T if S is None else S, 1)
     whole("T", T, 1, S)  # the queries are the last T of the S positions
@@ -93,10 +120,18 @@ def causal_mask(T: int, S: int | None = None, *, device: torch.device | str | No
 
 
 def padding_mask(lengths: Tensor, S: int, *, side: str = "right") -> Tensor:
-    """(B, 1, 1, S) bool: True for the `lengths` (B,) real positions of each text; `side` is where the padding is."""
+    """(B, 1, 1, S) bool: True for the `lengths` (B,) real positions of each text; `side` is where
+    the padding is."""
     one_of("side", side, ("left", "right"))
-    require(isinstance(lengths, Tensor) and lengths.ndim == 1, "lengths", lengths, "a tensor of shape (B,)")
-    require(bool(((lengths >= 0) & (lengths <= S)).all()), "lengths", lengths.tolist(), f"0 to S = {S}")
+    require(
+        isinstance(lengths, Tensor) and lengths.ndim == 1,
+        "lengths",
+        lengths,
+        "a tensor of shape (B,)",
+    )
+    require(
+        bool(((lengths >= 0) & (lengths <= S)).all()), "lengths", lengths.tolist(), f"0 to S = {S}"
+    )
     at = torch.arange(S, device=lengths.device)  # (S,)
     lengths = lengths[:, None]  # (B, 1)
     keep = at < lengths if side == "right" else at >= S - lengths  # (B, S)
@@ -104,21 +139,23 @@ def padding_mask(lengths: Tensor, S: int, *, side: str = "right") -> Tensor:
 
 # %% ../nbs/03_attention.ipynb #361c5385
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
-    """(B, T, H * D) -> (B, H, T, D)."""
+    """(B, T, H * d_h) -> (B, H, T, d_h)."""
     if x.ndim != 3:
         require(False, "shape of x", tuple(x.shape), "(B, T, width)")
     B, T, width = x.shape
     if width % whole("n_heads", n_heads, 1):
         require(False, "n_heads", n_heads, f"a divisor of the width {width}")
-    return x.reshape(B, T, n_heads, width // n_heads).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
+    return x.reshape(B, T, n_heads, width // n_heads).transpose(
+        1, 2
+    )  # (B, T, H, d_h) -> (B, H, T, d_h)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B, T, H * D), the inverse of `split_heads`."""
+    """(B, H, T, d_h) -> (B, T, H * d_h), the inverse of `split_heads`."""
     if x.ndim != 4:
         require(False, "shape of x", tuple(x.shape), "(B, H, T, d_h)")
-    B, H, T, D = x.shape
-    return x.transpose(1, 2).reshape(B, T, H * D)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, H * D)
+    # (B, H, T, d_h) -> (B, T, H, d_h) -> (B, T, H * d_h)
+    return x.transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +163,8 @@ class Projections:
     """The weights of one attention layer, as `F.linear` takes them: (out, in) and (out,).
 
     Attributes:
-        q: (H * D, width).   k: (Hk * D, width).   v: (Hk * C, width).   o: (width, H * C).
+        q: (H * d_h, width).   k: (H_k * d_h, width).   v: (H_k * d_v, width).   o: (width, H *
+            d_v).
     """
 
     q: Tensor
@@ -138,90 +176,134 @@ class Projections:
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
 
-
+# %% ../nbs/03_attention.ipynb #e03b0004
 def multi_head_attention(
-    x: Tensor, weights: Projections, *, n_heads: int, n_kv_heads: int | None = None, memory: Tensor | None = None,
-    rotate: Callable[[Tensor], Tensor] | None = None, attend: Callable[..., Tensor] = naive_attention, **options,
+    x: Tensor,
+    weights: Projections,
+    *,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    memory: Tensor | None = None,
+    rotate: Callable[[Tensor], Tensor] | None = None,
+    attend: Callable[..., Tensor] = naive_attention,
+    **options,
 ) -> Tensor:
     """Project, split, attend, merge, project: x (B, T, width) -> (B, T, width).
 
     Args:
-        n_kv_heads: key-value heads; `n_heads` (multi-head) by default, fewer is grouped-query, 1 is multi-query.
-        memory: (B, S, width), where keys and values come from; by default x itself (self-attention).
-        rotate: applied to queries and to keys (B, heads, T, D), for example a rotary embedding.
+        n_kv_heads: key-value heads; `n_heads` (multi-head) by default, fewer is grouped-query,
+            1 is multi-query.
+        memory: (B, S, width), where keys and values come from; by default x itself
+            (self-attention).
+        rotate: applied to queries and to keys (B, heads, T, d_h), for example a rotary embedding.
         attend: any attention function of this chapter; `options` are passed on to it.
     """
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
     divides = whole("n_heads", n_heads, 1) % whole("n_kv_heads", n_kv_heads, 1) == 0
     require(divides, "n_kv_heads", n_kv_heads, f"a divisor of n_heads = {n_heads}")
     memory = x if memory is None else memory
-    q = split_heads(F.linear(x, weights.q, weights.q_bias), n_heads)  # (B, H, T, D)
-    k = split_heads(F.linear(memory, weights.k, weights.k_bias), n_kv_heads)  # (B, Hk, S, D)
-    v = split_heads(F.linear(memory, weights.v, weights.v_bias), n_kv_heads)  # (B, Hk, S, C)
+    q = split_heads(F.linear(x, weights.q, weights.q_bias), n_heads)  # (B, H, T, d_h)
+    k = split_heads(F.linear(memory, weights.k, weights.k_bias), n_kv_heads)  # (B, H_k, S, d_h)
+    v = split_heads(F.linear(memory, weights.v, weights.v_bias), n_kv_heads)  # (B, H_k, S, d_v)
     if rotate is not None:
         q, k = rotate(q), rotate(k)
-    out = merge_heads(attend(q, k, v, **options))  # (B, T, H * C)
+    out = merge_heads(attend(q, k, v, **options))  # (B, T, H * d_v)
     return F.linear(out, weights.o, weights.o_bias)
 
 # %% ../nbs/03_attention.ipynb #7ddfac20
-def online_softmax_start(rows: tuple[int, ...], width: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """The state before any key was seen: maximum (*rows, 1), sum (*rows, 1), weighted values (*rows, width)."""
+def online_softmax_start(
+    rows: tuple[int, ...],
+    width: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state before any key was seen: maximum (*rows, 1), sum (*rows, 1), weighted values
+    (*rows, width)."""
     top = torch.full((*rows, 1), -math.inf, device=device, dtype=dtype)
     return top, torch.zeros_like(top), torch.zeros(*rows, width, device=device, dtype=dtype)
 
 
-def online_softmax_step(state: tuple[Tensor, Tensor, Tensor], scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take in one more piece of keys [Milakov and Gimelshein 2018, algorithm 3; Dao et al. 2022, algorithm 1].
+def online_softmax_step(
+    state: tuple[Tensor, Tensor, Tensor], scores: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take in one more piece of keys [Milakov and Gimelshein 2018, algorithm 3; Dao et al. 2022,
+    algorithm 1].
 
     Args:
-        state: (m, l, a) of shapes (..., T, 1), (..., T, 1), (..., T, C); the answer so far is a / l.
+        state: (m, l, a) of shapes (..., T, 1), (..., T, 1), (..., T, d_v); the answer so far is
+            a / l.
         scores: (..., T, S') of the new keys; -inf where a query may not look.
-        v: (..., S', C), their values.
+        v: (..., S', d_v), their values.
     """
     m, l, a = state
     new = torch.maximum(m, scores.amax(-1, keepdim=True))  # (..., T, 1)
     base = new.masked_fill(new == -math.inf, 0.0)  # nothing seen yet: avoid -inf - (-inf)
     p = (scores - base).exp()  # (..., T, S')
     correction = (m - base).exp()  # 0 for the first piece, since m is -inf
-    return new, l * correction + p.sum(-1, keepdim=True), a * correction + (p.to(v.dtype) @ v).to(a.dtype)
+    mixed = (p.to(v.dtype) @ v).to(a.dtype)  # (..., T, d_v)
+    return new, l * correction + p.sum(-1, keepdim=True), a * correction + mixed
 
 # %% ../nbs/03_attention.ipynb #0a99f523
 def _blocks(n: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
-def _tiles(T: int, S: int, block_q: int, block_k: int, causal: bool) -> Iterator[tuple[slice, list[slice]]]:
+def _tiles(
+    T: int, S: int, block_q: int, block_k: int, causal: bool
+) -> Iterator[tuple[slice, list[slice]]]:
     """Each block of queries with the blocks of keys that at least one of its queries may see."""
     for rows in _blocks(T, block_q):
-        last = rows.stop - 1 + S - T if causal else S - 1  # the last key that the last query of the block may see
+        last = (
+            rows.stop - 1 + S - T if causal else S - 1
+        )  # the last key that the last query of the block may see
         yield rows, [cols for cols in _blocks(S, block_k) if cols.start <= last]
 
 
-def _tile_scores(q: Tensor, k: Tensor, rows: slice, cols: slice, shift: int, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
-    """Scores of one tile (B, H, rows, cols), at least in float32, -inf where the queries may not look."""
+def _tile_scores(
+    q: Tensor,
+    k: Tensor,
+    rows: slice,
+    cols: slice,
+    shift: int,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    """Scores of one tile (B, H, rows, cols), at least in float32, -inf where the queries may not
+    look."""
     s = (q[:, :, rows] @ k[:, :, cols].mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if causal and cols.stop - 1 > rows.start + shift:  # the tile touches the diagonal
         i = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + shift
         s = s.masked_fill(torch.arange(cols.start, cols.stop, device=q.device) > i, -math.inf)
     return s if mask is None else s.masked_fill(~mask[:, :, rows, cols], -math.inf)
 
-
+# %% ../nbs/03_attention.ipynb #e03b0001
 class _Tiled(torch.autograd.Function):
-    """Dao et al. 2022, algorithms 1 and 4: no T × S tensor in the forward pass, and none in the backward pass."""
+    """Dao et al. 2022, algorithms 1 and 4: no T × S tensor in the forward pass, and none in the
+    backward pass."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, causal, scale, block_q, block_k):
         T, S = q.shape[2], k.shape[2]
-        wide = torch.promote_types(q.dtype, torch.float32)  # sums of many small terms need more than half precision
+        wide = torch.promote_types(
+            q.dtype, torch.float32
+        )  # sums of many small terms need more than half precision
         out = q.new_empty(*q.shape[:3], v.shape[3])  # (B, H, T, C)
         lse = q.new_empty(*q.shape[:3], 1, dtype=wide)  # (B, H, T, 1), L = m + ln l
         for rows, columns in _tiles(T, S, block_q, block_k, causal):
-            state = online_softmax_start(q[:, :, rows].shape[:3], v.shape[3], device=q.device, dtype=wide)
+            shape, options = q[:, :, rows].shape[:3], {"device": q.device, "dtype": wide}
+            state = online_softmax_start(shape, v.shape[3], **options)
             for cols in columns:
-                state = online_softmax_step(state, _tile_scores(q, k, rows, cols, S - T, scale, causal, mask), v[:, :, cols])
+                s = _tile_scores(q, k, rows, cols, S - T, scale, causal, mask)
+                state = online_softmax_step(state, s, v[:, :, cols])
             m, l, a = state
-            out[:, :, rows] = (a / l.masked_fill(l == 0, 1.0)).to(out.dtype)  # a query that saw nothing: 0 / 1
-            lse[:, :, rows] = (m + l.log()).masked_fill(l == 0, math.inf)  # +inf: its weights exp(s - L) are zero in the backward pass
+            out[:, :, rows] = (a / l.masked_fill(l == 0, 1.0)).to(
+                out.dtype
+            )  # a query that saw nothing: 0 / 1
+            lse[:, :, rows] = (m + l.log()).masked_fill(
+                l == 0, math.inf
+            )  # +inf: its weights are zero
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.options = causal, scale, block_q, block_k
         return out
@@ -236,23 +318,34 @@ class _Tiled(torch.autograd.Function):
         row_sum = (d_out * out).sum(-1, keepdim=True, dtype=lse.dtype)  # (B, H, T, 1)
         for rows, columns in _tiles(T, S, block_q, block_k, causal):
             for cols in columns:
-                p = (_tile_scores(q, k, rows, cols, S - T, scale, causal, mask) - lse[:, :, rows]).exp()  # the tile again
+                s = _tile_scores(q, k, rows, cols, S - T, scale, causal, mask)  # the tile again
+                p = (s - lse[:, :, rows]).exp()  # (B, H, rows, cols)
                 dv[:, :, cols] += p.to(v.dtype).mT @ d_out[:, :, rows]
-                ds = (p * (d_out[:, :, rows] @ v[:, :, cols].mT - row_sum[:, :, rows]) * scale).to(q.dtype)
+                dp = d_out[:, :, rows] @ v[:, :, cols].mT
+                ds = (p * (dp - row_sum[:, :, rows]) * scale).to(q.dtype)
                 dq[:, :, rows] += ds @ k[:, :, cols]
                 dk[:, :, cols] += ds.mT @ q[:, :, rows]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
-
+# %% ../nbs/03_attention.ipynb #e03b0002
 def tiled_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, scale: float | None = None, block_q: int = 256, block_k: int = 256,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    block_q: int = 256,
+    block_k: int = 256,
 ) -> Tensor:
-    """`naive_attention` in memory that grows with T, not with T²: q (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, C) -> (B, H, T, C).
+    """`naive_attention` in memory that grows with T, not with T²; the same shapes.
 
     The gradient is computed tile by tile too (once: there is no second derivative).
 
     Args:
-        causal: query i, at position i + S - T, looks at the keys up to its own position; no mask is built for it.
+        causal: query i, at position i + S - T, looks at the keys up to its own position; no
+            mask is built for it.
         mask: bool, broadcasts to (B, H, T, S); True means "may look".
     """
     _check(q, k, v)
@@ -260,71 +353,98 @@ def tiled_attention(
     S = k.shape[2]
     _check_mask(mask, (B, H, T, S))
     block_q, block_k = whole("block_q", block_q, 1), whole("block_k", block_k, 1)
-    require(not causal or T <= S, "number of queries", T, f"at most {S}, the number of keys, when causal")
+    allowed = f"at most {S}, the number of keys, when causal"
+    require(not causal or T <= S, "number of queries", T, allowed)
     k, v = repeat_heads(k, H // k.shape[1]), repeat_heads(v, H // v.shape[1])
     mask = None if mask is None else mask.expand(B, H, T, S)  # a view: takes no memory
-    return _Tiled.apply(q, k, v, mask, causal, 1 / math.sqrt(D) if scale is None else number("scale", scale), block_q, block_k)
+    scale = 1 / math.sqrt(D) if scale is None else number("scale", scale)
+    return _Tiled.apply(q, k, v, mask, causal, scale, block_q, block_k)
 
 # %% ../nbs/03_attention.ipynb #f6bee1a0
 def sinusoidal_positions(T: int, dim: int, *, base: float = 10000.0) -> Tensor:
-    """(T, dim): sin(t θᵢ) in the even columns, cos(t θᵢ) in the odd ones, θᵢ = base^(-2i/dim) [Vaswani et al. 2017, §3.5]."""
+    """(T, dim): sin(t ωᵢ) in the even columns, cos(t ωᵢ) in the odd ones, ωᵢ = base^(-2i/dim)
+    [Vaswani et al. 2017, §3.5]."""
     whole("T", T, 0)
-    require(whole("dim", dim, 2) % 2 == 0, "dim", dim, "an even number: sines and cosines come in pairs")
+    require(
+        whole("dim", dim, 2) % 2 == 0, "dim", dim, "an even number: sines and cosines come in pairs"
+    )
     number("base", base, above=0)
-    theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)  # (dim / 2,)
-    angle = torch.arange(T, dtype=torch.float64)[:, None] * theta  # (T, dim / 2)
+    ω = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)  # (dim / 2,)
+    angle = torch.arange(T, dtype=torch.float64)[:, None] * ω  # (T, dim / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(T, dim).float()
 
 # %% ../nbs/03_attention.ipynb #49bc90a1
 def rope_angles(positions: Tensor, dim: int, *, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, dim / 2) of position · θᵢ for `positions` (T,), counted from 0 [Su et al. 2021, eq. 15]."""
+    """Cosines and sines (T, dim / 2) of position · ωᵢ for `positions` (T,), counted from 0 [Su et
+    al. 2021, eq. 15]."""
     require(whole("dim", dim, 2) % 2 == 0, "dim", dim, "an even number: RoPE rotates pairs")
     number("base", base, above=0)
-    theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
-    angle = positions.double()[:, None] * theta  # float64: position times angle must not lose the fast hand
+    ω = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+    angle = (
+        positions.double()[:, None] * ω
+    )  # float64: position times angle must not lose the fast hand
     return angle.cos().float(), angle.sin().float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> Tensor:
-    """Rotate the pairs of x (..., T, D) by the angles whose cos and sin (..., T, D / 2) are given.
+    """Rotate the pairs of x (..., T, d_h) by the angles whose cos and sin (..., T, d_h / 2) are
+    given.
 
     Args:
-        layout: `half` pairs i with i + D/2 (Llama in transformers, GPT-NeoX); `interleaved` pairs 2i with 2i + 1 (the paper, GPT-J).
-            A checkpoint works with the layout that it was trained with, and silently fails with the other.
+        layout: `half` pairs i with i + D/2 (Llama in transformers, GPT-NeoX); `interleaved`
+            pairs 2i with 2i + 1 (the paper, GPT-J).
+            A checkpoint works with the layout that it was trained with, and silently fails with the
+            other.
     """
     if layout not in ("half", "interleaved") or x.shape[-1] != 2 * cos.shape[-1]:
         one_of("layout", layout, ("half", "interleaved"))
         require(False, "last size of x", x.shape[-1], f"{2 * cos.shape[-1]}, twice that of cos")
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x.chunk(2, dim=-1) if layout == "half" else (x[..., 0::2], x[..., 1::2])  # each (..., T, D / 2)
+    a, b = (
+        x.chunk(2, dim=-1) if layout == "half" else (x[..., 0::2], x[..., 1::2])
+    )  # each (..., T, d_h / 2)
     turned = a * cos - b * sin, a * sin + b * cos
-    return torch.cat(turned, dim=-1) if layout == "half" else torch.stack(turned, dim=-1).flatten(-2)
+    return (
+        torch.cat(turned, dim=-1) if layout == "half" else torch.stack(turned, dim=-1).flatten(-2)
+    )
 
 
 def rope_permutation(dim: int) -> Tensor:
-    """(dim,) indices with `interleaved = half[..., index]`: reorders one head's rows of W_q and W_k between the layouts."""
+    """(dim,) indices with `interleaved = half[..., index]`: reorders one head's rows of W_q and W_k
+    between the layouts."""
     require(whole("dim", dim, 2) % 2 == 0, "dim", dim, "an even number: RoPE rotates pairs")
     return torch.arange(dim).reshape(2, dim // 2).T.reshape(-1)  # 0, D/2, 1, D/2 + 1, ...
 
 # %% ../nbs/03_attention.ipynb #ae3b221f
 def alibi_slopes(n_heads: int) -> Tensor:
-    """(n_heads,) slopes: geometric from 2^(-8/H) to 2^-8; between powers of two as in the authors' code [Press et al. 2022]."""
+    """(n_heads,) slopes: geometric from 2^(-8/H) to 2^-8; between powers of two as in the authors'
+    code [Press et al. 2022]."""
     n_heads = whole("n_heads", n_heads, 1)
     power = 2 ** (n_heads.bit_length() - 1)  # the largest power of two that fits
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    slopes += [2 ** (-4 * (h + 1) / power) for h in range(0, 2 * (n_heads - power), 2)]  # every second one for 2 · power heads
+    slopes += [
+        2 ** (-4 * (h + 1) / power) for h in range(0, 2 * (n_heads - power), 2)
+    ]  # every second one for 2 · power heads
     return torch.tensor(slopes)
 
 
-def alibi_bias(n_heads: int, T: int, S: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
-    """(n_heads, T, S): minus slope times distance, to be added to the scores; the queries are the last T of the S positions."""
+def alibi_bias(
+    n_heads: int, T: int, S: int | None = None, *, device: torch.device | str | None = None
+) -> Tensor:
+    """(n_heads, T, S): minus slope times distance, to be added to the scores; the queries are the
+    last T of the S positions."""
     S = whole("T", T, 1) if S is None else whole("S", S, T)
-    distance = (torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)).abs()  # (T, S)
+    distance = (
+        torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
+    ).abs()  # (T, S)
     return -alibi_slopes(n_heads).to(device)[:, None, None] * distance
 
 # %% ../nbs/03_attention.ipynb #df72ad16
-def sliding_window_mask(T: int, window: int, *, n_global: int = 0, device: torch.device | str | None = None) -> Tensor:
-    """(T, T) bool: causal, the own position and the `window - 1` before it; and the first `n_global` positions."""
+def sliding_window_mask(
+    T: int, window: int, *, n_global: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """(T, T) bool: causal, the own position and the `window - 1` before it; and the first
+    `n_global` positions."""
     whole("window", window, 1)
     whole("n_global", n_global, 0)
     at = torch.arange(whole("T", T, 1), device=device)
@@ -339,15 +459,20 @@ def block_mask(T: int, block: int, *, device: torch.device | str | None = None) 
     return (at[:, None] >= at) & (at[:, None] // block == at // block)
 
 # %% ../nbs/03_attention.ipynb #dcb65356
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float | None = None) -> Tensor:
-    """Causal sliding-window attention in chunks, 2 · T · max(window, 64) scores: equals a `sliding_window_mask` without forming it.
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float | None = None
+) -> Tensor:
+    """Causal sliding-window attention in chunks, 2 · T · max(window, 64) scores: equals a
+    `sliding_window_mask` without forming it.
 
-    Shapes: q (B, H, T, D), k (B, Hk, T, D), v (B, Hk, T, C) -> (B, H, T, C).
+    Shapes: q (B, H, T, d_h), k (B, H_k, T, d_h), v (B, H_k, T, d_v) -> (B, H, T, d_v).
     """
     _check(q, k, v)
     whole("window", window, 1)
     scale = None if scale is None else number("scale", scale)
-    require(q.shape[2] == k.shape[2], "number of keys", k.shape[2], f"{q.shape[2]}, as many as queries")
+    require(
+        q.shape[2] == k.shape[2], "number of keys", k.shape[2], f"{q.shape[2]}, as many as queries"
+    )
     B, H, T, _ = q.shape
     k, v = repeat_heads(k, H // k.shape[1]), repeat_heads(v, H // v.shape[1])
     if window >= T:  # everything is in sight
@@ -355,23 +480,33 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: f
     chunk = min(max(window, 64), T)  # shorter chunks would be many tiny products
     n = -(-T // chunk)
 
-    def cut(x: Tensor) -> Tensor:  # (B, H, T, W) -> (B * H, n, chunk, W), padded with zeros at the end
+    def cut(
+        x: Tensor,
+    ) -> Tensor:  # (B, H, T, W) -> (B * H, n, chunk, W), padded with zeros at the end
         return F.pad(x, (0, 0, 0, n * chunk - T)).reshape(B * H, n, chunk, x.shape[-1])
 
     def with_previous(x: Tensor) -> Tensor:  # (B * H, n, chunk, W) -> (B * H, n, 2 * chunk, W)
         return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), x], dim=2)
 
-    distance = torch.arange(chunk, 2 * chunk, device=q.device)[:, None] - torch.arange(2 * chunk, device=q.device)  # (chunk, 2 * chunk)
+    distance = torch.arange(chunk, 2 * chunk, device=q.device)[:, None] - torch.arange(
+        2 * chunk, device=q.device
+    )  # (chunk, 2 * chunk)
     seen = ((distance >= 0) & (distance < window)).repeat(n, 1, 1)  # (n, chunk, 2 * chunk)
     seen[0, :, :chunk] = False  # the first chunk has none before it
-    out = F.scaled_dot_product_attention(cut(q), with_previous(cut(k)), with_previous(cut(v)), attn_mask=seen[None], scale=scale)
+    out = F.scaled_dot_product_attention(
+        cut(q), with_previous(cut(k)), with_previous(cut(v)), attn_mask=seen[None], scale=scale
+    )
     return out.reshape(B, H, n * chunk, -1)[:, :, :T]
 
 # %% ../nbs/03_attention.ipynb #911e9f33
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, chunk: int = 64) -> Tensor:
-    """Attention with weights φ(q)·φ(k), φ = elu + 1, in time and memory in proportion to T [Katharopoulos et al. 2020, §3.2 and §3.3].
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, chunk: int = 64
+) -> Tensor:
+    """Attention with weights φ(q)·φ(k), φ = elu + 1, in time and memory in proportion to T
+    [Katharopoulos et al. 2020, §3.2 and §3.3].
 
-    Not softmax attention: a model must be trained with it. Shapes: q (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, C) -> (B, H, T, C).
+    Not softmax attention: a model must be trained with it. Shapes: q (B, H, T, d_h), k (B, H_k,
+        S, d_h), v (B, H_k, S, d_v).
 
     Args:
         causal: as many queries as keys, each sees the keys up to its own position.
@@ -379,14 +514,23 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, ch
     """
     _check(q, k, v)
     whole("chunk", chunk, 1)
-    require(not causal or q.shape[2] == k.shape[2], "number of keys", k.shape[2], f"{q.shape[2]}, as many as queries, when causal")
+    require(
+        not causal or q.shape[2] == k.shape[2],
+        "number of keys",
+        k.shape[2],
+        f"{q.shape[2]}, as many as queries, when causal",
+    )
     n = q.shape[1] // k.shape[1]
     q, k, v = F.elu(q) + 1, repeat_heads(F.elu(k) + 1, n), repeat_heads(v, n)
-    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # (B, H, S, C + 1): the last column sums the weights
+    v = torch.cat(
+        [v, torch.ones_like(v[..., :1])], dim=-1
+    )  # (B, H, S, d_v + 1): the last column sums the weights
     if not causal:
-        out = q @ (k.mT @ v)  # (B, H, T, C + 1)
+        out = q @ (k.mT @ v)  # (B, H, T, d_v + 1)
         return out[..., :-1] / out[..., -1:]
-    state = torch.zeros_like(k[:, :, :1].mT @ v[:, :, :1])  # (B, H, D, C + 1): everything before this chunk
+    state = torch.zeros_like(
+        k[:, :, :1].mT @ v[:, :, :1]
+    )  # (B, H, d_h, d_v + 1): everything before this chunk
     parts = []
     for at in _blocks(q.shape[2], chunk):
         qc, kc, vc = q[:, :, at], k[:, :, at], v[:, :, at]

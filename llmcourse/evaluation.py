@@ -33,14 +33,16 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _score(model: Any, ids: Tensor, found: list[Window]) -> list[Tensor]:
-    """NLL of what each window scores; ids (B, T). The logits (B, T, V) live only inside this function."""
+    """NLL of what each window scores; ids (B, T). The logits (B, T, V) live only in here."""
     logits, scored = _logits(model, ids), []
-    rows = max(1, 2**24 // logits.shape[-1])  # 64 MB of float32 at a time: a whole copy would double the peak
+    # 64 MB of float32 at a time: a whole copy would double the peak
+    rows = max(1, 2**24 // logits.shape[-1])
     for b, w in enumerate(found):
         own = logits[b, w.first - 1 - w.start : -1]  # position i predicts token i + 1
         targets = ids[b, w.first - w.start :]
         pieces = zip(own.split(rows), targets.split(rows))
-        scored.append(torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in pieces]))
+        losses = [F.cross_entropy(x.float(), y, reduction="none") for x, y in pieces]
+        scored.append(torch.cat(losses))
     return scored
 
 
@@ -59,15 +61,14 @@ def token_nll(
         rt: device and autocast; by default the device of the model's parameters, without autocast.
         bidirectional: go on although the model sees later tokens, and so the token that it scores.
     Returns:
-        (n - 1,) float64 on the CPU; entry i - 1 is -ln p(token i | the tokens before it in its window).
+        (n - 1,) float64 on the CPU; entry i - 1 is -ln p(token i | those before it in its window).
     Raises:
         BadInput: tokens or settings that cannot be used, a model that sees the answer, or a result
             that is not finite (with its position).
     """
     tokens = _check_tokens(model, tokens, context)
     found, batch_size = windows(len(tokens), context, stride), whole("batch_size", batch_size, 1)
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    device = rt.device if rt is not None else parameter.device if parameter is not None else tokens.device
+    device = rt.device if rt is not None else _device(model)
     nll = torch.full((len(tokens) - 1,), math.nan, dtype=torch.float64)
     batches = [found[i : i + batch_size] for i in range(0, len(found), batch_size)]
     with evaluating(model), rt.autocast() if rt is not None else contextlib.nullcontext():
@@ -83,23 +84,31 @@ def token_nll(
 
 # %% ../nbs/05_evaluation.ipynb #e05a0002
 def sees_later(model: Any, ids: Tensor) -> bool:
-    """Whether the logits of the first half of `ids` (T,) move when the tokens of the second half change."""
+    """Whether logits in the first half of `ids` (T,) move when tokens of the second half change."""
     half = len(ids) // 2
     with torch.no_grad():
         before = _logits(model, ids[None])
         other = torch.cat((ids[:half], (ids[half:] + 1) % before.shape[-1]))
         before, after = before[0, :half], _logits(model, other[None])[0, :half]  # (T / 2, V)
-        # another order of summation is no view of the future: allow for rounding, in half precision for more
+        # another order of summation is no view of the future: allow for rounding
         rounding = 1e-4 if before.dtype in (torch.float32, torch.float64) else 5e-2
-        moved = (after.float() - before.float()).square().mean().sqrt()
-        return bool(moved > rounding * (before.float() - before.float().mean()).square().mean().sqrt())
+        before, after = before.float(), after.float()
+        moved = (after - before).square().mean().sqrt()
+        return bool(moved > rounding * (before - before.mean()).square().mean().sqrt())
+
+
+def _device(model: Any) -> torch.device:
+    """Where the model's parameters are; the CPU for what has none."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _check_tokens(model: Any, tokens: Any, context: int) -> Tensor:
-    """`tokens` as a 1-D int64 tensor on the CPU, after everything that can be wrong with it was looked at."""
-    require(isinstance(tokens, Tensor), "tokens", type(tokens).__name__, "a 1-D tensor of whole numbers")
+    """`tokens` as a 1-D int64 tensor on the CPU, after a look at what can be wrong with it."""
+    found = type(tokens).__name__
+    require(isinstance(tokens, Tensor), "tokens", found, "a 1-D tensor of whole numbers")
     require(tokens.ndim == 1, "shape of tokens", tuple(tokens.shape), "one dimension (n_tokens,)")
-    counts = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
+    counts = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     require(counts, "dtype of tokens", str(tokens.dtype), "whole numbers, such as torch.int64")
     require(len(tokens) > 0, "tokens", [], "a text of at least one window; this one is empty")
     config, tokens = getattr(model, "config", None), tokens.detach().to("cpu", torch.int64)
@@ -110,7 +119,7 @@ def _check_tokens(model: Any, tokens: Any, context: int) -> Tensor:
     V = getattr(config, "vocab_size", None)
     require(int(tokens.min()) >= 0, "smallest token", int(tokens.min()), "at least 0")
     if isinstance(V, int):
-        allowed = f"at most {V - 1}, the last of the model's vocabulary (is it another model's tokenizer?)"
+        allowed = f"at most {V - 1}, the model's last (is it another model's tokenizer?)"
         require(int(tokens.max()) < V, "largest token", int(tokens.max()), allowed)
     return tokens
 
@@ -122,15 +131,16 @@ def _check_finite(nll: Tensor, batch: list[Window]) -> None:
     if len(bad):
         at = first + int(bad[0])
         what = f"negative log-likelihood of token {at}"
-        require(False, what, float(nll[at - 1]), "a finite number (look for NaN or infinite logits)")
+        allowed = "a finite number (look for NaN or infinite logits)"
+        require(False, what, float(nll[at - 1]), allowed)
 
 # %% ../nbs/05_evaluation.ipynb #9b00d4b5
 def block_bootstrap(
     values: Any, denominators: Any = None, *, block: int, n_boot: int = 1000, seed: int = 0
 ) -> Tensor:
-    """Replicates of mean(values), or of sum(values) / sum(denominators), by the circular block bootstrap.
+    """Replicates of mean(values), or of sum(values) / sum(denominators), by circular blocks.
 
-    Künsch (1989) with the circular blocks of Politis and Romano (1992). `block=1` is the ordinary bootstrap.
+    Künsch (1989), Politis and Romano (1992). `block=1` is the ordinary bootstrap.
 
     Args:
         values: (n,) numbers in their order in the text.
@@ -142,17 +152,20 @@ def block_bootstrap(
     """
     values, denominators = _series(values, denominators)
     n, sums = len(values), []
-    starts, last = _block_starts(n, whole("block", block, 1, n), whole("n_boot", n_boot, 1), whole("seed", seed, 0))
+    whole("block", block, 1, n), whole("n_boot", n_boot, 1), whole("seed", seed, 0)
+    starts, last = _block_starts(n, block, n_boot, seed)
     for series in (values, denominators):
-        prefix = np.concatenate([[0.0], np.cumsum(np.concatenate([series, series[:block]]))])  # wraps around
+        around = np.concatenate([series, series[:block]])
+        prefix = np.concatenate([[0.0], np.cumsum(around)])  # (n + block + 1,)
         inner = (prefix[starts[:, :-1] + block] - prefix[starts[:, :-1]]).sum(1)
         sums.append(inner + prefix[starts[:, -1] + last] - prefix[starts[:, -1]])
-    require(np.min(sums[1]) > 0, "denominators", "zero in a whole sample", "numbers that add up to more than 0")
+    _check_positive(sums[1])
     return torch.from_numpy(sums[0] / sums[1])
 
 
 def _block_starts(n: int, block: int, n_boot: int, seed: int) -> tuple[np.ndarray, int]:
-    """Where each replicate's blocks start (n_boot, ceil(n / block)), and how much of the last one is kept."""
+    """Where each replicate's blocks start (n_boot, ceil(n / block)); how much of the last is
+    kept."""
     count = -(-n // block)
     return np.random.default_rng(seed).integers(n, size=(n_boot, count)), n - (count - 1) * block
 
@@ -162,16 +175,24 @@ def _series(values: Any, denominators: Any) -> tuple[np.ndarray, np.ndarray]:
     x = torch.as_tensor(values, dtype=torch.float64).numpy()
     require(x.ndim == 1 and len(x) > 0, "shape of values", x.shape, "one dimension, not empty")
     require(bool(np.isfinite(x).all()), "values", "not all finite", "finite numbers")
-    y = np.ones_like(x) if denominators is None else torch.as_tensor(denominators, dtype=torch.float64).numpy()
+    ones = denominators is None
+    y = np.ones_like(x) if ones else torch.as_tensor(denominators, dtype=torch.float64).numpy()
     require(y.shape == x.shape, "shape of denominators", y.shape, f"{x.shape}, as the values")
-    require(bool((y >= 0).all()), "denominators", "negative or not a number", "numbers of at least 0")
+    good = bool((y >= 0).all())
+    require(good, "denominators", "negative or not a number", "numbers of at least 0")
     return x, y
+
+
+def _check_positive(sums: np.ndarray) -> None:
+    good = np.min(sums) > 0
+    require(good, "denominators", "zero in a whole sample", "numbers that add up to more than 0")
 
 # %% ../nbs/05_evaluation.ipynb #e05a0004
 def document_bootstrap(
-    values: Any, lengths: Sequence[int], denominators: Any = None, *, n_boot: int = 1000, seed: int = 0
+    values: Any, lengths: Sequence[int], denominators: Any = None, *, n_boot: int = 1000,
+    seed: int = 0,
 ) -> Tensor:
-    """Replicates of mean(values), or of sum(values) / sum(denominators), from documents drawn with replacement.
+    """Replicates of mean(values), or of sum(values) / sum(denominators), by whole documents.
 
     Args:
         values, denominators, n_boot: as in `block_bootstrap`.
@@ -181,13 +202,16 @@ def document_bootstrap(
     """
     values, denominators = _series(values, denominators)
     lengths = np.asarray(lengths)
-    fits = lengths.ndim == 1 and len(lengths) > 0 and lengths.min() >= 1 and lengths.sum() == len(values)
-    require(fits, "lengths", f"{len(lengths)} documents", f"at least 1 each, {len(values)} values together")
+    fits = lengths.ndim == 1 and len(lengths) > 0 and lengths.min() >= 1
+    allowed = f"at least 1 each, {len(values)} values together"
+    together = fits and lengths.sum() == len(values)
+    require(bool(together), "lengths", f"{len(lengths)} documents", allowed)
     starts, k = np.cumsum(lengths) - lengths, len(lengths)
     rng = np.random.default_rng(whole("seed", seed, 0))
-    drawn = rng.multinomial(k, np.full(k, 1 / k), size=whole("n_boot", n_boot, 1))  # (n_boot, k) how often each
+    # (n_boot, k) how often each document is drawn
+    drawn = rng.multinomial(k, np.full(k, 1 / k), size=whole("n_boot", n_boot, 1))
     total, size = (drawn @ np.add.reduceat(series, starts) for series in (values, denominators))
-    require(np.min(size) > 0, "denominators", "zero in a whole sample", "numbers that add up to more than 0")
+    _check_positive(size)
     return torch.from_numpy(total / size)
 
 # %% ../nbs/05_evaluation.ipynb #48c99ccf
@@ -212,13 +236,14 @@ class Text:
         """One part of a `TokenData`, or its first `limit` tokens."""
         front = "BOS" if getattr(data, "bos", False) else "the separator"
         return cls(
-            tokens=getattr(data, split)[:limit], token_bytes=data.bytes[split][:limit] if split in data.bytes else None,
+            tokens=getattr(data, split)[:limit],
+            token_bytes=data.bytes[split][:limit] if split in data.bytes else None,
             separator=data.separator, data=data.name, split=split, tokenizer=data.tokenizer,
             joining=f"one stream, {front} (token {data.separator}) before each",
         )
 
     def documents(self) -> tuple[int, ...] | None:
-        """Scored tokens of each document: all but the first token of the text; None where they are not known."""
+        """Scored tokens of each document (the text's first token is not); None: not known."""
         if self.separator is None:
             return None
         begins = torch.nonzero(self.tokens.cpu() == self.separator)[:, 0]
@@ -227,13 +252,13 @@ class Text:
         lengths[0] -= 1  # the first token of the text is not scored
         return tuple(n for n in lengths.tolist() if n)
 
-
+# %% ../nbs/05_evaluation.ipynb #e05c0001
 @dataclass(frozen=True, kw_only=True)
 class Bootstrap:
     """How an interval is made."""
 
     block: int | None = None
-    """tokens in a block; None: whole documents, where at least `FEW` are known, else 128 or an eighth of the text"""
+    """tokens in a block; None: whole documents where `FEW` are known, else 128 or an eighth"""
     n_boot: int = 1000
     """replicates"""
     level: float = 0.95
@@ -288,16 +313,19 @@ class Protocol:
         size = f"{self.n_tokens} tokens, {self.n_tokens - 1} scored"
         size += f", {self.n_bytes} bytes" if self.n_bytes is not None else ""
         before = self.context - self.stride
-        unit = f"{self.n_units} documents" if self.block is None else f"{self.n_units} blocks of {self.block} tokens"
+        unit = "documents" if self.block is None else f"blocks of {self.block} tokens"
         few = " (few: it holds less often than it says)" if self.n_units < 2 * Bootstrap.FEW else ""
         rows = {
             "model": self.model + (", WHICH SEES THE ANSWER" if self.bidirectional else ""),
-            "data": f"{self.data}, part {self.split}", "tokenizer": self.tokenizer, "documents": self.joining,
+            "data": f"{self.data}, part {self.split}",
+            "tokenizer": self.tokenizer,
+            "documents": self.joining,
             "text": f"{size}, sha256 {self.tokens_sha256}…",
-            "windows": f"context {self.context}, stride {self.stride}: every token scored once, after at least "
-            f"{before} others (fewer only in the first window)",
+            "windows": f"context {self.context}, stride {self.stride}: every token scored once, "
+            f"after at least {before} others (fewer only in the first window)",
             "arithmetic": f"model in {self.dtype}, softmax in float32, mean in float64",
-            "interval": f"{100 * self.level:g} %, bootstrap of {unit}{few}, {self.n_boot} replicates, seed {self.seed}",
+            "interval": f"{100 * self.level:g} %, bootstrap of {self.n_units} {unit}{few}, "
+            f"{self.n_boot} replicates, seed {self.seed}",
         }
         return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
 
@@ -319,76 +347,91 @@ class Perplexity:
     """scored tokens of each document, where they are known"""
 
     def __str__(self) -> str:
-        out = f"{self.value:.2f} ({100 * self.protocol.level:g} % interval {self.low:.2f} to {self.high:.2f})"
+        level = f"{100 * self.protocol.level:g} %"
+        out = f"{self.value:.2f} ({level} interval {self.low:.2f} to {self.high:.2f})"
         if self.bits_per_byte is not None:
             low, high = self.bits_per_byte_low, self.bits_per_byte_high
             out += f", {self.bits_per_byte:.3f} bits per byte ({low:.3f} to {high:.3f})"
         return out
 
-
+# %% ../nbs/05_evaluation.ipynb #e05c0002
 def perplexity(
     lm: Any, text: Text | TokenData | Tensor, /, *, context: int, stride: int, batch_size: int = 1,
-    rt: Runtime | None = None, model: str = "unnamed", bootstrap: Bootstrap | None = None, bidirectional: bool = False,
+    rt: Runtime | None = None, model: str = "unnamed", bootstrap: Bootstrap | None = None,
+    bidirectional: bool = False,
 ) -> Perplexity:
     """Perplexity of a language model on a text, with a bootstrap interval and its protocol.
 
     Args:
         lm: maps ids (B, T) to logits (B, T, V), or to an object with `.logits`.
-        text: what is measured; of a `TokenData` the test part, of a tensor (n,) nothing but the tokens is known.
+        text: what is measured; of a `TokenData` the test part; a tensor (n,) is tokens only.
         context, stride, batch_size, rt, bidirectional: as in `token_nll`.
         model: its name on the protocol card.
         bootstrap: how the interval is made; by default documents are drawn, where they are known.
     """
-    text = text if isinstance(text, Text) else Text.of(text) if isinstance(text, TokenData) else Text(tokens=text)
-    bootstrap = bootstrap or Bootstrap()
-    sizes, documents, block = _check_text(text, bootstrap)  # before the long computation, not after it
+    text = Text.of(text) if isinstance(text, TokenData) else text
+    text = text if isinstance(text, Text) else Text(tokens=text)
+    how = bootstrap or Bootstrap()
+    sizes, documents, block = _check_text(text, how)  # before the long computation, not after it
+    windows = {"context": context, "stride": stride}
     nll = token_nll(
-        lm, text.tokens, context=context, stride=stride, batch_size=batch_size, rt=rt, bidirectional=bidirectional
+        lm, text.tokens, **windows, batch_size=batch_size, rt=rt, bidirectional=bidirectional
     )
-    low, high = _interval(nll, None, documents, block, bootstrap, torch.exp)
+    low, high = _interval(nll, None, documents, block, how, torch.exp)
     bits = bits_low = bits_high = None
     if sizes is not None:
         bits = float(nll.sum()) / math.log(2) / int(sizes.sum())
-        bits_low, bits_high = _interval(nll / math.log(2), sizes, documents, block, bootstrap)
+        bits_low, bits_high = _interval(nll / math.log(2), sizes, documents, block, how)
     protocol = Protocol(
-        model=model, data=text.data, split=text.split, tokenizer=text.tokenizer, joining=text.joining,
-        n_tokens=len(text.tokens), n_bytes=None if sizes is None else int(sizes.sum()), context=context, stride=stride,
-        dtype=_arithmetic(lm, rt), block=block, n_units=len(documents) if block is None else -(-len(nll) // block),
-        n_boot=bootstrap.n_boot, level=bootstrap.level, seed=bootstrap.seed, tokens_sha256=_digest(text.tokens),
+        model=model, data=text.data, split=text.split, tokenizer=text.tokenizer,
+        joining=text.joining, n_tokens=len(text.tokens),
+        n_bytes=None if sizes is None else int(sizes.sum()), **windows, dtype=_arithmetic(lm, rt),
+        block=block, n_units=len(documents) if block is None else -(-len(nll) // block),
+        n_boot=how.n_boot, level=how.level, seed=how.seed, tokens_sha256=_digest(text.tokens),
         bidirectional=bidirectional,
     )
     return Perplexity(
-        value=math.exp(nll.mean()), low=low, high=high, bits_per_byte=bits, bits_per_byte_low=bits_low,
-        bits_per_byte_high=bits_high, protocol=protocol, nll=nll, documents=documents,
+        value=math.exp(nll.mean()), low=low, high=high, bits_per_byte=bits,
+        bits_per_byte_low=bits_low, bits_per_byte_high=bits_high, protocol=protocol, nll=nll,
+        documents=documents,
     )
 
 # %% ../nbs/05_evaluation.ipynb #e05a0008
-def _interval(values: Tensor, denominators: Any, documents: Any, block: int | None, how: Any, f: Any = lambda x: x):
-    """The middle `how.level` of the replicates, after `f`; documents are drawn where `block` is None."""
+def _interval(
+    values: Tensor, denominators: Any, documents: Any, block: int | None, how: Bootstrap,
+    f: Any = None,
+) -> tuple[float, float]:
+    """The middle `how.level` of the replicates, after `f`; `block` None: documents are drawn."""
     options = {"n_boot": how.n_boot, "seed": how.seed}
     if block is None:
         replicates = document_bootstrap(values, documents, denominators, **options)
     else:
         replicates = block_bootstrap(values, denominators, block=block, **options)
     ends = torch.tensor([(1 - how.level) / 2, (1 + how.level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(f(replicates), ends).tolist()
+    low, high = torch.quantile(replicates if f is None else f(replicates), ends).tolist()
     return low, high
 
 
-def _check_text(text: Text, bootstrap: Bootstrap) -> tuple[Tensor | None, tuple[int, ...] | None, int | None]:
-    """Bytes of the scored tokens (n - 1,), scored tokens of each document, and the length of a block."""
+def _check_text(
+    text: Text, bootstrap: Bootstrap
+) -> tuple[Tensor | None, tuple[int, ...] | None, int | None]:
+    """Bytes of the scored tokens (n - 1,), scored tokens of each document, length of a block."""
     tokens, sizes = text.tokens, text.token_bytes
-    require(isinstance(tokens, Tensor), "tokens", type(tokens).__name__, "a 1-D tensor of whole numbers")
+    found = type(tokens).__name__
+    require(isinstance(tokens, Tensor), "tokens", found, "a 1-D tensor of whole numbers")
     require(tokens.ndim == 1, "shape of tokens", tuple(tokens.shape), "one dimension (n_tokens,)")
     require(len(tokens) >= 2, "tokens", len(tokens), "at least 2: the first one is only read")
     if sizes is not None:
         found = tuple(sizes.shape) if isinstance(sizes, Tensor) else type(sizes).__name__
-        require(found == (len(tokens),), "shape of token_bytes", found, f"({len(tokens)},), as tokens")
+        allowed = f"({len(tokens)},), as tokens"
+        require(found == (len(tokens),), "shape of token_bytes", found, allowed)
         counts = not sizes.is_floating_point() and sizes.dtype != torch.bool
-        require(counts, "dtype of token_bytes", str(sizes.dtype), "whole numbers, such as torch.int64")
-        sizes = sizes[1:].cpu().double()  # the first token is not scored, so its bytes do not count either
+        allowed = "whole numbers, such as torch.int64"
+        require(counts, "dtype of token_bytes", str(sizes.dtype), allowed)
+        sizes = sizes[1:].cpu().double()  # the first token is not scored: its bytes do not count
         good = float(sizes.min()) >= 0 and float(sizes.sum()) > 0
-        require(good, "token_bytes", "negative or all zero", "bytes per token, at least 0, more than 0 together")
+        allowed = "bytes per token, at least 0, more than 0 together"
+        require(good, "token_bytes", "negative or all zero", allowed)
     documents = text.documents()
     return sizes, documents, bootstrap.resolve(documents, len(tokens) - 1)
 
@@ -397,7 +440,8 @@ def _arithmetic(lm: Any, rt: Runtime | None) -> str:
     """The number format of the model, for the card."""
     parameter = next(lm.parameters(), None) if isinstance(lm, nn.Module) else None
     name = "its own format" if parameter is None else str(parameter.dtype).removeprefix("torch.")
-    if rt is not None and rt.dtype != torch.float32 and (parameter is None or parameter.dtype != rt.dtype):
+    cast = rt is not None and rt.dtype != torch.float32
+    if cast and (parameter is None or parameter.dtype != rt.dtype):
         name += f" under autocast to {str(rt.dtype).removeprefix('torch.')}"
     return name
 
@@ -408,9 +452,10 @@ def _digest(tokens: Tensor) -> str:
 
 # %% ../nbs/05_evaluation.ipynb #bb8d05f7
 def autocorrelation(values: Any, lags: Any) -> list[float]:
-    """Correlation of a series with itself, shifted by each of `lags` (the usual estimator, with the overall mean)."""
+    """Correlation of a series with itself, shifted by each of `lags`, with the overall mean."""
     x = torch.as_tensor(values, dtype=torch.float64)
-    require(x.ndim == 1 and len(x) > 1, "shape of values", tuple(x.shape), "one dimension, at least two numbers")
+    good = x.ndim == 1 and len(x) > 1
+    require(good, "shape of values", tuple(x.shape), "one dimension, at least two numbers")
     x = x - x.mean()
     total = float(x @ x)
     require(total > 0, "values", "all equal", "numbers that vary")
@@ -429,13 +474,16 @@ class Ratio(NamedTuple):
         return f"{self.value:.4f}× ({self.low:.4f} to {self.high:.4f})"
 
 
-def compare_perplexity(a: Perplexity, b: Perplexity, *, paired: Sequence[str] = ("context", "stride")) -> Ratio:
+def compare_perplexity(
+    a: Perplexity, b: Perplexity, *, paired: Sequence[str] = ("context", "stride")
+) -> Ratio:
     """Perplexity of `b` over that of `a`, with a paired bootstrap interval; above 1, `b` is worse.
 
     Documents or blocks, replicates, level and seed are those of `a`.
 
     Args:
-        paired: parts of the protocol that have to be the same, besides the tokens; an empty one compares protocols.
+        paired: parts of the protocol that have to be the same, besides the tokens; () compares
+            two protocols.
     Raises:
         BadInput: the two were not measured on the same tokens with the same windows.
     """
@@ -443,7 +491,8 @@ def compare_perplexity(a: Perplexity, b: Perplexity, *, paired: Sequence[str] = 
     for name in ("tokens_sha256", "n_tokens", *paired):
         ours, theirs = getattr(p, name), getattr(b.protocol, name)
         same = "the same tokens" if name in ("tokens_sha256", "n_tokens") else f"the same {name}"
-        require(ours == theirs, f"{name} of b", theirs, f"{ours!r}, as in a: only measurements on {same} can be paired")
+        allowed = f"{ours!r}, as in a: only measurements on {same} can be paired"
+        require(ours == theirs, f"{name} of b", theirs, allowed)
     difference = b.nll - a.nll
     how = Bootstrap(block=p.block, n_boot=p.n_boot, level=p.level, seed=p.seed)
     low, high = _interval(difference, None, a.documents, p.block, how, torch.exp)
@@ -451,64 +500,41 @@ def compare_perplexity(a: Perplexity, b: Perplexity, *, paired: Sequence[str] = 
 
 # %% ../nbs/05_evaluation.ipynb #602f1d0b
 class KneserNey:
-    """An interpolated Kneser–Ney n-gram model: it counts, and nothing else. Called like a language model: ids (B, T) → log-probabilities (B, T, V).
+    """An interpolated Kneser–Ney n-gram model: it counts, and nothing else.
 
-    The probability of a token after a context is what is left of its count after a discount, over the count of the
-    context, plus the discounted share times the probability after the context without its first token. Below the highest order, a token counts as
-    often as it follows a *different* token (Kneser and Ney, 1995), and there are three discounts per order, for counts
-    of 1, 2 and more (Chen and Goodman, 1999, section 3); below the unigrams stands the uniform distribution.
+    Called like a language model: ids (B, T) → log-probabilities (B, T, V). Kneser and Ney (1995),
+    with three discounts per order, for counts of 1, 2 and more (Chen and Goodman, 1999, section 3),
+    and the uniform distribution below the unigrams.
 
     Args:
         tokens: the text to count (N,).
         vocab_size: V. `order` tokens of it must fit into 63 bits.
         order: length of the longest n-grams.
-        discounts: taken off counts of 1, 2 and more, at most that count; None: estimated for each order.
+        discounts: taken off counts of 1, 2 and more, at most that count; None: estimated.
     """
 
-    def __init__(self, tokens: Tensor, vocab_size: int, *, order: int = 5, discounts: tuple[float, float, float] | None = None):
-        self.bits, most = max(1, (vocab_size - 1).bit_length()), self.longest(vocab_size, 63)
-        require(isinstance(order, int) and 1 <= order <= most, "order", order, f"1 to {most}, so that {self.bits} bits per token fit into one number")
-        require(tokens.ndim == 1 and len(tokens) >= order, "tokens", f"{len(tokens)} tokens", f"at least {order}, one n-gram")
-        require(int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size, "tokens", f"{int(tokens.min())} to {int(tokens.max())}", f"0 to {vocab_size - 1}")
-        require(discounts is None or (len(discounts) == 3 and all(0 < d <= c for c, d in enumerate(discounts, 1))), "discounts", discounts, "None, or three numbers above 0 and at most 1, 2 and 3")
-        self.vocab_size, self.order, self._given = vocab_size, order, discounts
+    def __init__(
+        self, tokens: Tensor, vocab_size: int, *, order: int = 5,
+        discounts: tuple[float, float, float] | None = None,
+    ):
+        whole("order", order, 1, self.longest(vocab_size, 63))
+        _check_counting(tokens, vocab_size, order, discounts)
+        self.vocab_size, self.order, self.bits = vocab_size, order, _bits(vocab_size)
         ids = tokens.numpy().astype(np.int64)
-        codes = self._codes(ids, order)
-        grams, counts = np.unique(codes, return_counts=True)  # an n-gram as one number: its last token in the lowest bits
-        # the first order - 1 tokens of the text end a shorter n-gram that no longer one contains
-        self._tables = [self._table(grams, counts)]
+        # an n-gram as one number: its last token in the lowest bits
+        grams, counts = np.unique(_codes(ids, order, self.bits), return_counts=True)
+        self._tables = [_table(grams, counts, self.bits, discounts)]
         for k in range(order - 1, 0, -1):
             # how many different tokens stand before each shorter n-gram: each longer one votes once
-            grams, counts = np.unique(grams & ((1 << self.bits * k) - 1), return_counts=True)
-            self._tables.append(self._table(grams, counts))
+            shorter = grams & ((1 << self.bits * k) - 1)
+            grams, counts = np.unique(shorter, return_counts=True)
+            self._tables.append(_table(grams, counts, self.bits, discounts))
         self._tables.reverse()  # now by length, from 1
-
-    def _codes(self, ids: np.ndarray, k: int) -> np.ndarray:
-        code = np.zeros(len(ids) - k + 1, dtype=np.int64)
-        for i in range(k):
-            code = (code << self.bits) | ids[i : len(ids) - k + 1 + i]
-        return code
-
-    def _table(self, grams: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """The followers of each context with their discounted probabilities, and what the discounts left over."""
-        if self._given is None:
-            n1, n2, n3, n4 = (int((counts == c).sum()) for c in (1, 2, 3, 4))
-            y, ratio = n1 / max(1, n1 + 2 * n2), lambda a, b: b / a if a else 0.0
-            estimated = [1 - 2 * y * ratio(n1, n2), 2 - 3 * y * ratio(n2, n3), 3 - 4 * y * ratio(n3, n4)]
-            # outside of these bounds (tiny texts) a probability would be negative, or nothing be left for unseen tokens
-            discounts = np.clip(estimated, [0.1, 0.1, 0.1], [1.0, 2.0, 3.0])
-        else:
-            discounts = np.array(self._given, dtype=np.float64)
-        discount = discounts[np.minimum(counts, 3) - 1]
-        contexts, first = np.unique(grams >> self.bits, return_index=True)
-        total = np.add.reduceat(counts, first).astype(np.float64)
-        return {"context": contexts, "first": np.append(first, len(grams)), "token": grams & ((1 << self.bits) - 1),
-                "p": (counts - discount) / np.repeat(total, np.diff(np.append(first, len(grams)))), "rest": np.add.reduceat(discount, first) / total}
 
     @staticmethod
     def longest(vocab_size: int, wanted: int) -> int:
         """The order that is possible with a vocabulary, at most `wanted`."""
-        return min(wanted, 63 // max(1, (vocab_size - 1).bit_length()))
+        return min(wanted, 63 // _bits(vocab_size))
 
     @property
     def n_grams(self) -> list[int]:
@@ -516,12 +542,12 @@ class KneserNey:
         return [len(t["token"]) for t in self._tables]
 
     def probabilities(self, context: np.ndarray) -> np.ndarray:
-        """p(next token | context) for every token (V,); only the last order - 1 tokens of the context count."""
+        """p(next token | context) for every token (V,); the last order - 1 tokens count."""
         p = np.full(self.vocab_size, 1 / self.vocab_size)
         for k, table in enumerate(self._tables):
             if k > len(context):
                 break
-            code = int(self._codes(context[len(context) - k :], k)[0]) if k else 0
+            code = int(_codes(context[len(context) - k :], k, self.bits)[0]) if k else 0
             i = np.searchsorted(table["context"], code)
             if i == len(table["context"]) or table["context"][i] != code:
                 break  # a context that was never seen says nothing, and neither does a longer one
@@ -531,10 +557,60 @@ class KneserNey:
         return p
 
     def __call__(self, ids: Tensor) -> Tensor:
-        require(int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size, "ids", f"{int(ids.min())} to {int(ids.max())}", f"0 to {self.vocab_size - 1}, the vocabulary of this model")
+        found, top = f"{int(ids.min())} to {int(ids.max())}", self.vocab_size - 1
+        good = int(ids.min()) >= 0 and int(ids.max()) <= top
+        require(good, "ids", found, f"0 to {top}, the vocabulary of this model")
         rows = ids.cpu().numpy().astype(np.int64)
         logits = np.empty((*rows.shape, self.vocab_size), dtype=np.float32)
         for b, row in enumerate(rows):
             for t in range(len(row)):
-                logits[b, t] = np.log(self.probabilities(row[max(0, t - self.order + 2) : t + 1]))
+                context = row[max(0, t - self.order + 2) : t + 1]
+                logits[b, t] = np.log(self.probabilities(context))
         return torch.from_numpy(logits).to(ids.device)
+
+# %% ../nbs/05_evaluation.ipynb #e05c0003
+def _bits(vocab_size: int) -> int:
+    """Bits that one token takes."""
+    return max(1, (vocab_size - 1).bit_length())
+
+
+def _codes(ids: np.ndarray, k: int, bits: int) -> np.ndarray:
+    """Each run of k tokens as one number (N - k + 1,)."""
+    code = np.zeros(len(ids) - k + 1, dtype=np.int64)
+    for i in range(k):
+        code = (code << bits) | ids[i : len(ids) - k + 1 + i]
+    return code
+
+
+def _table(grams: np.ndarray, counts: np.ndarray, bits: int, given: Any) -> dict[str, np.ndarray]:
+    """The followers of each context with discounted probabilities, and what the discounts left."""
+    discounts = np.array(given, dtype=np.float64) if given is not None else _discounts(counts)
+    discount = discounts[np.minimum(counts, 3) - 1]  # (n-grams,)
+    contexts, first = np.unique(grams >> bits, return_index=True)
+    total = np.add.reduceat(counts, first).astype(np.float64)  # (contexts,)
+    first = np.append(first, len(grams))
+    return {
+        "context": contexts, "first": first, "token": grams & ((1 << bits) - 1),
+        "p": (counts - discount) / np.repeat(total, np.diff(first)),
+        "rest": np.add.reduceat(discount, first[:-1]) / total,
+    }
+
+
+def _discounts(counts: np.ndarray) -> np.ndarray:
+    """Chen and Goodman's estimate from how many n-grams occurred once, twice, three, four times."""
+    n1, n2, n3, n4 = (int((counts == c).sum()) for c in (1, 2, 3, 4))
+    y, ratio = n1 / max(1, n1 + 2 * n2), lambda a, b: b / a if a else 0.0
+    d = [1 - 2 * y * ratio(n1, n2), 2 - 3 * y * ratio(n2, n3), 3 - 4 * y * ratio(n3, n4)]
+    # outside of these bounds (tiny texts) a probability would be negative, or nothing be left over
+    return np.clip(d, [0.1, 0.1, 0.1], [1.0, 2.0, 3.0])
+
+
+def _check_counting(tokens: Tensor, vocab_size: int, order: int, discounts: Any) -> None:
+    good = tokens.ndim == 1 and len(tokens) >= order
+    require(good, "tokens", f"{len(tokens)} tokens", f"at least {order}, one n-gram")
+    low, high = int(tokens.min()), int(tokens.max())
+    require(low >= 0 and high < vocab_size, "tokens", f"{low} to {high}", f"0 to {vocab_size - 1}")
+    if discounts is not None:
+        good = len(discounts) == 3 and all(0 < d <= c for c, d in enumerate(discounts, 1))
+        allowed = "None, or three numbers above 0 and at most 1, 2 and 3"
+        require(good, "discounts", discounts, allowed)

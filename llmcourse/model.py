@@ -22,8 +22,11 @@ from .runtime import evaluating
 from .settings import number, one_of, require, whole
 
 # %% ../nbs/04_model.ipynb #55673e6b
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(biased variance + eps) · weight + bias, over the last axis (Ba et al., 2016)."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    """(x - mean) / sqrt(biased variance + eps) · weight + bias, over the last axis (Ba et al.,
+    2016)."""
     centered = x - x.mean(-1, keepdim=True)
     y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight
     return y if bias is None else y + bias
@@ -35,7 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
 
 # %% ../nbs/04_model.ipynb #2f37ffbe
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned weight (D,). The mean square is computed in float32 whatever the input is."""
+    """`rms_norm` with a learned weight (D,). The mean square is computed in float32 whatever the
+    input is."""
 
     def __init__(self, d_model: int, *, eps: float = 1e-5):
         super().__init__()
@@ -66,7 +70,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         h, r, weight = ctx.saved_tensors
         dy_h = dy * h
-        mean = (dy_h @ weight).unsqueeze_(-1).div_(weight.numel())  # (…, 1): mean over the row of dy · w · h
+        mean = (
+            (dy_h @ weight).unsqueeze_(-1).div_(weight.numel())
+        )  # (…, 1): mean over the row of dy · w · h
         dx = torch.addcmul(dy * weight, h, mean, value=-1).mul_(r)
         return dx, dy_h.flatten(0, -2).sum(0), None
 
@@ -77,7 +83,10 @@ class FFN(nn.Module):
     def __init__(self, d_model: int, d_ff: int, *, activation: str = "gelu"):
         super().__init__()
         require(activation in ("relu", "gelu"), "activation", activation, "relu, gelu")
-        self.up, self.down = nn.Linear(d_model, d_ff, bias=False), nn.Linear(d_ff, d_model, bias=False)
+        self.up, self.down = (
+            nn.Linear(d_model, d_ff, bias=False),
+            nn.Linear(d_ff, d_model, bias=False),
+        )
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +98,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate, self.up = nn.Linear(d_model, d_ff, bias=False), nn.Linear(d_model, d_ff, bias=False)
+        self.gate, self.up = (
+            nn.Linear(d_model, d_ff, bias=False),
+            nn.Linear(d_model, d_ff, bias=False),
+        )
         self.down = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +123,8 @@ class GPTConfig:
     n_kv_heads: int | None = None
     """key-value heads, H_k; a divisor of n_heads; None: as many as query heads"""
     d_ff: int | None = None
-    """width inside the feed-forward network, F; None: 4 D, or 8/3 D rounded up to a multiple of 8 for swiglu"""
+    """width inside the feed-forward network, F; None: 4 D, or 8/3 D rounded up to a multiple of 8
+    for swiglu"""
     context: int = 512
     """longest sequence, C"""
     norm: str = "rms"
@@ -137,11 +150,11 @@ class GPTConfig:
     residual_scaling: bool = True
     """divide the initial weights that write to the stream by sqrt(2 L)"""
     n_experts: int = 0
-    """feed-forward networks per block among which a router chooses, E; 0: one network and no router"""
+    """feed-forward networks per block, of which a router chooses, E; 0: one and no router"""
     experts_per_token: int = 2
     """how many experts a token visits"""
     capacity_factor: float | None = None
-    """in training, an expert takes at most this many times its fair share of the tokens; None: no limit"""
+    """in training, an expert takes at most so many times its fair share of tokens; None: any"""
 
     def __post_init__(self):
         _complete(self)
@@ -152,11 +165,11 @@ class GPTConfig:
         return self.d_model // self.n_heads
 
     def parameters(self) -> dict[str, int]:
-        """Parameters by part, from the formulas of the chapter; `sum(….values())` is the size of the model."""
+        """Parameters by part, from the formulas of the chapter; their sum is the model's size."""
         return _parameters(self)
 
     def flops(self, tokens: int, *, past: int = 0) -> int:
-        """Multiplications and additions in the matrix products of one forward pass over `tokens` tokens, `past` cached."""
+        """Additions and multiplications in matrix products: `tokens` tokens after `past` cached."""
         return _flops(self, tokens, past)
 
 # %% ../nbs/04_model.ipynb #b1c0ffe1
@@ -165,8 +178,12 @@ def _complete(c: GPTConfig) -> None:
     for name in ("vocab_size", "d_model", "n_layers", "n_heads", "context"):
         whole(name, getattr(c, name), 1)
     choices = {
-        "norm": ("rms", "layer"), "norm_position": ("pre", "post"), "ffn": ("swiglu", "gelu", "relu"),
-        "position": ("rope", "learned", "none"), "tied": (True, False), "causal": (True, False),
+        "norm": ("rms", "layer"),
+        "norm_position": ("pre", "post"),
+        "ffn": ("swiglu", "gelu", "relu"),
+        "position": ("rope", "learned", "none"),
+        "tied": (True, False),
+        "causal": (True, False),
         "residual_scaling": (True, False),
     }
     for name, allowed in choices.items():
@@ -198,39 +215,42 @@ def _complete(c: GPTConfig) -> None:
 class Attention(nn.Module):
     """Grouped-query self-attention: (B, T, D) → (B, T, D)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, c: GPTConfig):
         super().__init__()
-        D, width, kv_width = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.n_heads, self.n_kv_heads, self.causal = config.n_heads, config.n_kv_heads, config.causal
-        self.q = nn.Linear(D, width, bias=False)
-        self.k = nn.Linear(D, kv_width, bias=False)
-        self.v = nn.Linear(D, kv_width, bias=False)
-        self.o = nn.Linear(width, D, bias=False)
+        self.n_heads, self.n_kv_heads, self.causal = c.n_heads, c.n_kv_heads, c.causal
+        self.q = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=False)
+        self.k = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=False)
+        self.v = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=False)
+        self.o = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, *, rotation: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
-        cache: "LayerCache | None" = None,
+        self, x: Tensor, *, rotation: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None, cache: "LayerCache | None" = None,
     ) -> Tensor:
         """
         Args:
-            rotation: cosines and sines of the positions, each broadcastable to (B, 1, T, d_h / 2); None: no RoPE.
-            mask: True where a query may look, broadcastable to (B, 1, T, S); None: causal, or everything.
+            rotation: cosines and sines of the positions, each broadcastable to
+                (B, 1, T, d_h / 2); None: no RoPE.
+            mask: True where a query may look, broadcastable to (B, 1, T, S); None: causal, or
+                everything.
             cache: holds the keys and values of earlier tokens, and gets those of x.
         """
         B, T, _ = x.shape
-        q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, H d_h) → (B, H, T, d_h)
-        k = self.k(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)  # (B, H_k, T, d_h)
+        # (B, T, H d_h) → (B, H, T, d_h), and (B, H_k, T, d_h) for keys and values
+        q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k = self.k(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
         v = self.v(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
         if rotation is not None:
             q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_k, S, d_h)
-        if T == 1:  # one query sees every key: the H / H_k heads that share keys become the queries of one head
-            q = q.reshape(B, self.n_kv_heads, -1, q.shape[-1])  # (B, H, 1, d_h) → (B, H_k, H / H_k, d_h)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, -1)  # (B, 1, H d_h)
+        attend = F.scaled_dot_product_attention
+        if T == 1:  # one query sees every key: heads that share keys become queries of one head
+            q = q.reshape(B, self.n_kv_heads, -1, q.shape[-1])  # (B, H_k, H / H_k, d_h)
+            y = attend(q, k, v, attn_mask=mask).reshape(B, 1, -1)  # (B, 1, H d_h)
         else:
             causal, shared = self.causal and mask is None, self.n_kv_heads != self.n_heads
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+            y = attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
             y = merge_heads(y)  # (B, H, T, d_h) → (B, T, H d_h)
         return self.o(y)
 
@@ -238,32 +258,31 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each added to the stream: (B, T, D) → (B, T, D)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, c: GPTConfig):
         super().__init__()
-        self.attn_norm, self.attn = _make_norm(config), Attention(config)
-        self.ffn_norm, self.ffn = _make_norm(config), _make_ffn(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.pre = config.norm_position == "pre"
+        self.attn_norm, self.attn = _make_norm(c), Attention(c)
+        self.ffn_norm, self.ffn = _make_norm(c), _make_ffn(c)
+        self.dropout, self.pre = nn.Dropout(c.dropout), c.norm_position == "pre"
 
-    def forward(
-        self, x: Tensor, *, rotation: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
-        cache: "LayerCache | None" = None,
-    ) -> Tensor:
-        """Arguments as in `Attention`."""
+    def forward(self, x: Tensor, **around) -> Tensor:
+        """`around`: rotation, mask and cache, as in `Attention`."""
         if self.pre:
-            x = x + self.dropout(self.attn(self.attn_norm(x), rotation=rotation, mask=mask, cache=cache))
+            x = x + self.dropout(self.attn(self.attn_norm(x), **around))
             return x + self.dropout(self.ffn(self.ffn_norm(x)))
-        x = self.attn_norm(x + self.dropout(self.attn(x, rotation=rotation, mask=mask, cache=cache)))
+        x = self.attn_norm(x + self.dropout(self.attn(x, **around)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 def _make_norm(c: GPTConfig) -> nn.Module:
-    return RMSNorm(c.d_model, eps=c.norm_eps) if c.norm == "rms" else nn.LayerNorm(c.d_model, eps=c.norm_eps)
+    norm = {"rms": RMSNorm, "layer": nn.LayerNorm}[c.norm]
+    return norm(c.d_model, eps=c.norm_eps)
 
 
 def _make_ffn(c: GPTConfig) -> nn.Module:
     def one() -> nn.Module:
-        return SwiGLU(c.d_model, c.d_ff) if c.ffn == "swiglu" else FFN(c.d_model, c.d_ff, activation=c.ffn)
+        if c.ffn == "swiglu":
+            return SwiGLU(c.d_model, c.d_ff)
+        return FFN(c.d_model, c.d_ff, activation=c.ffn)
 
     if not c.n_experts:
         return one()
@@ -287,7 +306,7 @@ class GPT(LlamaFiles, nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         self.stop: tuple[int, ...] = ()  # tokens that end a text; `generate` stops there
-        self._rotations: dict[tuple, tuple[Tensor, Tensor]] = {}  # tables by device and dtype; not part of the weights
+        self._rotations: dict = {}  # tables by device and dtype; not part of the weights
         _init_weights(self)
 
     def hidden(
@@ -296,7 +315,7 @@ class GPT(LlamaFiles, nn.Module):
         """The stream after the last norm: (B, T) → (B, T, D).
 
         Args:
-            attention_mask: (B, T), 0 or False where `ids` holds padding, on either side; None: no padding.
+            attention_mask: (B, T), 0 or False where `ids` holds padding, on either side.
             cache: keys and values of earlier tokens, and their padding; gets those of `ids`.
         """
         past, T, real = _checked(self, ids, attention_mask, cache)
@@ -308,19 +327,20 @@ class GPT(LlamaFiles, nn.Module):
         rotation = _rotation(self, where, x) if self.config.position == "rope" else None
         mask = _visible(past, T, real, self.config.causal, ids.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotation=rotation, mask=mask, cache=None if cache is None else cache.layers[i])
+            layer = None if cache is None else cache.layers[i]
+            x = block(x, rotation=rotation, mask=mask, cache=layer)
         return self.norm(x)
 
     def forward(
-        self, ids: Tensor, *, attention_mask: Tensor | None = None, past_key_values: "KVCache | None" = None,
-        use_cache: bool = False, last_only: bool = False,
+        self, ids: Tensor, *, attention_mask: Tensor | None = None,
+        past_key_values: "KVCache | None" = None, use_cache: bool = False, last_only: bool = False,
     ) -> "Tensor | Output":
-        """Logits (B, T, V). The arguments have transformers' names, so that one caller serves its models and this one.
+        """Logits (B, T, V); the arguments have the names that transformers gives them.
 
         Args:
             past_key_values: the `cache` of `hidden`.
-            use_cache: return an `Output` with the logits and the cache, a new one if none was given.
-            last_only: only the logits of the last token (B, 1, V); saves most of the head's work for a prompt.
+            use_cache: return an `Output` with the logits and the cache, a new one if none is given.
+            last_only: only the last token's logits (B, 1, V), for a fraction of the head's work.
         """
         if use_cache and past_key_values is None:
             past_key_values = KVCache(self.config.n_layers)
@@ -343,39 +363,64 @@ def _init_weights(model: GPT) -> None:
         return
     for name, p in model.named_parameters():
         if p.ndim == 2:
-            writes = name.endswith((".o.weight", ".down.weight"))  # what these produce is added to the stream
-            scale = (2 * c.n_layers) ** -0.5 if writes and c.residual_scaling else 1.0
-            p.normal_(0, c.init_std * scale)
+            added_to_the_stream = name.endswith((".o.weight", ".down.weight"))
+            smaller = added_to_the_stream and c.residual_scaling
+            p.normal_(0, c.init_std * ((2 * c.n_layers) ** -0.5 if smaller else 1.0))
 
 
 def _rotation(model: GPT, where: slice | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions: (T, d_h / 2), or (B, 1, T, d_h / 2) when rows are padded."""
+    """Cosines and sines of the positions (T, d_h / 2); with padding (B, 1, T, d_h / 2)."""
     c, key = model.config, (like.device, like.dtype)
     if key not in model._rotations:
-        with torch.inference_mode(False):  # a table made in inference mode could not be used in training
-            # `rope_angles` works in float64. Llama checkpoints were trained with angles in float32, so we use theirs.
-            frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)  # (d_h / 2,)
-            angle = torch.arange(c.context)[:, None] * frequency  # (C, d_h / 2)
+        # a table made in inference mode could not be used in training
+        with torch.inference_mode(False):
+            # `rope_angles` works in float64. Llama checkpoints were trained with float32 angles.
+            ω = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)  # (d_h / 2,)
+            angle = torch.arange(c.context)[:, None] * ω  # (C, d_h / 2)
             model._rotations[key] = angle.cos().to(like), angle.sin().to(like)
     cos, sin = (table[where] for table in model._rotations[key])
     return (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])
 
 
 def _checked(
-    model: GPT, ids: Tensor, attention_mask: Tensor | None, cache: "KVCache | None"
+    model: GPT, ids: Tensor, mask: Tensor | None, cache: "KVCache | None"
 ) -> tuple[int, int, Tensor | None]:
-    """Tokens in the cache, tokens in `ids`, and which of all of them are real (B, S) or None, after a look at the input."""
+    """Tokens in the cache and in `ids`, and which of them all are real (B, S); None: all."""
     if ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
         found = f"{ids.dtype} of shape {tuple(ids.shape)}"
         require(False, "ids", found, "whole numbers of shape (B, T), T at least 1")
     past, T, C = 0 if cache is None else cache.length, ids.shape[1], model.config.context
     if past + T > C:
         require(False, "tokens", past + T, f"at most {C}, the context of this model")
-    if attention_mask is not None and attention_mask.shape != ids.shape:
-        found = tuple(attention_mask.shape)
-        require(False, "shape of attention_mask", found, f"{tuple(ids.shape)}, as ids (a cache remembers earlier ones)")
-    real = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    if mask is not None and mask.shape != ids.shape:
+        allowed = f"{tuple(ids.shape)}, as ids (a cache remembers earlier ones)"
+        require(False, "shape of attention_mask", tuple(mask.shape), allowed)
+    real = None if mask is None or bool(mask.all()) else mask.bool()
     return past, T, real if cache is None else cache.remember(real, T)
+
+# %% ../nbs/04_model.ipynb #b1c0ffe8
+def _positions(past: int, T: int, real: Tensor | None) -> slice | Tensor:
+    """Position of each new token in its own text (B, T), padding not counted; or a slice."""
+    return slice(past, past + T) if real is None else (real.cumsum(1) - 1).clamp_min(0)[:, past:]
+
+
+def _visible(
+    past: int, T: int, real: Tensor | None, causal: bool, device: torch.device
+) -> Tensor | None:
+    """True where a query may look: (T, S) or (B, 1, T, S); None where attention's own rule is
+    it."""
+    if real is None and (past == 0 or T == 1 or not causal):
+        return None
+    S = past + T
+    # the last query is aligned with the last key; attention's is_causal would align the first ones
+    seen = torch.ones(T, S, dtype=torch.bool, device=device)
+    seen = causal_mask(T, S, device=device) if causal else seen
+    if real is None:
+        return seen
+    # a padding token sees itself: a row without any visible key is 0/0, and NaN spreads
+    at = torch.arange(S, device=device)
+    itself = at[past:, None] == at  # (T, S)
+    return (seen & real[:, None, None, :]) | itself  # (B, 1, T, S)
 
 # %% ../nbs/04_model.ipynb #98d1be07
 class Routing(NamedTuple):
@@ -395,8 +440,8 @@ def route(logits: Tensor, top_k: int, *, capacity: int | None = None) -> Routing
     """Choose `top_k` experts for each row of the router's logits (N, E).
 
     Args:
-        capacity: tokens that an expert takes; all first choices are served before any second choice, in the order of
-            the tokens.
+        capacity: tokens that an expert takes; all first choices are served before any second one,
+            in the order of the tokens.
     """
     N, E = logits.shape
     whole("top_k", top_k, 1, E)
@@ -407,7 +452,8 @@ def route(logits: Tensor, top_k: int, *, capacity: int | None = None) -> Routing
     kept = torch.ones_like(experts, dtype=torch.bool)
     if capacity is not None:
         whole("capacity", capacity, 1)
-        queue = F.one_hot(experts.T.reshape(-1), E)  # (k·N, E): first choices of all tokens, then second ones
+        # (k·N, E): first choices of all tokens, then second ones
+        queue = F.one_hot(experts.T.reshape(-1), E)
         place = (queue.cumsum(0) * queue).sum(-1)  # 1 for the first in an expert's queue
         kept = (place <= capacity).view(top_k, N).T
         weights = weights * kept
@@ -420,7 +466,8 @@ def load_balance_loss(routing: Routing) -> Tensor:
     It can lie below 1, when the tokens go to the experts whose mean probability is small.
     """
     E = routing.probabilities.shape[-1]
-    f = F.one_hot(routing.experts, E).float().mean((0, 1))  # share of the choices; carries no gradient
+    # (E,) share of the choices; carries no gradient
+    f = F.one_hot(routing.experts, E).float().mean((0, 1))
     return E * (f * routing.probabilities.mean(0)).sum()
 
 # %% ../nbs/04_model.ipynb #18d2ce1e
@@ -430,12 +477,14 @@ class MoE(nn.Module):
     Args:
         experts: modules (N, D) → (N, D).
         top_k: experts per token.
-        capacity_factor: in training, an expert takes at most this many times N · top_k / E tokens; None: no limit.
-            In evaluation there is no limit either: with one, what a token gets depends on the rest of its batch.
+        capacity_factor: in training, an expert takes at most this many times N · top_k / E tokens;
+            None: no limit. In evaluation there is none: what a token gets must not depend on the
+            rest of its batch.
     """
 
     def __init__(
-        self, d_model: int, experts: Sequence[nn.Module], *, top_k: int = 2, capacity_factor: float | None = None
+        self, d_model: int, experts: Sequence[nn.Module], *, top_k: int = 2,
+        capacity_factor: float | None = None,
     ):
         super().__init__()
         self.router = nn.Linear(d_model, len(experts), bias=False)
@@ -455,14 +504,15 @@ class MoE(nn.Module):
         for e, expert in enumerate(self.experts):
             token, choice = torch.where((routing.experts == e) & routing.kept)
             if len(token):  # an expert that nobody chose costs nothing
-                part = routing.weights[token, choice, None] * expert(rows[token])  # (tokens of e, D)
+                own = expert(rows[token])  # (tokens of e, D)
+                part = routing.weights[token, choice, None] * own
                 y = y.index_add(0, token, part.to(y.dtype))
         return y.view_as(x)
 
 
 @contextlib.contextmanager
 def watch_routing(model: nn.Module) -> Iterator[list[Routing]]:
-    """Collect the `Routing` of every `MoE` layer that runs inside the context, for the loss and for a look at the load."""
+    """Collect the `Routing` of every `MoE` layer that runs inside the context."""
     layers, seen = [m for m in model.modules() if isinstance(m, MoE)], []
     for layer in layers:
         layer._seen = seen
@@ -490,7 +540,8 @@ def _parameters(c: GPTConfig) -> dict[str, int]:
 def _flops(c: GPTConfig, tokens: int, past: int) -> int:
     """Multiplications and additions in the matrix products of one forward pass.
 
-    Scores count for the full rectangle tokens × (past + tokens), as an implementation without a causal kernel
+    Scores count for the full rectangle tokens × (past + tokens), as an implementation without a
+    causal kernel
     computes them. Softmax, norms and activations are left out.
     """
     D, L, E, kv_width = c.d_model, c.n_layers, c.n_experts, c.n_kv_heads * c.head_dim
@@ -501,7 +552,7 @@ def _flops(c: GPTConfig, tokens: int, past: int) -> int:
 
 # %% ../nbs/04_model.ipynb #683f00d4
 class LayerCache:
-    """Keys and values of one layer: (B, H_kv, S, D/H) each, inside a larger reserved block."""
+    """Keys and values of one layer: (B, H_k, S, d_h) each, inside a larger reserved block."""
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
@@ -509,7 +560,10 @@ class LayerCache:
         self.v: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of T new tokens; returns those of all tokens so far (views, not copies)."""
+        """Store the keys and values of T new tokens; returns those of all tokens so far.
+
+        They are views, not copies.
+        """
         old, new = self.length, self.length + k.shape[2]
         if self.k is None or new > self.k.shape[2]:
             room = max(new, self.capacity if self.k is None else 2 * self.k.shape[2])
@@ -525,7 +579,7 @@ class LayerCache:
             larger[:, :, : self.length] = stored[:, :, : self.length]
         return larger
 
-
+# %% ../nbs/04_model.ipynb #e04c0001
 class KVCache:
     """Keys and values of every layer, for tokens that were read already.
 
@@ -552,7 +606,8 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in stored)
 
     def remember(self, real: Tensor | None, T: int) -> Tensor | None:
-        """Add which of T new tokens are real (B, T), None meaning all; returns it for all tokens (B, S)."""
+        """Add which of T new tokens are real (B, T), None: all; returns it for all tokens (B,
+        S)."""
         if real is None and self.real is None:
             return None
         known = real if real is not None else self.real
@@ -562,7 +617,7 @@ class KVCache:
         return self.real
 
     def crop(self, length: int) -> None:
-        """Forget everything after the first `length` tokens (a negative number: so many from the end).
+        """Forget all after the first `length` tokens (negative: so many from the end).
 
         The room stays reserved.
         """
@@ -574,14 +629,15 @@ class KVCache:
 
 # %% ../nbs/04_model.ipynb #dd26d407
 def next_probabilities(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Tensor:
-    """Probabilities (…, V) from which the next token is drawn, for logits (…, V); temperature 0 is greedy.
+    """Probabilities (…, V) from which the next token is drawn, for logits (…, V).
 
     Args:
-        temperature: divides the logits.
+        temperature: divides the logits; 0 is greedy.
         top_k: keep the k most probable tokens (all that tie with the last of them); None: all.
-        top_p: then keep the smallest set of most probable tokens with at least this much probability; None: all.
+        top_p: then keep the fewest most probable tokens with at least this much probability.
     """
     V = logits.shape[-1]
     _check_sampling(temperature, top_k, top_p)
@@ -606,89 +662,87 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
     if top_p is not None:
         number("top_p", top_p, high=1, above=0)
 
-# %% ../nbs/04_model.ipynb #b1c0ffe8
-def _positions(past: int, T: int, real: Tensor | None) -> slice | Tensor:
-    """Position of each new token in its own text: padding before it does not count. (B, T), or a slice without padding."""
-    return slice(past, past + T) if real is None else (real.cumsum(1) - 1).clamp_min(0)[:, past:]
-
-
-def _visible(past: int, T: int, real: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """True where a query may look: (T, S) or (B, 1, T, S); None where attention's own causal rule is enough."""
-    if real is None and (past == 0 or T == 1 or not causal):
-        return None
-    S = past + T
-    # the last query is aligned with the last key; attention's is_causal would align the first ones
-    seen = causal_mask(T, S, device=device) if causal else torch.ones(T, S, dtype=torch.bool, device=device)
-    if real is None:
-        return seen
-    # a padding token sees itself: a row without any visible key would be 0/0, and NaN spreads to the next layer
-    itself = torch.arange(past, S, device=device)[:, None] == torch.arange(S, device=device)  # (T, S)
-    return (seen & real[:, None, None, :]) | itself  # (B, 1, T, S)
-
 # %% ../nbs/04_model.ipynb #19713fae
-def left_pad(prompts: Sequence[Sequence[int] | Tensor], *, fill: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Prompts of any lengths as one batch (B, T), with the padding on the left, and its attention mask (B, T).
+def left_pad(
+    prompts: Sequence[Sequence[int] | Tensor], *, fill: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Prompts of any lengths as one batch (B, T), padded on the left, and its attention mask.
 
-    The mask is None where no row needs padding.
+    The mask (B, T) is None where no row needs padding.
     """
     rows = [p.tolist() if isinstance(p, Tensor) else list(p) for p in prompts]
     lengths = [len(row) for row in rows]
-    require(bool(rows) and all(lengths), "prompts", lengths, "at least one prompt, each of at least one token")
+    allowed = "at least one prompt, each of at least one token"
+    require(bool(rows) and all(lengths), "prompts", lengths, allowed)
     T = max(lengths)
     ids = torch.tensor([[fill] * (T - len(row)) + row for row in rows])  # (B, T)
     real = torch.arange(T) >= T - torch.tensor(lengths)[:, None]  # (B, T)
     return ids, None if bool(real.all()) else real
 
-
+# %% ../nbs/04_model.ipynb #e04c0002
 def generate(
-    model: GPT, prompts: Tensor | Sequence[Sequence[int] | Tensor], *, max_new_tokens: int, temperature: float = 0.0,
-    top_k: int | None = None, top_p: float | None = None, stop: Sequence[int] | None = None,
-    generator: torch.Generator | None = None, use_cache: bool = True,
+    model: GPT, prompts: Tensor | Sequence[Sequence[int] | Tensor], *, max_new_tokens: int,
+    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+    stop: Sequence[int] | None = None, generator: torch.Generator | None = None,
+    use_cache: bool = True,
 ) -> list[list[int]]:
     """Continue each prompt; returns only the new tokens, one list per prompt.
 
     Args:
         prompts: ids (B, T), or a list of prompts of any lengths.
         max_new_tokens: longest continuation.
-        temperature, top_k, top_p: as in `next_probabilities`; temperature 0 takes the most probable token.
-        stop: token ids that end a continuation; the one that came is the last of the list. None: the model's own
-            (`model.stop`); an empty list: never.
+        temperature, top_k, top_p: as in `next_probabilities`; temperature 0: the most probable.
+        stop: token ids that end a continuation; the one that came is the last of the list. None:
+            the model's own, `model.stop`; an empty list: never.
         generator: source of the draws, on the model's device.
         use_cache: False reads the whole text again at each step: the same tokens, slowly.
     Raises:
-        BadInput: an empty prompt, a token that the model does not have, or a text longer than the model's context.
+        BadInput: an empty prompt, a token that the model does not have, or too long a text.
     """
     _check_sampling(temperature, top_k, top_p)
     ids, real = _prompts(model, prompts, whole("max_new_tokens", max_new_tokens, 1))
-    stop, new = set(model.stop if stop is None else stop), [[] for _ in ids]
-    cache = KVCache(model.config.n_layers, capacity=ids.shape[1] + max_new_tokens) if use_cache else None
-    x, open_rows = ids, set(range(len(ids)))
+    stop, new, unfinished = set(model.stop if stop is None else stop), [[] for _ in ids], len(ids)
+    cache = KVCache(model.config.n_layers, capacity=ids.shape[1] + max_new_tokens)
+    x = ids
     with evaluating(model), torch.inference_mode():
-        for _ in range(max_new_tokens):
-            logits = model(x, attention_mask=real, past_key_values=cache, last_only=True)[:, -1]  # (B, V)
+        while unfinished and len(max(new, key=len)) < max_new_tokens:
+            past = cache if use_cache else None
+            logits = model(x, attention_mask=real, past_key_values=past, last_only=True)[:, -1]
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
                 p = next_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
                 token = torch.multinomial(p, 1, generator=generator)
-            for row, t in enumerate(token[:, 0].tolist()):
-                if row in open_rows:
-                    new[row].append(t)
-                    open_rows -= {row} if t in stop else set()
-            if not open_rows:
-                break
-            x = token if use_cache else torch.cat((x, token), 1)
-            real = None if use_cache or real is None else torch.cat((real, real.new_ones(token.shape)), 1)
+            for row, t in zip(new, token[:, 0].tolist()):
+                if not row or row[-1] not in stop:  # a finished row is computed and not kept
+                    row.append(t)
+                    unfinished -= t in stop
+            if use_cache:
+                x, real = token, None  # the cache remembers the padding
+            else:
+                x = torch.cat((x, token), 1)
+                real = None if real is None else torch.cat((real, real.new_ones(token.shape)), 1)
     return new
 
 # %% ../nbs/04_model.ipynb #b1c0ffe9
 def _prompts(model: GPT, prompts: Any, n: int) -> tuple[Tensor, Tensor | None]:
-    """Padded prompts and their mask on the model's device, after a look at what can be wrong with them."""
+    """Padded prompts and their mask on the model's device, after a look at what can be wrong with
+    them."""
     ids, real = left_pad(list(prompts))
     T, C, V = ids.shape[1], model.config.context, model.config.vocab_size
-    require(not ids.is_floating_point() and ids.dtype != torch.bool, "prompts", str(ids.dtype), "whole numbers")
+    require(
+        not ids.is_floating_point() and ids.dtype != torch.bool,
+        "prompts",
+        str(ids.dtype),
+        "whole numbers",
+    )
     low, high = int(ids.min()), int(ids.max())
-    require(low >= 0 and high < V, "prompts", f"tokens from {low} to {high}", f"0 to {V - 1}, the model's vocabulary")
+    require(
+        low >= 0 and high < V,
+        "prompts",
+        f"tokens from {low} to {high}",
+        f"0 to {V - 1}, the model's vocabulary",
+    )
     room = f"at most {C - T}: the context is {C} tokens and the longest prompt has {T}"
     require(T + n <= C, "max_new_tokens", n, room)
     device = model.embed.weight.device
