@@ -155,6 +155,9 @@ def block_bootstrap(
     whole("block", block, 1, n), whole("n_boot", n_boot, 1), whole("seed", seed, 0)
     starts, last = _block_starts(n, block, n_boot, seed)
     for series in (values, denominators):
+        if series is None:
+            sums.append(float(n))
+            continue
         around = np.concatenate([series, series[:block]])
         prefix = np.concatenate([[0.0], np.cumsum(around)])  # (n + block + 1,)
         inner = (prefix[starts[:, :-1] + block] - prefix[starts[:, :-1]]).sum(1)
@@ -170,13 +173,14 @@ def _block_starts(n: int, block: int, n_boot: int, seed: int) -> tuple[np.ndarra
     return np.random.default_rng(seed).integers(n, size=(n_boot, count)), n - (count - 1) * block
 
 
-def _series(values: Any, denominators: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 (n,); denominators that were not given are ones."""
+def _series(values: Any, denominators: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Both as float64 (n,); None stands for denominators of one."""
     x = torch.as_tensor(values, dtype=torch.float64).numpy()
     require(x.ndim == 1 and len(x) > 0, "shape of values", x.shape, "one dimension, not empty")
     require(bool(np.isfinite(x).all()), "values", "not all finite", "finite numbers")
-    ones = denominators is None
-    y = np.ones_like(x) if ones else torch.as_tensor(denominators, dtype=torch.float64).numpy()
+    if denominators is None:
+        return x, None
+    y = torch.as_tensor(denominators, dtype=torch.float64).numpy()
     require(y.shape == x.shape, "shape of denominators", y.shape, f"{x.shape}, as the values")
     good = bool((y >= 0).all())
     require(good, "denominators", "negative or not a number", "numbers of at least 0")
@@ -210,7 +214,8 @@ def document_bootstrap(
     rng = np.random.default_rng(whole("seed", seed, 0))
     # (n_boot, k) how often each document is drawn
     drawn = rng.multinomial(k, np.full(k, 1 / k), size=whole("n_boot", n_boot, 1))
-    total, size = (drawn @ np.add.reduceat(series, starts) for series in (values, denominators))
+    total = drawn @ np.add.reduceat(values, starts)  # (n_boot,)
+    size = drawn @ (lengths if denominators is None else np.add.reduceat(denominators, starts))
     _check_positive(size)
     return torch.from_numpy(total / size)
 
