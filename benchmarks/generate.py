@@ -65,7 +65,7 @@ def main() -> int:
                 )
 
         def run_ours(ids=ids):
-            return generate(ours, ids, max_new_tokens=new_tokens)
+            return generate(ours, ids, max_new_tokens=new_tokens, stop=[])
 
         same = run_ours() == run_theirs()[:, prompt_tokens:].tolist()
         results = compare(
