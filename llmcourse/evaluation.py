@@ -239,7 +239,7 @@ class Text:
     @classmethod
     def of(cls, data: TokenData, split: str = "test", *, limit: int | None = None) -> "Text":
         """One part of a `TokenData`, or its first `limit` tokens."""
-        front = "BOS" if getattr(data, "bos", False) else "the separator"
+        front = "BOS" if data.bos else "the separator"
         return cls(
             tokens=getattr(data, split)[:limit],
             token_bytes=data.bytes[split][:limit] if split in data.bytes else None,
