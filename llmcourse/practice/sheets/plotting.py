@@ -148,7 +148,7 @@ def _():
     yield case("exactly that of gray 100", _contrast(100))
     yield case("a little more than that", _contrast(100) + 1e-6)
     yield case("exactly that of gray 5", _contrast(5))
-    yield case("exactly that of gray 15", _contrast(15))
+    yield case("exactly that of gray 19", _contrast(19))
     yield case("only black", _contrast(1) + 1e-6)
     yield case("more than black has", 21.1).raises(ValueError)
     yield case("below 1", 0.99).raises(ValueError)
