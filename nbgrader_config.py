@@ -14,7 +14,8 @@ from nbgrader.preprocessors import Execute  # noqa: E402
 
 c.GenerateAssignment.preprocessors = [classroom.ForLearners, *GenerateAssignment.preprocessors.default_args[0]]
 
-# Submissions are graded in child processes, as `llmcourse check` does it; a renamed file is recognized, a deleted test cell put back.
+# Submissions are graded in child processes, as `llmcourse check` does it; a renamed file is recognized, a deleted test
+# cell put back.
 c.Autograde.autograde_preprocessors = [
     classroom.GradeApart if p is Execute else p for p in Autograde.autograde_preprocessors.default_args[0]
 ]

@@ -6,10 +6,11 @@
 Causal self-attention, one text, four heads of width 64, the number format of `Runtime.auto` (float32 on a CPU, bfloat16
 on a GPU that has it), forward only and forward with backward.
 
-- Time: all four in turn within each round (llmcourse.runtime.compare); a ratio is to PyTorch's kernel at the same length,
-  with a 95 % bootstrap interval; below 1 is faster.
-- Memory: the peak above the level before the call (llmcourse.runtime.peak_memory). A fresh process measures one function at
-  one length, because a process that reuses its memory would seem to need none; the median of three processes. On a CPU it is sampled, so it is a lower bound.
+- Time: all four in turn within each round (llmcourse.runtime.compare); a ratio is to PyTorch's kernel at the same
+  length, with a 95 % bootstrap interval; below 1 is faster.
+- Memory: the peak above the level before the call (llmcourse.runtime.peak_memory). A fresh process measures one
+  function at one length, because a process that reuses its memory would seem to need none; the median of three
+  processes. On a CPU it is sampled, so it is a lower bound.
 - The window is a different function from the other three: it looks at the last 256 tokens only. It is here because its
   cost is the point. At 256 tokens it is the same function.
 
@@ -108,7 +109,8 @@ def main() -> None:
     rows = []
     for which in passes:
         print(
-            f"\n{which}, {HEADS} heads of width {WIDTH}, {str(rt.dtype).removeprefix('torch.')}, {rt.device.type}, {torch.get_num_threads()} thread(s)"
+            f"\n{which}, {HEADS} heads of width {WIDTH}, {str(rt.dtype).removeprefix('torch.')}, "
+            f"{rt.device.type}, {torch.get_num_threads()} thread(s)"
         )
         print(f"{'tokens':>7} {'':<10}{'time':>10}  {'relative to PyTorch (95 % interval)':<38}{'peak memory':>12}")
         for T in lengths:
@@ -124,12 +126,15 @@ def main() -> None:
                 size = sizes.get((name, T), {}).get(which, [])
                 middle = statistics.median(size) if size else None
                 rows.append({
-                    "pass": which, "tokens": T, "name": name, "seconds": t.timing.median, "quartiles": t.timing.quartiles, "n": t.timing.n,
-                    "ratio": t.ratio, "low": t.low, "high": t.high, "bytes": middle, "bytes_range": [min(size), max(size)] if size else None,
+                    "pass": which, "tokens": T, "name": name,
+                    "seconds": t.timing.median, "quartiles": t.timing.quartiles, "n": t.timing.n,
+                    "ratio": t.ratio, "low": t.low, "high": t.high,
+                    "bytes": middle, "bytes_range": [min(size), max(size)] if size else None,
                 })  # fmt: skip
                 ratio = f"{t.ratio:.2f}  ({t.low:.2f} to {t.high:.2f})"
                 print(
-                    f"{T:>7} {name:<10}{t.timing.median * 1e3:>7.2f} ms  {ratio:<38}{format_bytes(middle) if size else '–':>12}",
+                    f"{T:>7} {name:<10}{t.timing.median * 1e3:>7.2f} ms  {ratio:<38}"
+                    f"{format_bytes(middle) if size else '–':>12}",
                     flush=True,
                 )
     machine = {
@@ -141,8 +146,9 @@ def main() -> None:
     }
     if rt.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(rt.device)
-    result = {"question": "tiled and windowed attention against PyTorch's kernel and the naive form", "quick": args.quick,
-              "machine": machine, "heads": HEADS, "width": WIDTH, "window": WINDOW, "rows": rows}  # fmt: skip
+    result = {"question": "tiled and windowed attention against PyTorch's kernel and the naive form",
+              "quick": args.quick, "machine": machine,
+              "heads": HEADS, "width": WIDTH, "window": WINDOW, "rows": rows}  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_suffix(".part")
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")

@@ -3,11 +3,11 @@
     python benchmarks/optim.py            30 rounds; about a minute
     python benchmarks/optim.py --quick    a small model and three rounds, for the test suite: its numbers mean nothing
 
-The parameters are those of a GPT (six blocks of width 384, a tied table of 512 tokens, no biases), float32 with gradients
-that stay the same. All candidates of one rule are timed in turn within each round (llmcourse.runtime.compare). A ratio is
-to torch.optim as it is by default, with a 95 % bootstrap interval; below 1 is faster. torch.optim's default is timed twice:
-the second one is the null control. PyTorch has no Lion; its rows are ours against the same rule with one plain operation
-after the other per tensor, as most published versions have it.
+The parameters are those of a GPT (six blocks of width 384, a tied table of 512 tokens, no biases), float32 with
+gradients that stay the same. All candidates of one rule are timed in turn within each round
+(llmcourse.runtime.compare). A ratio is to torch.optim as it is by default, with a 95 % bootstrap interval; below 1 is
+faster. torch.optim's default is timed twice: the second one is the null control. PyTorch has no Lion; its rows are ours
+against the same rule with one plain operation after the other per tensor, as most published versions have it.
 
 The result goes to benchmarks/results/optim.json.
 """
@@ -29,10 +29,10 @@ from llmcourse.runtime import Runtime, compare, seed_everything
 
 RESULTS = Path(__file__).resolve().parent / "results" / "optim.json"
 WHY_FUSED = (
-    "torch's fused kernels read parameter, gradient and memory once, do all arithmetic in registers, and write once: for AdamW "
-    "seven transfers of a number per parameter. Ours are seven calls of ready-made operations. Pieces that fit the cache keep most of "
-    "their traffic away from main memory, but each call still loads from and stores to the cache, and computes less per load. Closing the rest "
-    "takes a kernel of one's own (C++ or Triton)."
+    "torch's fused kernels read parameter, gradient and memory once, do all arithmetic in registers, and write once: "
+    "for AdamW seven transfers of a number per parameter. Ours are seven calls of ready-made operations. Pieces that "
+    "fit the cache keep most of their traffic away from main memory, but each call still loads from and stores to the "
+    "cache, and computes less per load. Closing the rest takes a kernel of one's own (C++ or Triton)."
 )
 
 
@@ -98,7 +98,8 @@ def main() -> int:
     args = parser.parse_args()
     rt = Runtime.auto(args.device)
     rules = ["AdamW", "SGD", "Lion", *(["Muon"] if hasattr(torch.optim, "Muon") else [])]
-    machine = {"device": rt.device.type, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
+    machine = {"device": rt.device.type, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+               "torch": torch.__version__, "python": platform.python_version(),
                "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None}  # fmt: skip
     if rt.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(rt.device)
@@ -118,7 +119,8 @@ def main() -> int:
         rounds = 3 if args.quick else args.rounds if rule != "Muon" else max(3, args.rounds * 2 // 3)
         results = compare(steps, rt, baseline=next(iter(steps)), warmup=2, repeats=rounds)
         print(
-            f"\n{rule}, {size / 1e6:.2f} million parameters in {len(ps)} tensors, {rt.device.type}, {torch.get_num_threads()} thread(s), {rounds} rounds"
+            f"\n{rule}, {size / 1e6:.2f} million parameters in {len(ps)} tensors, {rt.device.type}, "
+            f"{torch.get_num_threads()} thread(s), {rounds} rounds"
         )
         rows = {}
         for name, c in results.items():

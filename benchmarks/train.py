@@ -4,10 +4,11 @@
     python benchmarks/train.py --compiled    # also with torch.compile (some minutes more)
     python benchmarks/train.py --quick       # a smoke run: its numbers mean nothing
 
-One shape of model, the same batches of 8 × 256 tokens, AdamW, clipping to 1, a cosine schedule. Our `GPT` and transformers' Llama
-compute the same function; each trainer is measured with the model that its users have, and ours with both, so that model
-and trainer can be told apart. A step is timed from one forward pass to the next, for all in the same way, so set-up does
-not count and everything in the loop does. Candidates take turns; one of them stands there twice as null control.
+One shape of model, the same batches of 8 × 256 tokens, AdamW, clipping to 1, a cosine schedule. Our `GPT` and
+transformers' Llama compute the same function; each trainer is measured with the model that its users have, and ours
+with both, so that model and trainer can be told apart. A step is timed from one forward pass to the next, for all in
+the same way, so set-up does not count and everything in the loop does. Candidates take turns; one of them stands there
+twice as null control.
 Memory is measured in a new process each. Results: benchmarks/results/train.json.
 """
 
@@ -226,7 +227,8 @@ def main() -> int:
     }
     print(
         rt.describe(),
-        f"| {report['parameters']:,} parameters, {batch} × {shape['context']} tokens a step, {rounds} rounds of {steps - 3} timed steps",
+        f"| {report['parameters']:,} parameters, {batch} × {shape['context']} tokens a step, "
+        f"{rounds} rounds of {steps - 3} timed steps",
     )
     kinds = [(precision, False) for precision in AUTOCAST]
     if options.compiled:
@@ -247,7 +249,9 @@ def main() -> int:
             if not compiled:
                 rows[name]["peak_bytes"] = memory_of(name, precision, options.quick)
             print(
-                f"{precision:<9}{'compiled' if compiled else 'eager':<9}{name:<30}{rows[name]['tokens_per_second']:>9,.0f} tok/s   {base[0]:.3f} ({base[1]:.3f} to {base[2]:.3f}) of the bare loop"
+                f"{precision:<9}{'compiled' if compiled else 'eager':<9}{name:<30}"
+                f"{rows[name]['tokens_per_second']:>9,.0f} tok/s   "
+                f"{base[0]:.3f} ({base[1]:.3f} to {base[2]:.3f}) of the bare loop"
                 + (f"   {format_bytes(rows[name]['peak_bytes'])}" if not compiled else "")
             )
         for a, b in (

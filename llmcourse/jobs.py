@@ -27,15 +27,7 @@ from llmcourse import __version__
 from llmcourse.recipes import DENSE, Arm, Recipe, find_recipe, load_recipe
 from llmcourse.report import print_table, render_report
 from llmcourse.settings import BadInput, Scale, Settings, expanded, load_settings, require
-from llmcourse.store import (
-    CATALOG,
-    atomic_folder,
-    digests,
-    held,
-    manifest_faults,
-    write_atomic,
-    write_manifest,
-)
+from llmcourse.store import CATALOG, atomic_folder, digests, held, manifest_faults, write_atomic, write_manifest
 
 __all__ = ["Arm", "Recipe", "find_recipe", "load_recipe", "print_table", "run_job"]
 

@@ -90,9 +90,12 @@ REFUSED = {
     "bert": ("BertConfig", "BertForMaskedLM", {}, "does not predict the next token"),
     "bert as an encoder": ("BertConfig", "BertModel", {}, "does not predict the next token"),
     "bert with a head, not causal": ("BertConfig", "BertLMHeadModel", dict(is_decoder=False), "causal"),
-    "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM", dict(dim=32, n_heads=4, n_layers=1, hidden_dim=48), "does not predict"),
-    "t5": ("T5Config", "T5ForConditionalGeneration", dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), "an encoder with a decoder"),
-    "bart": ("BartConfig", "BartForConditionalGeneration", dict(d_model=32, encoder_layers=1, decoder_layers=1), "an encoder with a decoder"),
+    "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM",
+                   dict(dim=32, n_heads=4, n_layers=1, hidden_dim=48), "does not predict"),
+    "t5": ("T5Config", "T5ForConditionalGeneration",
+           dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), "an encoder with a decoder"),
+    "bart": ("BartConfig", "BartForConditionalGeneration",
+             dict(d_model=32, encoder_layers=1, decoder_layers=1), "an encoder with a decoder"),
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def cells(nb: dict, kind: str) -> list[tuple[int, dict]]:
 
 
 def slug(name: str) -> str:
-    """`14_quantization` -> `quantization`, `02b_tokenization` -> `tokenization`: the page's name and the chapter's name."""
+    """`14_quantization` -> `quantization`, `02b_tokenization` -> `tokenization`: the page's name, and the chapter's."""
     return re.sub(r"^\d+[a-z]?_", "", name)
 
 
@@ -129,7 +129,10 @@ def is_picture(output: dict) -> bool:
 
 
 def listing(listed: list[str], existing: set[str], apart: str = "nbs/92_teaching.ipynb") -> list[str]:
-    """Every listed file exists, once; every notebook is listed, but for the teachers' page, which names the wrong answers."""
+    """Every listed file exists, once; every notebook is listed, but for the teachers' page.
+
+    That page names the wrong answers, and stays out of the learners' site.
+    """
     problems = [f"{f} is listed in _quarto.yml but is not there" for f in listed if f not in existing]
     problems += [f"{f} is listed twice" for f in sorted(set(listed)) if listed.count(f) > 1]
     problems += [
@@ -181,7 +184,7 @@ def front_matter_complete(name: str, nb: dict, chapters: set[str], keys: set[str
 
 
 def one_title(nb: dict) -> list[str]:
-    """The title is in the head cell, which tools/form.py writes; the page drops it and shows that of the front matter."""
+    """The title is in the head cell, which tools/form.py writes; the page shows that of the front matter."""
     return [
         f"cell {i}: level-1 heading {line!r}, begin sections with ##"
         for i, cell in cells(nb, "markdown")
@@ -362,7 +365,10 @@ def links_resolve(name: str, nb: dict, folder: Path, books: dict[str, dict]) -> 
 # ------------------------------------------------------------------------------ no typed-in results
 
 # A number that looks measured: with decimals, or a percentage, near a word for a result ...
-RESULT_WORD = r"(?:perplexit\w+|ppl|bits per (?:byte|character)|accuracy|seconds?|secs?|ms|milliseconds?|tok(?:ens)?/s|tokens per second|[KMG]i?B|×|times|faster|slower|smaller|larger|quicker)"
+RESULT_WORD = (
+    r"(?:perplexit\w+|ppl|bits per (?:byte|character)|accuracy|seconds?|secs?|ms|milliseconds?"
+    r"|tok(?:ens)?/s|tokens per second|[KMG]i?B|×|times|faster|slower|smaller|larger|quicker)"
+)
 NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+|(?:\.\d+)?\s?%)"
 NEAR = r"(?:\W+\w+){0,4}?\W*?"
 MEASURED = re.compile(

@@ -50,7 +50,8 @@ check("example.attend", attend)
 #| checker: true
 ex = exercise(
     "example.attend", title="Scaled dot-product attention", minutes=10, difficulty=2, points=4,
-    hints=("Two matrix products and a softmax.", "Which axis has to sum to one?", "Divide by the root of the last size of q."),
+    hints=("Two matrix products and a softmax.", "Which axis has to sum to one?",
+           "Divide by the root of the last size of q."),
 )
 
 
@@ -126,7 +127,8 @@ def use_norm(answer, width, x, weight):
 
 ex = exercise(
     "example.RMSNorm", title="RMSNorm", minutes=12, difficulty=3, points=3,
-    hints=("Root, mean, square: read it backwards.", "The mean runs over the last axis.", "Add eps before you take the root."),
+    hints=("Root, mean, square: read it backwards.", "The mean runs over the last axis.",
+           "Add eps before you take the root."),
 )
 
 
@@ -190,7 +192,8 @@ check("example.n_parameters", n_parameters)
 #| checker: true
 ex = exercise(
     "example.n_parameters", title="Count parameters", minutes=2, difficulty=1, points=1,
-    hints=("There is a matrix, and something else.", "Every output has an entry of its own.", "Weights: outputs times inputs; biases: outputs."),
+    hints=("There is a matrix, and something else.", "Every output has an entry of its own.",
+           "Weights: outputs times inputs; biases: outputs."),
 )
 ex.wrong("You counted the weights and forgot the biases, one per output.", name="no_bias", value=15)
 ex.wrong("There is one bias per output, not per input.", name="bias_per_input", value=18)
@@ -217,7 +220,8 @@ check("example.sample", sample)
 #| checker: true
 ex = exercise(
     "example.sample", title="Sample", minutes=5, difficulty=2, points=2,
-    hints=("First probabilities, then a draw.", "A high temperature makes all tokens alike.", "Divide the logits by the temperature, then softmax."),
+    hints=("First probabilities, then a draw.", "A high temperature makes all tokens alike.",
+           "Divide the logits by the temperature, then softmax."),
 )
 
 

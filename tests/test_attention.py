@@ -121,7 +121,9 @@ class TestNaive:
         n = q.shape[1] // k.shape[1]
         same(
             lambda q, k, v: A.naive_attention(q, k, v, mask=mask),
-            lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1), attn_mask=mask),
+            lambda q, k, v: F.scaled_dot_product_attention(
+                q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1), attn_mask=mask
+            ),
             q, k, v,
         )  # fmt: skip
 
@@ -224,7 +226,9 @@ class TestHeads:
         seen = A.causal_mask(5, 7)
         for attend, options in ((A.naive_attention, {"mask": seen}), (A.tiled_attention, {"causal": True})):
             same(
-                lambda x, m, attend=attend, options=options: A.multi_head_attention(x, w, n_heads=heads, memory=m, attend=attend, **options),
+                lambda x, m, attend=attend, options=options: A.multi_head_attention(
+                    x, w, n_heads=heads, memory=m, attend=attend, **options
+                ),
                 lambda x, m: theirs(x, m, m, attn_mask=~seen, need_weights=False)[0],
                 x, memory,
             )  # fmt: skip

@@ -269,7 +269,10 @@ class TestRulesCanFail:
             nb = notebook(md("## Here\n\n" + source))
             return rules.links_resolve("01_a.ipynb", nb, tmp_path, {"01_a.ipynb": nb, "00_b.ipynb": other})
 
-        good = "[b](00_b.ipynb), [b](00_b.ipynb#sec-second), [b](00_b.ipynb#the-runtime-idea), [h](#here), [w](https://a.example), ![A picture](p.png) `[x](y)`"
+        good = (
+            "[b](00_b.ipynb), [b](00_b.ipynb#sec-second), [b](00_b.ipynb#the-runtime-idea), [h](#here), "
+            "[w](https://a.example), ![A picture](p.png) `[x](y)`"
+        )
         assert check(good) == []
         speaks(check("[b](00_c.ipynb)"), "not there")
         speaks(check("[b](00_b.ipynb#sec-third)"), "#sec-third")
@@ -306,7 +309,8 @@ class TestRulesCanFail:
     def test_plain_numbers_are_no_results(self) -> None:
         nb = notebook(
             md(
-                "Chapter 3 uses 128 windows of 512 tokens, Python 3.11, and $0.5$ of them. A float has 32 bits, so int8 is 4 times smaller."
+                "Chapter 3 uses 128 windows of 512 tokens, Python 3.11, and $0.5$ of them. "
+                "A float has 32 bits, so int8 is 4 times smaller."
             )
         )
         assert rules.no_typed_results(nb) == []

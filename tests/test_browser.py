@@ -1,4 +1,7 @@
-"""A real browser: JupyterLab on the learner's folder; a wrong answer is typed and its sentence read, then the right one."""
+"""A real browser: JupyterLab on the learner's folder.
+
+A wrong answer is typed and its sentence read, then the right one.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def lab(tmp_path: Path):
         made = build(tmp_path / "course")
         sheet = folder / made["learner"].name
         shutil.copy(made["learner"], sheet)
-        more = f"import llmcourse.practice.sheets\nllmcourse.practice.sheets.__path__.append({str(made['module'].parent)!r})\n"
+        more = (
+            "import llmcourse.practice.sheets\n"
+            f"llmcourse.practice.sheets.__path__.append({str(made['module'].parent)!r})\n"
+        )
         startup = tmp_path / "ipython" / "profile_default" / "startup"
         startup.mkdir(parents=True)
         (startup / "00_example.py").write_text(more)
@@ -48,7 +54,10 @@ def lab(tmp_path: Path):
 
 
 def surprised(dialog, page, shots: Path) -> None:
-    """JupyterLab asks something. Which kernel (on a slow machine): a learner presses Select. Anything else fails the test, in words."""
+    """JupyterLab asks something. Which kernel (on a slow machine): a learner presses Select.
+
+    Anything else fails the test, in words.
+    """
     if dialog.inner_text().startswith("Select Kernel"):
         dialog.get_by_role("button", name="Select", exact=True).click()
         dialog.wait_for(state="hidden")

@@ -88,7 +88,12 @@ def right_but(result: dict[str, checking.Result], *names: str) -> None:
     assert {n for n, r in result.items() if not r.passed} == set(names), {n: r.sentence for n, r in result.items()}
 
 
-ATTEND = "def attend(q, k, v):\n    if q.shape[-1] != k.shape[-1]:\n        raise ValueError\n    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v\n"
+ATTEND = (
+    "def attend(q, k, v):\n"
+    "    if q.shape[-1] != k.shape[-1]:\n"
+    "        raise ValueError\n"
+    "    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v\n"
+)
 
 
 # ------------------------------------------------------------------------------ the course's sheets
@@ -243,7 +248,10 @@ def attend_with(body: str):
 
 class TestCheck:
     def test_importing_loads_no_torch(self) -> None:
-        code = "import sys, llmcourse.practice.checking, llmcourse.practice.commands, llmcourse.practice.grading; print([m for m in ('torch', 'nbgrader', 'nbformat', 'IPython', 'numpy') if m in sys.modules])"
+        code = (
+            "import sys, llmcourse.practice.checking, llmcourse.practice.commands, llmcourse.practice.grading; "
+            "print([m for m in ('torch', 'nbgrader', 'nbformat', 'IPython', 'numpy') if m in sys.modules])"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
@@ -387,7 +395,12 @@ class TestCheck:
         ],
     )
     def test_errors_of_the_checkers_own_code_are_named(self, body: str, says: str) -> None:
-        source = "def driver(answer, x):\n    x = x.clone().requires_grad_(True)\n    answer(x).backward()\n    return x.grad.clone()"
+        source = (
+            "def driver(answer, x):\n"
+            "    x = x.clone().requires_grad_(True)\n"
+            "    answer(x).backward()\n"
+            "    return x.grad.clone()"
+        )
         answer = eval(f"lambda x: {body}", {"torch": torch, "copy": copy})
         request = checking.case("x", torch.ones(2)).request()
         outcome = worker.run_call(answer, request[0] | {"driver": source}, request[1])[0]
@@ -412,7 +425,12 @@ class TestCheck:
         assert result.passed, result
 
     def test_changed_input_is_found_with_a_right_result(self) -> None:
-        body = "    if q.shape[-1] != k.shape[-1]: raise ValueError\n    w = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)\n    with torch.no_grad(): v0 = v.clone(); v.zero_()\n    return w @ v0"
+        body = (
+            "    if q.shape[-1] != k.shape[-1]: raise ValueError\n"
+            "    w = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)\n"
+            "    with torch.no_grad(): v0 = v.clone(); v.zero_()\n"
+            "    return w @ v0"
+        )
         result = checking.check("example.attend", attend_with(body))
         assert "changed its input v" in result.sentence
 
@@ -497,8 +515,10 @@ class TestCheck:
 class TestCodec:
     @pytest.mark.parametrize(
         "value",
-        [None, True, 3, -(10**40), 2.5, float("inf"), "text ☃", [1, (2, "x")], {"a": [1], 2: None}, 1 + 2j, torch.float16,
-         torch.arange(6).reshape(2, 3), (torch.arange(24.0) / 7).reshape(2, 3, 4).permute(2, 0, 1), torch.tensor(2.5, dtype=torch.bfloat16), torch.empty(0, 3),
+        [None, True, 3, -(10**40), 2.5, float("inf"), "text ☃",
+         [1, (2, "x")], {"a": [1], 2: None}, 1 + 2j, torch.float16,
+         torch.arange(6).reshape(2, 3), (torch.arange(24.0) / 7).reshape(2, 3, 4).permute(2, 0, 1),
+         torch.tensor(2.5, dtype=torch.bfloat16), torch.empty(0, 3),
          torch.tensor([True, False]), torch.tensor([1 + 2j, -0.5j, 3.25]), torch.arange(4).numpy()],
         ids=lambda v: f"{type(v).__name__}-{str(v)[:12]}",
     )  # fmt: skip
@@ -525,8 +545,9 @@ class TestCodec:
 
     @pytest.mark.parametrize(
         "tree",
-        [{"tensor": 0, "dtype": "float32", "shape": [10**9]}, {"tensor": 5, "dtype": "float32", "shape": [1]}, {"tensor": 0, "dtype": "system", "shape": [1]},
-         {"array": 0, "dtype": "object", "shape": [1]}, {"nothing": 1}, [], {"list": 3}, {"tensor": 0, "dtype": "float32", "shape": [-1]},
+        [{"tensor": 0, "dtype": "float32", "shape": [10**9]}, {"tensor": 5, "dtype": "float32", "shape": [1]},
+         {"tensor": 0, "dtype": "system", "shape": [1]}, {"array": 0, "dtype": "object", "shape": [1]},
+         {"nothing": 1}, [], {"list": 3}, {"tensor": 0, "dtype": "float32", "shape": [-1]},
          {"tensor": 0, "dtype": "float32", "shape": [1], "order": [3]}, {"dict": [[[], 1]]}],
         ids=str,
     )  # fmt: skip
@@ -576,13 +597,19 @@ class TestGrading:
             "\n%%capture out\n" + ATTEND + "out.show()\n",
             "%%prun -l 5\n" + ATTEND,
             "files = !ls\nn = len(files)\n" + ATTEND,
-            ATTEND + "t = %timeit -o -n 3 attend(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2))\nassert t.best > 0\n",
-            ATTEND + "if True:\n    %time x = attend(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2))\n    assert x.shape == (2, 2)\n",
+            ATTEND
+            + "t = %timeit -o -n 3 attend(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2))\n"
+            + "assert t.best > 0\n",
+            ATTEND
+            + "if True:\n"
+            + "    %time x = attend(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2))\n"
+            + "    assert x.shape == (2, 2)\n",
             ATTEND + "y = %time 1 + 1\nassert y == 2\n",
             ATTEND + "attend?\n",
             ATTEND + "?attend\n%pinfo attend\n!ls -l\n%cd /\n%load_ext autoreload\n",
             "import asyncio\nawait asyncio.sleep(0)\n" + ATTEND,
-            "async def root():\n    return 2\nhalf = 1 / await root()\n" + ATTEND.replace("math.sqrt(q.shape[-1])", "q.shape[-1] ** half"),
+            "async def root():\n    return 2\nhalf = 1 / await root()\n"
+            + ATTEND.replace("math.sqrt(q.shape[-1])", "q.shape[-1] ** half"),
             'text = """\n%time\n!ls\n"""\nassert "%time" in text and "!ls" in text\n' + ATTEND,
             "n = (7\n% 4)\nassert n == 3\n" + ATTEND,
             "%matplotlib inline\n" + ATTEND,
@@ -605,7 +632,10 @@ class TestGrading:
         assert not grading._defines(cell)
 
     def test_plain_cells_do_not_load_ipython(self) -> None:
-        code = "import sys; from llmcourse.practice.worker import as_python as p; p('x = 7'); p('%%time\\nx = 7'); print('IPython' in sys.modules)"
+        code = (
+            "import sys; from llmcourse.practice.worker import as_python as p; "
+            "p('x = 7'); p('%%time\\nx = 7'); print('IPython' in sys.modules)"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == "False", done.stderr
 
@@ -613,17 +643,33 @@ class TestGrading:
         "poison",
         [
             "import llmcourse.practice.checking as c\nc.check = check = lambda *a, **k: True\nc.Result.passed = True\n",
-            "class Yes:\n    def __eq__(self, o): return True\n    def __getattr__(self, n): return self\n    def __call__(self, *a): return self\ndef attend(*a): return Yes()\n",
-            "import torch\ntorch.equal = torch.allclose = lambda *a, **k: True\ntorch.Tensor.__eq__ = lambda *a: True\ndef attend(q, k, v): return v\n",
+            "class Yes:\n"
+            "    def __eq__(self, o): return True\n"
+            "    def __getattr__(self, n): return self\n"
+            "    def __call__(self, *a): return self\n"
+            "def attend(*a): return Yes()\n",
+            "import torch\n"
+            "torch.equal = torch.allclose = lambda *a, **k: True\n"
+            "torch.Tensor.__eq__ = lambda *a: True\n"
+            "def attend(q, k, v): return v\n",
             "from llmcourse.practice.sheets.example import attend\n",
-            "import importlib.util as u\ns = u.spec_from_file_location('x', PATH)\nm = u.module_from_spec(s)\ns.loader.exec_module(m)\nattend = m.attend\n",
+            "import importlib.util as u\n"
+            "s = u.spec_from_file_location('x', PATH)\n"
+            "m = u.module_from_spec(s)\n"
+            "s.loader.exec_module(m)\n"
+            "attend = m.attend\n",
             "text = open(PATH).read()\nexec(text)\n",
             "import sys\nattend = sys.modules['llmcourse.practice.checking'].find('example.attend').solution\n",
-            "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'{}' * 99)\n    except OSError: pass\ndef attend(q, k, v): return v\n",
+            "import os\n"
+            "for fd in range(3, 20):\n"
+            "    try: os.write(fd, b'{}' * 99)\n"
+            "    except OSError: pass\n"
+            "def attend(q, k, v): return v\n",
             "import gc\nattend = next(f for f in gc.get_objects() if getattr(f, '__qualname__', '') == 'attend')\n",
             "class str(str): pass\nint = float = bool = None\ndef attend(q, k, v): return 1\n",
         ],
-        ids=["patched check", "equal to all", "patched torch", "import", "load by path", "open", "modules", "garbage in the pipe", "gc", "builtins"],
+        ids=["patched check", "equal to all", "patched torch", "import", "load by path",
+             "open", "modules", "garbage in the pipe", "gc", "builtins"],
     )  # fmt: skip
     @pytest.mark.parametrize("confine", [True, False], ids=["kernel", "hook only"])
     def test_poison(self, sheet, example, poison: str, confine: bool) -> None:
@@ -646,7 +692,8 @@ class TestGrading:
             ("import socket; socket.create_connection(('127.0.0.1', 9))", "ermi"),
             ("import ctypes; ctypes.string_at(0)", "ended its process"),
         ],
-        ids=["_exit", "exit", "loop", "kill", "fork", "subprocess", "spawn", "memory", "file size", "outside", "network", "segfault"],
+        ids=["_exit", "exit", "loop", "kill", "fork", "subprocess",
+             "spawn", "memory", "file size", "outside", "network", "segfault"],
     )  # fmt: skip
     @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only part of the limits holds")
     def test_limits_in_a_call(self, sheet, body: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,7 +737,8 @@ class TestGrading:
                 sheet,
                 "attend",
                 c
-                + f"PATH = {str(example['module']).encode()!r}\ndef attend(q, k, v):\n    return f'open gave {{libc.open(PATH, 0)}}'\n",
+                + f"PATH = {str(example['module']).encode()!r}\n"
+                + "def attend(q, k, v):\n    return f'open gave {libc.open(PATH, 0)}'\n",
             )
             assert "open gave -1" in verdicts(nb)["attend"].got
         if not {"landlock", "seccomp"} <= set(in_force):
@@ -897,7 +945,11 @@ class TestCommands:
         assert self.run("check", "example").exit_code == 1
         data = json.loads(self.run("progress", "example", "--json").stdout)
         assert {e["id"]: e["status"] for e in data["exercises"]} == {
-            "example.attend": "not yet", "example.RMSNorm": "passed", "example.n_parameters": "passed", "example.sample": "passed"}  # fmt: skip
+            "example.attend": "not yet",
+            "example.RMSNorm": "passed",
+            "example.n_parameters": "passed",
+            "example.sample": "passed",
+        }
 
     def test_chapters_and_copies(self, sheet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A chapter's name will do; a copy in a folder above is graded, and named."""
@@ -954,8 +1006,11 @@ class TestCommands:
         assert done.exit_code == 0 and len(json.loads(done.stdout)["sheets"]) == 1
         assert "left out: other.ipynb" in done.stderr
 
-    @pytest.mark.parametrize("arguments", [("check", "no.ipynb"), ("check", "nothing"), ("check", "example.no"), ("hint", "example.no"), ("reveal", "x"),
-                                           ("progress", "nothing"), ("progress", "--merge", "no.json"), ("classroom", "nothing"), ("check", "empty")])  # fmt: skip
+    @pytest.mark.parametrize(
+        "arguments",
+        [("check", "no.ipynb"), ("check", "nothing"), ("check", "example.no"), ("hint", "example.no"), ("reveal", "x"),
+         ("progress", "nothing"), ("progress", "--merge", "no.json"), ("classroom", "nothing"), ("check", "empty")],
+    )  # fmt: skip
     def test_bad_input_is_one_sentence(self, arguments: tuple[str, ...], tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         done = self.run(*arguments)

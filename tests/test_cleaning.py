@@ -147,7 +147,11 @@ def test_the_same_in_every_process():
     import subprocess
     import sys
 
-    code = "from llmcourse.cleaning import near_duplicates, shingles; print(sorted(shingles('one two three four five six')), near_duplicates(['a b c d e f g h i j k', 'a b c d e f g h i j x'], threshold=.5, shingle=2))"
+    code = (
+        "from llmcourse.cleaning import near_duplicates, shingles; "
+        "print(sorted(shingles('one two three four five six')), "
+        "near_duplicates(['a b c d e f g h i j k', 'a b c d e f g h i j x'], threshold=.5, shingle=2))"
+    )
     first, second = (
         subprocess.run(
             [sys.executable, "-c", code],

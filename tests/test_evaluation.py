@@ -450,7 +450,7 @@ def test_pairing_separates_what_separate_intervals_do_not():
 
 
 def test_paired_interval_contains_one_when_the_true_ratio_is_one():
-    """Null control: differences with mean 0 that are correlated over runs of 8 tokens; 95 % of the intervals should contain 1."""
+    """Null control: differences of mean 0, correlated over runs of 8 tokens; 95 % of the intervals should contain 1."""
     a, hits = measure(Recurrent(), n=1601, bootstrap={"block": 64}), 0
     for seed in range(100):
         noise = torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).repeat_interleave(

@@ -68,9 +68,13 @@ def cells_seen(page, path: str, n: int) -> list[dict]:
 
 def unreadable(cells: list[dict]) -> list[str]:
     """Traces of syntax that JupyterLab does not know, in what it shows."""
+    patterns = [
+        r":::", r"\[@\w", r"\]\{[.#]", r"\{#(?:sec|fig|eq|tbl)-", r"(?<![\w@])@(?:fig|tbl|sec|eq)-",
+        r"<!--", r"</?(?:div|details|summary)\b",
+    ]  # fmt: skip
     found = []
     for i, cell in enumerate(cells):
-        for pattern in (r":::", r"\[@\w", r"\]\{[.#]", r"\{#(?:sec|fig|eq|tbl)-", r"(?<![\w@])@(?:fig|tbl|sec|eq)-", r"<!--", r"</?(?:div|details|summary)\b"):  # fmt: skip
+        for pattern in patterns:
             found += [f"cell {i} shows {m[0]!r}" for m in re.finditer(pattern, cell["text"])]
     return found
 

@@ -1,4 +1,4 @@
-"""The model chapter: properties of its parts, equality with references, and the real checkpoint where it is prepared."""
+"""The model chapter: properties of its parts, equality with references, the real checkpoint where it is prepared."""
 
 from __future__ import annotations
 

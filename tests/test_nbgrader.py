@@ -1,4 +1,7 @@
-"""The real nbgrader: release, four submissions, autograde, feedback, export; the marks are those of `llmcourse check`."""
+"""The real nbgrader: release, four submissions, autograde, feedback, export.
+
+The marks are those of `llmcourse check`.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,14 @@ attend = RMSNorm = sample = n_parameters = Everything()
 
 def nbgrader(folder: Path, *arguments: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader starts the program alembic
-    env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder / ".jupyter"),
-                        "JUPYTER_DATA_DIR": str(folder / ".jupyter-data"), "HOME": str(folder)}  # fmt: skip
+    env = os.environ | {
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "JUPYTER_CONFIG_DIR": str(folder / ".jupyter"),
+        "JUPYTER_DATA_DIR": str(folder / ".jupyter-data"),
+        "HOME": str(folder),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "nbgrader", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
@@ -156,7 +165,9 @@ def test_classroom_commands_exist() -> None:
 
 
 def test_plain_nbgrader_counts_a_failed_check_as_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without our configuration nbgrader runs the cells itself; then `check` has to raise, and nbgrader's Validate button works."""
+    """Without our configuration nbgrader runs the cells itself; then `check` has to raise, and nbgrader's
+    Validate button works.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
     with pytest.raises(AssertionError, match="forgot the biases"):

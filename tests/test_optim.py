@@ -164,7 +164,10 @@ def test_muon_is_torchs_muon_bit_for_bit():
 
 
 def test_stacked_muon_is_torchs_muon_to_bfloat16():
-    """Matrices of one shape are multiplied as a stack, whose sums may run in another order: a bit of bfloat16 now and then."""
+    """Matrices of one shape are multiplied as a stack, whose sums may run in another order.
+
+    So a bit of bfloat16 differs now and then.
+    """
     shapes = [(4, 4), (8, 3), (4, 4), (4, 4), (8, 3), (16, 64)]
     a, b = parameters(shapes, torch.float32), parameters(shapes, torch.float32)
     assert together(Muon(a, lr=0.02), torch.optim.Muon(b, lr=0.02), a, b) <= 1e-2  # half of one step after a hundred
@@ -202,12 +205,26 @@ def test_classes_do_what_the_functions_say(seed):
     ]
     zero = torch.zeros_like(p0)
     rules = {
-        SGD(nn_ := [nn.Parameter(p0.clone())], lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1): (nn_, lambda p, g, s, t: sgd_update(p, g, *s, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1), (None,)),
-        RMSprop(nn_ := [nn.Parameter(p0.clone())], lr=0.1, momentum=0.9, centered=True): (nn_, lambda p, g, s, t: rmsprop_update(p, g, *s, lr=0.1, momentum=0.9, centered=True), (zero, None, None)),
-        Adam(nn_ := [nn.Parameter(p0.clone())], lr=0.1, weight_decay=0.1): (nn_, lambda p, g, s, t: adam_update(p, g, *s, t, lr=0.1, weight_decay=0.1), (zero, zero)),
-        AdamW(nn_ := [nn.Parameter(p0.clone())], lr=0.1, weight_decay=0.1): (nn_, lambda p, g, s, t: adamw_update(p, g, *s, t, lr=0.1, weight_decay=0.1), (zero, zero)),
-        Lion(nn_ := [nn.Parameter(p0.clone())], lr=0.1, weight_decay=0.1): (nn_, lambda p, g, s, t: lion_update(p, g, *s, lr=0.1, weight_decay=0.1), (zero,)),
-        Muon(nn_ := [nn.Parameter(p0.clone())], lr=0.1, ns_dtype=None): (nn_, lambda p, g, s, t: muon_update(p, g, *s, lr=0.1, ns_dtype=None), (zero,)),
+        SGD(nn_ := [nn.Parameter(p0.clone())], lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1): (
+            nn_,
+            lambda p, g, s, t: sgd_update(p, g, *s, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
+            (None,),
+        ),
+        RMSprop(nn_ := [nn.Parameter(p0.clone())], lr=0.1, momentum=0.9, centered=True): (
+            nn_, lambda p, g, s, t: rmsprop_update(p, g, *s, lr=0.1, momentum=0.9, centered=True), (zero, None, None),
+        ),
+        Adam(nn_ := [nn.Parameter(p0.clone())], lr=0.1, weight_decay=0.1): (
+            nn_, lambda p, g, s, t: adam_update(p, g, *s, t, lr=0.1, weight_decay=0.1), (zero, zero),
+        ),
+        AdamW(nn_ := [nn.Parameter(p0.clone())], lr=0.1, weight_decay=0.1): (
+            nn_, lambda p, g, s, t: adamw_update(p, g, *s, t, lr=0.1, weight_decay=0.1), (zero, zero),
+        ),
+        Lion(nn_ := [nn.Parameter(p0.clone())], lr=0.1, weight_decay=0.1): (
+            nn_, lambda p, g, s, t: lion_update(p, g, *s, lr=0.1, weight_decay=0.1), (zero,),
+        ),
+        Muon(nn_ := [nn.Parameter(p0.clone())], lr=0.1, ns_dtype=None): (
+            nn_, lambda p, g, s, t: muon_update(p, g, *s, lr=0.1, ns_dtype=None), (zero,),
+        ),
     }  # fmt: skip
     for optimizer, ((param,), function, memory) in rules.items():
         p = p0
@@ -298,7 +315,7 @@ def test_orthogonalize_against_the_svd(shape, steps):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000), st.floats(-6, 6))
 @few
 def test_orthogonalize_singular_values(m, n, seed, power):
-    """Every singular value above 0.005 of the norm ends in the stated band, at any size of the matrix; shape and sign survive."""
+    """Every singular value above 0.005 of the norm ends in the stated band, at any size; shape and sign survive."""
     G = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10**power
     O, S = orthogonalize(G), torch.linalg.svdvals(G)
     assert O.shape == G.shape
@@ -538,7 +555,8 @@ def test_lr_factor_properties(total, data):
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("step", {"step": -1}), ("step", {"step": 1.5}), ("total", {"total": 0}), ("warmup", {"warmup": 11}), ("warmup", {"warmup": -1}), ("kind", {"kind": "cosinus"}),
+    [("step", {"step": -1}), ("step", {"step": 1.5}), ("total", {"total": 0}),
+     ("warmup", {"warmup": 11}), ("warmup", {"warmup": -1}), ("kind", {"kind": "cosinus"}),
      ("final", {"final": 1.5}), ("final", {"final": math.nan}), ("decay", {"decay": 0})],
 )  # fmt: skip
 def test_lr_factor_refuses(name, change):
@@ -632,7 +650,8 @@ def test_make_optimizer_muon():
     matrices = [p for b in other.blocks for p in b.parameters() if p.ndim == 2]
     parts = [Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
              AdamW([other.embed.weight], lr=0.002, betas=(0.9, 0.95), weight_decay=0.1),
-             AdamW([p for p in other.parameters() if p.ndim == 1], lr=0.002, betas=(0.9, 0.95), weight_decay=0.0)]  # fmt: skip
+             AdamW([p for p in other.parameters() if p.ndim == 1],
+                   lr=0.002, betas=(0.9, 0.95), weight_decay=0.0)]  # fmt: skip
     for t in range(5):
         for m, optimizers in ((model, [optimizer]), (other, parts)):
             m.zero_grad()
@@ -665,13 +684,16 @@ def test_make_optimizer_refuses():
 
 BAD = [({"lr": lr}, "lr") for lr in (0, 0.0, -1e-3, math.nan, math.inf, "0.1", True, None)]
 SPECIAL = [
-    (SGD, {"momentum": 1.0}, "momentum"), (SGD, {"momentum": -0.1}, "momentum"), (SGD, {"dampening": 1.5}, "dampening"), (SGD, {"weight_decay": -1}, "weight_decay"),
+    (SGD, {"momentum": 1.0}, "momentum"), (SGD, {"momentum": -0.1}, "momentum"),
+    (SGD, {"dampening": 1.5}, "dampening"), (SGD, {"weight_decay": -1}, "weight_decay"),
     (SGD, {"nesterov": True}, "nesterov"), (SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov"),
     (RMSprop, {"alpha": 1.0}, "alpha"), (RMSprop, {"eps": -1e-8}, "eps"), (RMSprop, {"eps": math.nan}, "eps"),
-    (Adam, {"betas": (1.0, 0.9)}, "betas"), (Adam, {"betas": (0.9, 1.0)}, "betas"), (Adam, {"betas": (0.9,)}, "betas"), (Adam, {"betas": 0.9}, "betas"), (Adam, {"betas": (math.nan, 0.9)}, "betas"),
+    (Adam, {"betas": (1.0, 0.9)}, "betas"), (Adam, {"betas": (0.9, 1.0)}, "betas"), (Adam, {"betas": (0.9,)}, "betas"),
+    (Adam, {"betas": 0.9}, "betas"), (Adam, {"betas": (math.nan, 0.9)}, "betas"),
     (AdamW, {"weight_decay": math.inf}, "weight_decay"), (Lion, {"betas": (-0.1, 0.9)}, "betas"),
-    (Muon, {"momentum": 1.0}, "momentum"), (Muon, {"ns_steps": 0}, "ns_steps"), (Muon, {"ns_steps": 2.5}, "ns_steps"), (Muon, {"ns_coefficients": (1, 2)}, "ns_coefficients"),
-    (Muon, {"adjust_lr_fn": "rms"}, "adjust_lr_fn"), (Muon, {"ns_dtype": "bfloat16"}, "ns_dtype"), (Muon, {"ns_dtype": torch.int8}, "ns_dtype"),
+    (Muon, {"momentum": 1.0}, "momentum"), (Muon, {"ns_steps": 0}, "ns_steps"), (Muon, {"ns_steps": 2.5}, "ns_steps"),
+    (Muon, {"ns_coefficients": (1, 2)}, "ns_coefficients"), (Muon, {"adjust_lr_fn": "rms"}, "adjust_lr_fn"),
+    (Muon, {"ns_dtype": "bfloat16"}, "ns_dtype"), (Muon, {"ns_dtype": torch.int8}, "ns_dtype"),
 ]  # fmt: skip
 
 

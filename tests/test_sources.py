@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def wrong_imports(tree: ast.Module, number: str, modules: dict[str, str]) -> lis
 
 
 def test_the_package_is_what_the_notebooks_export(tmp_path):
-    """Delete every generated module in a copy, export again, and compare: also finds a module whose notebook is gone."""
+    """Delete every generated module in a copy, export again, compare: also finds a module whose notebook is gone."""
     copy = tmp_path / "course"
     copy.mkdir()
     for name in ("nbs", "llmcourse", "tools"):
@@ -91,6 +92,13 @@ def test_handwritten_and_generated_modules_are_the_ones_that_should_be():
         p.stem for p in (ROOT / "llmcourse").glob("*.py") if p.read_text(encoding="utf8").startswith(GENERATED)
     }
     assert generated == set(exported_modules())
+
+
+def test_the_linter_is_lenient_with_exported_modules_only():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["ruff"]["lint"]
+    assert settings["select"][0] == "E" and "E501" not in settings["ignore"]
+    [pattern] = settings["per-file-ignores"]
+    assert pattern == f"llmcourse/{{{','.join(sorted(exported_modules()))}}}.py"
 
 
 def test_nothing_that_is_tracked_is_ignored_or_stray():

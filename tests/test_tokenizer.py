@@ -17,7 +17,8 @@ from llmcourse.tokenizer import BPE
 # Unicode versions, and then disagree whether a character that came later is a letter: no text can be the same to both.
 known = st.text(st.characters(exclude_categories=("Cs", "Cn")))
 DOCUMENTS = [
-    "The quick brown fox doesn't jump over the lazy dog; it's 1848, and 25,000 men—some of them we'll never know—went west.",
+    "The quick brown fox doesn't jump over the lazy dog; "
+    "it's 1848, and 25,000 men—some of them we'll never know—went west.",
     "    def f(x):\n\t\treturn x ** 2  # naïve, but it'll do\n\n\n\nprint(f(3))   ",
     "量化 会 降低 困惑度 吗?量化会降低困惑度吗?",
     "aaaaaaaaaa aaaa aaa aa a ------------- ===== ....  !!!! 🙂🙂🙂 👩‍👩‍👧 é é <|endoftext|> <|endoftext|",

@@ -90,7 +90,8 @@ ATTACKS = {
     "kill": "import os\nreturn call(62, os.getppid(), 15)",
     "priority of the parent": "import os\nreturn os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
     "affinity of the parent": "import os\nreturn os.sched_setaffinity(os.getppid(), {0})",
-    "scheduler of the parent": "import os\nreturn os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
+    "scheduler of the parent": "import os\n"
+    "return os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
     "ptrace": "import os\nreturn call(101, 16, os.getppid(), 0, 0)",
     "another's memory": "return call(310, 1, 0, 0, 0, 0, 0)",
     "io_uring": "return call(425, 8, ctypes.create_string_buffer(256))",
@@ -159,7 +160,8 @@ def judged(program: bytes, arch: int, number: int, *arguments: int) -> str:
     ("name", "x86", "arm", "arguments", "want"),
     [
         ("read", 0, 63, (), "allowed"), ("mmap", 9, 222, (), "allowed"), ("futex", 202, 98, (), "allowed"),
-        ("getrandom", 318, 278, (), "allowed"), ("openat", 257, 56, (), "allowed"), ("exit_group", 231, 94, (), "allowed"),
+        ("getrandom", 318, 278, (), "allowed"), ("openat", 257, 56, (), "allowed"),
+        ("exit_group", 231, 94, (), "allowed"),
         ("socket", 41, 198, (2, 1, 0), "refused"), ("socketpair", 53, 199, (1, 1, 0), "allowed"),
         ("socketpair of the network", 53, 199, (2, 1, 0), "refused"), ("a thread", 56, 220, (0x3D0F00,), "allowed"),
         ("fork", 56, 220, (17,), "refused"), ("clone3", 435, 435, (), "unknown"), ("execve", 59, 221, (), "refused"),
@@ -167,8 +169,9 @@ def judged(program: bytes, arch: int, number: int, *arguments: int) -> str:
         ("fcntl F_SETSIG", 72, 25, (3, 10), "refused"), ("own limit", 302, 261, (0, 0), "allowed"),
         ("limit of another", 302, 261, (77, 0), "refused"), ("prctl name", 157, 167, (15,), "allowed"),
         ("prctl death", 157, 167, (1, 0), "refused"), ("ioctl TIOCSTI", 16, 29, (0, 0x5412), "refused"),
-        ("kill", 62, 129, (1, 9), "refused"), ("io_uring_setup", 425, 425, (), "refused"), ("memfd", 319, 279, (), "refused"),
-        ("what is newer", 470, 470, (), "unknown"), ("ptrace", 101, 117, (), "refused"), ("second numbering", 0x40000001, 0x40000001, (), "refused"),
+        ("kill", 62, 129, (1, 9), "refused"), ("io_uring_setup", 425, 425, (), "refused"),
+        ("memfd", 319, 279, (), "refused"), ("what is newer", 470, 470, (), "unknown"),
+        ("ptrace", 101, 117, (), "refused"), ("second numbering", 0x40000001, 0x40000001, (), "refused"),
     ],
 )  # fmt: skip
 def test_the_filter_on_both_machines(name: str, x86: int, arm: int, arguments: tuple, want: str) -> None:
@@ -181,7 +184,8 @@ def test_a_result_says_which_walls_stood(sheet) -> None:
     graded = grading.grade(sheet, only="example.n_parameters", limits=FAST)
     assert graded.to_dict()["walls"] == list(graded.walls)
     if sys.platform == "linux":
-        assert "seccomp" in graded.walls and grading.safe(graded.walls) == ({"landlock", "bubblewrap"} & set(graded.walls) != set())  # fmt: skip
+        assert "seccomp" in graded.walls
+        assert grading.safe(graded.walls) == ({"landlock", "bubblewrap"} & set(graded.walls) != set())
 
 
 def test_require_sandbox(sheet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +210,8 @@ ODD_CELLS = [
     {"cell_type": "code", "source": "y = 2", "metadata": {"nbgrader": {"solution": True, "grade_id": None}}},
     {"cell_type": "code", "source": "y = 2", "metadata": {"nbgrader": {"solution": 1, "grade_id": {"a": 1}}}},
     {"cell_type": "code", "source": "\ud800"}, {"cell_type": "code", "source": "x = '\x00'"},
-    {"cell_type": "code", "source": "raise ValueError('\\ud800 \\x1b[31m')"}, {"cell_type": "code", "source": "(" * 5000},
+    {"cell_type": "code", "source": "raise ValueError('\\ud800 \\x1b[31m')"},
+    {"cell_type": "code", "source": "(" * 5000},
     {"cell_type": "code", "source": "x = " + "-" * 50000 + "1"}, {"cell_type": "code", "source": "%%\n%\n!\n?"},
 ]  # fmt: skip
 
@@ -249,7 +254,8 @@ def test_a_folder_with_everything(sheet, tmp_path: Path) -> None:
     (folder / "latin.ipynb").write_bytes(b"\xff\xfe{}")
     nbformat.write(nbformat.v4.new_notebook(), folder / "foreign.ipynb")
     nb = json.loads(nbformat.writes(sheet))
-    (folder / "null.ipynb").write_text(json.dumps(nb | {"metadata": None, "cells": [c | {"metadata": None} for c in nb["cells"]]}))  # fmt: skip
+    bare = nb | {"metadata": None, "cells": [c | {"metadata": None} for c in nb["cells"]]}
+    (folder / "null.ipynb").write_text(json.dumps(bare))
     done = CliRunner().invoke(commands.app, ["check", "in", "--json", "--junit", "out.xml"])
     data = json.loads(done.stdout)
     assert done.exit_code == 1 and data["passed"] is False
@@ -292,7 +298,13 @@ def test_a_slow_cell_of_no_exercise_runs_once(sheet) -> None:
 def test_a_child_that_does_not_read(sheet) -> None:
     """It says "done" by itself, never reads again, and two megabytes wait to be sent."""
     fake = worker_message({"kind": "done"})
-    silent = f"import os, time\nfor fd in range(3, 30):\n    try: os.write(fd, {fake!r})\n    except OSError: pass\ntime.sleep(1e6)\n"
+    silent = (
+        "import os, time\n"
+        "for fd in range(3, 30):\n"
+        f"    try: os.write(fd, {fake!r})\n"
+        "    except OSError: pass\n"
+        "time.sleep(1e6)\n"
+    )
     nb = copy.deepcopy(sheet)
     nb.cells[1:1] = [nbformat.v4.new_code_cell(silent), nbformat.v4.new_code_cell("x = '" + "a" * 2_000_000 + "'")]
     started = time.monotonic()

@@ -38,7 +38,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def uneven_loss(model, batch):
-    """Only targets below a limit that depends on the row count: micro-batches have very different numbers of targets."""
+    """Only targets below a limit that depends on the row count: micro-batches have very different target counts."""
     targets = batch[:, 1:].flatten()
     losses = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), targets, reduction="none")
     keep = (torch.arange(1, batch.shape[1]) <= 1 + batch[:, :1] % 16).flatten()
@@ -57,7 +57,10 @@ def digest(model: torch.nn.Module) -> str:
 
 
 def shard_by_hand() -> None:
-    """accelerate shards on GPUs only. This does on CPUs what its FSDP2 does: blocks, then the rest, then the optimizer's references."""
+    """accelerate shards on GPUs only; this does on CPUs what its FSDP2 does.
+
+    Blocks, then the rest, then the optimizer's references.
+    """
     from accelerate import Accelerator
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

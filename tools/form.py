@@ -4,17 +4,19 @@
     python tools/form.py --convert [NOTEBOOK …]  and replace Quarto's own syntax by what JupyterLab shows too
     python tools/form.py --check                 change nothing; exit 1 when something is out of date
 
-A chapter is met in JupyterLab first and as a page second, so it holds no syntax that only one of them knows. Generated, and
-never to be edited by hand:
+A chapter is met in JupyterLab first and as a page second, so it holds no syntax that only one of them knows.
+Generated, and never to be edited by hand:
 
-- the first Markdown cell (id `head`): title, promise, what to read first, minutes, sources, sheet, links to the neighbors;
+- the first Markdown cell (id `head`): title, promise, what to read first, minutes, sources, sheet, links to the
+  neighbors;
 - the last cell (id `foot`): the sheet with its command, and the links again;
 - a caption after each figure (id `…-caption`): JupyterLab shows no `fig-cap`. The page drops it and shows Quarto's own;
 - the table of chapters and sheets (id `contents`) of the tour;
 - a citation `[@key]`: a link to the entry in nbs/93_references.ipynb, which is made here from references.bib;
 - `minutes-read` in the front matter: words / 200 + visible lines of code / 10, rounded up.
 
-The front matter stays the first cell, a raw one that JupyterLab shows folded. Cells with `#| include: false` are folded too.
+The front matter stays the first cell, a raw one that JupyterLab shows folded. Cells with `#| include: false` are
+folded too.
 """
 
 from __future__ import annotations
@@ -221,9 +223,9 @@ def foot(name: str) -> str:
     parts = []
     for s in sheets().get(name.split("_")[0], []) if name[0].isdigit() else []:
         parts.append(
-            f"**Practice.** [{s['n']} exercises](../{s['path']}), about {duration(s['minutes'])}. Each knows the wrong answers "
-            f"that people give and says which one is yours. In the sheet: `check`, `hint`, `reveal`, `progress`; in the shell: "
-            f"`llmcourse check {s['sheet']}`."
+            f"**Practice.** [{s['n']} exercises](../{s['path']}), about {duration(s['minutes'])}. "
+            f"Each knows the wrong answers that people give and says which one is yours. "
+            f"In the sheet: `check`, `hint`, `reveal`, `progress`; in the shell: `llmcourse check {s['sheet']}`."
         )
     return "\n\n".join([*parts, navigation(name)])
 

@@ -40,7 +40,8 @@ def pip(*args: str, quiet: bool = True, check: bool = True) -> subprocess.Comple
     if check and result.returncode:
         sys.stderr.write((result.stderr or "")[-3000:])
         raise SystemExit(
-            f"environment: `pip {' '.join(args[:3])} …` failed; nothing is lost, run make again after mending the cause above."
+            f"environment: `pip {' '.join(args[:3])} …` failed; "
+            "nothing is lost, run make again after mending the cause above."
         )
     return result
 
@@ -86,14 +87,16 @@ def install_torch() -> None:
             )
             if got.returncode:
                 say(
-                    "PyTorch's CPU index cannot be reached; taking what your index offers, which may be the CUDA build of several gigabytes"
+                    "PyTorch's CPU index cannot be reached; taking what your index offers, "
+                    "which may be the CUDA build of several gigabytes"
                 )
     pip("install", requirement, *constraints)
     build = subprocess.run(
         [
             str(PYTHON),
             "-c",
-            "import torch; print(torch.__version__, 'for CUDA ' + torch.version.cuda if torch.version.cuda else 'for the CPU')",
+            "import torch; print(torch.__version__, "
+            "'for CUDA ' + torch.version.cuda if torch.version.cuda else 'for the CPU')",
         ],
         text=True,
         capture_output=True,

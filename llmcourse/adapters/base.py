@@ -178,7 +178,9 @@ def _numbers_hidden(name: str) -> str:
 
 
 class Adapter:
-    """The knowledge about one family. A subclass is short: `families`, `root`, `plan`, and `left` if it leaves something.
+    """The knowledge about one family.
+
+    A subclass is short: `families`, `root`, `plan`, and `left` if it leaves something.
 
     Attributes:
         families: values of `config.model_type` that it handles; whoever defines a subclass registers it by that.

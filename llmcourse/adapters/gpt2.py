@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from llmcourse.adapters.base import Adapter, Dim, Reads, linear_parts
 from llmcourse.adapters.separate import separate
 
