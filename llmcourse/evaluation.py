@@ -503,6 +503,19 @@ def compare_perplexity(
     low, high = _interval(difference, None, a.documents, p.block, how, torch.exp)
     return Ratio(math.exp(difference.mean()), low, high)
 
+# %% ../nbs/05_evaluation.ipynb #e05c0013
+def _count(ids: np.ndarray, order: int, bits: int, discounts: Any) -> list[dict[str, np.ndarray]]:
+    """The followers of every context in a text, with their probabilities: a table for each length
+    of n-grams, from 1."""
+    # an n-gram as one number: its last token in the lowest bits
+    grams, counts = np.unique(_codes(ids, order, bits), return_counts=True)
+    tables = [_table(grams, counts, bits, discounts)]
+    for k in range(order - 1, 0, -1):
+        # how many different tokens stand before each shorter n-gram: each longer one votes once
+        grams, counts = np.unique(grams & ((1 << bits * k) - 1), return_counts=True)
+        tables.append(_table(grams, counts, bits, discounts))
+    return tables[::-1]
+
 # %% ../nbs/05_evaluation.ipynb #602f1d0b
 class KneserNey:
     """An interpolated Kneser–Ney n-gram model: it counts, and nothing else.
@@ -525,16 +538,7 @@ class KneserNey:
         whole("order", order, 1, self.longest(vocab_size, 63))
         _check_counting(tokens, vocab_size, order, discounts)
         self.vocab_size, self.order, self.bits = vocab_size, order, _bits(vocab_size)
-        ids = tokens.numpy().astype(np.int64)
-        # an n-gram as one number: its last token in the lowest bits
-        grams, counts = np.unique(_codes(ids, order, self.bits), return_counts=True)
-        self._tables = [_table(grams, counts, self.bits, discounts)]
-        for k in range(order - 1, 0, -1):
-            # how many different tokens stand before each shorter n-gram: each longer one votes once
-            shorter = grams & ((1 << self.bits * k) - 1)
-            grams, counts = np.unique(shorter, return_counts=True)
-            self._tables.append(_table(grams, counts, self.bits, discounts))
-        self._tables.reverse()  # now by length, from 1
+        self._tables = _count(tokens.numpy().astype(np.int64), order, self.bits, discounts)
 
     @staticmethod
     def longest(vocab_size: int, wanted: int) -> int:

@@ -111,7 +111,6 @@ class SwiGLU(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
     """The shape of a `GPT`. Linear layers have no bias."""
-
     vocab_size: int
     """tokens in the vocabulary, V"""
     d_model: int
@@ -123,8 +122,7 @@ class GPTConfig:
     n_kv_heads: int | None = None
     """key-value heads, H_k; a divisor of n_heads; None: as many as query heads"""
     d_ff: int | None = None
-    """width inside the feed-forward network, F; None: 4 D, or 8/3 D rounded up to a multiple of 8
-    for swiglu"""
+    """width inside the feed-forward network, F; None: 4 D; swiglu: 8/3 D up to a multiple of 8"""
     context: int = 512
     """longest sequence, C"""
     norm: str = "rms"
@@ -156,8 +154,7 @@ class GPTConfig:
     capacity_factor: float | None = None
     """in training, an expert takes at most so many times its fair share of tokens; None: any"""
 
-    def __post_init__(self):
-        _complete(self)
+    def __post_init__(self): _complete(self)
 
     @property
     def head_dim(self) -> int:

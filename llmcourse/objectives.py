@@ -314,8 +314,8 @@ def info_nce(a: Tensor, b: Tensor, *, temperature: float = 0.05) -> Tensor:
     """For each row of a, the cross-entropy of finding its partner among all rows of b: (N, D), (N,
     D) → (N,).
 
-    Row i of b is the partner of row i of a; the other N - 1 rows are negatives (van den Oord et al., 2018,
-    equation 4, with the cosine divided by a temperature as score).
+    Row i of b is the partner of row i of a; the other N - 1 rows are negatives (van den Oord et
+    al., 2018, equation 4, with the cosine divided by a temperature as score).
     """
     _rows("b", b, a)
     number("temperature", temperature, above=0)

@@ -169,8 +169,8 @@ def orthogonalize(
 ) -> Tensor:
     """Roughly U Vᵀ for matrix = U S Vᵀ, by Newton–Schulz iteration (Jordan et al., 2024).
 
-    Each round applies x ↦ a x + b x³ + c x⁵ to all singular values. With the usual coefficients and five rounds,
-    values above about 0.005 of the Frobenius norm end between 0.68 and 1.16.
+    Each round applies x ↦ a x + b x³ + c x⁵ to all singular values. With the usual coefficients
+    and five rounds, values above about 0.005 of the Frobenius norm end between 0.68 and 1.16.
 
     Args:
         matrix: (M, N), or a stack (K, M, N); the result has the same shape.
@@ -354,12 +354,8 @@ def _check_group(optimizer: _Optimizer) -> None:
         _check_options(group, rule._bounds)
         rule._check(group)
         for p in group["params"]:
-            require(
-                p.is_floating_point(),
-                "dtype of a parameter",
-                str(p.dtype),
-                "real floating-point numbers",
-            )
+            real, allowed = p.is_floating_point(), "real floating-point numbers"
+            require(real, "dtype of a parameter", str(p.dtype), allowed)
     except ValueError:
         optimizer.param_groups.pop()
         raise

@@ -147,7 +147,10 @@ class Sequences(torch.utils.data.Dataset):
 
     def __init__(self, stream: Tensor, length: int, *, name: str = "data"):
         whole("seq_len", length, 1)
-        needed = f"at least {length + 1} tokens, one sequence of seq_len = {length} and the token after it"
+        needed = (
+            f"at least {length + 1} tokens, one sequence of seq_len = {length} and the token after "
+            "it"
+        )
         require(len(stream) > length, name, f"a stream of {len(stream)} tokens", needed)
         self.stream, self.length = stream, length
 
@@ -720,7 +723,10 @@ def training_curve(result: TrainResult) -> Any:
     # a fortieth of the run: smooth enough to see, short enough to follow
     width = max(1, len(losses) // 40)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    alt = f"Training loss against the step, from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
+    alt = (
+        f"Training loss against the step, from {losses[0]:.2f} to {losses[-1]:.2f} in "
+        f"{len(losses)} steps"
+    )
     with style():
         fig, axes = new_figure(alt=alt + (", with the validation loss" if result.val else ""))
         ax, middle = axes.flat[0], np.arange(len(smooth)) + 1 + (width - 1) / 2
