@@ -87,6 +87,39 @@ def test_a_notebook_is_clean(notebook: Path):
     assert len(ids) == len(set(ids))
 
 
+def too_big(cell: dict) -> list[str]:
+    """What is too long to be read: a code line over 100 characters, an exported cell over 60 lines."""
+    lines = "".join(cell["source"]).splitlines()
+    code = [line for line in lines if not line.startswith("#|")]
+    exported = any(line.startswith("#| export") for line in lines)
+    wrong = [f"{len(code)} lines"] if exported and len(code) > 60 else []
+    return wrong + [f"{len(line)} characters: {line}" for line in code if len(line) > 100]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_code_cells_are_short_enough_to_read(notebook: Path):
+    cells = json.loads(notebook.read_text(encoding="utf8"))["cells"]
+    found = {cell["id"]: too_big(cell) for cell in cells if cell["cell_type"] == "code"}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrong"),
+    [
+        (["#| export: true"] + ["x = 1"] * 60, 0),
+        (["#| export: true"] + ["x = 1"] * 61, 1),
+        (["#| export"] + ["x = 1"] * 61, 1),
+        (["x = 1"] * 61, 0),
+        (["#" + "x" * 99], 0),
+        (["#" + "x" * 100], 1),
+        (["#| export: true", "#" + "x" * 100], 1),
+        (["#| fig-cap: " + "x" * 100], 0),
+    ],
+)
+def test_the_check_of_the_cells_size_can_fail(lines, wrong):
+    assert len(too_big({"source": "\n".join(lines).splitlines(keepends=True)})) == wrong
+
+
 def test_handwritten_and_generated_modules_are_the_ones_that_should_be():
     generated = {
         p.stem for p in (ROOT / "llmcourse").glob("*.py") if p.read_text(encoding="utf8").startswith(GENERATED)
