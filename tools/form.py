@@ -215,7 +215,7 @@ def head(name: str, meta: dict) -> str:
     if keys:
         years = {k: bibliography()[k].fields["year"] for k in keys}
         facts.append("**Sources:** " + "; ".join(f"[{short_name(k)}, {years[k]}]({REFERENCES}#{k})" for k in keys))
-    box = '<div class="course-facts">\n\n' + "\n".join(f"- {f}" for f in facts) + "\n\n</div>"
+    box = '<div class="course-facts">\n\n' + "\n".join(f"* {f}" for f in facts) + "\n\n</div>"
     return f"# {meta['title']}\n\n*{meta['subtitle'].strip()}*\n\n{box}\n\n{navigation(name)}"
 
 
