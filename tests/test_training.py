@@ -1067,7 +1067,8 @@ def test_texts_without_enough_pairs_are_refused_before_the_tokenizer_is_kept(tmp
 
 def test_other_texts_under_the_same_name_are_another_run(tmp_path, small_settings):
     rng = random.Random(0)
-    documents = [" ".join(rng.choices(["kalo", "mine", "ru", "sato", "viqu", "zeka"], k=60)) for _ in range(60)]
+    words = ["".join(rng.choices(["ka", "lo", "mi", "ne", "ru", "sa", "to", "vi"], k=3)) for _ in range(80)]
+    documents = [" ".join(rng.choices(words, k=60)) for _ in range(60)]
     path, _ = jsonl(tmp_path / "data", documents)
     (tmp_path / "r.toml").write_text(RECIPE.format(corpus=str(path)), encoding="utf8")
     recipe = pre.load_pretrain_recipe(tmp_path / "r.toml", "test")
