@@ -117,7 +117,7 @@ class TestMasters:
     @master
     def test_size(self, path: Path) -> None:
         exercises = checking.load_sheet(path.stem).values()
-        assert len(exercises) >= 8
+        assert len(exercises) >= 3  # a short chapter has a short sheet
         assert all(len(ex.wrong_answers) >= 5 for ex in exercises)
 
     @master

@@ -13,6 +13,7 @@ CHAPTERS = sorted((ROOT / "nbs").glob("[0-8]*.ipynb"))
 LOCAL = {
     "01_plotting": {"Y"},  # relative luminance
     "02c_cleaning": {"J"},  # Jaccard similarity
+    "03_attention": {"M"},  # numbers that the fast memory holds
     "04_model": {"P"},  # mean routing probability
     "05_evaluation": {"A", "P"},  # the models A and B; a matrix of probabilities
     "06_optimizers": {"M", "U"},

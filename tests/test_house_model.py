@@ -37,11 +37,12 @@ def test_the_end_of_a_text_is_the_tokenizer_s(house):
     assert house.tokenizer.decode([end]) == "<|endoftext|>"
     assert house.model.config.eos_token_id == house.model.generation_config.eos_token_id == end
     ids = house.tokenizer("The end.", return_tensors="pt").input_ids
+    hook = house.model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([end]), 1e4)
+    )
     with torch.no_grad():
-        house.model.lm_head.register_forward_hook(
-            lambda module, args, logits: logits.index_fill(-1, torch.tensor([end]), 1e4)
-        )
         out = house.model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=end)
+    hook.remove()  # the model is that of the next tests too
     assert out[0, len(ids[0]) :].tolist() == [end]
 
 
