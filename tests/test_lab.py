@@ -101,8 +101,10 @@ def test_a_chapter_reads_well_in_jupyterlab(page, notebook: Path) -> None:
             assert cells[i + 1]["text"].startswith("Figure "), f"cell {i}: no visible caption"
         if options.get("include") is False:
             assert not cells[i]["source"], f"cell {i}: not for the reader, and not folded"
-    assert any("→" in link or "←" in link for link in cells[1]["links"]), "links to the neighbors at the head"
-    assert any("→" in link or "←" in link for link in cells[-1]["links"]), "links to the neighbors at the foot"
+    for where, cell in (("head", cells[1]), ("foot", cells[-1])):
+        assert any(word in link for link in cell["links"] for word in ("→", "←", "Contents")), (
+            f"no way on at the {where}"
+        )
 
 
 def test_the_look_can_fail() -> None:
