@@ -16,6 +16,7 @@ for path in (os.getenv("QUARTO_PROJECT_OUTPUT_FILES") or ""):gmatch("[^\n]+") do
     clean = clean:gsub('(data%-bs%-toggle="collapse" data%-bs%-target="#quarto%-sidebar%-section%-%d+") aria', '%1 role="button" aria')
     clean = clean:gsub('role="button" role="button"', 'role="button"')
     clean = clean:gsub('<nav id="quarto%-sidebar"', '<nav id="quarto-sidebar" aria-label="Chapters"')
+    clean = clean:gsub('<nav class="quarto%-secondary%-nav"', '<nav class="quarto-secondary-nav" aria-label="Where you are"')
     clean = clean:gsub('<nav id="TOC"', '<nav id="TOC" aria-label="On this page"')
     if clean ~= html then
       file = assert(io.open(path, "wb"))
