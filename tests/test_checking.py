@@ -117,7 +117,9 @@ class TestMasters:
     @master
     def test_size(self, path: Path) -> None:
         exercises = checking.load_sheet(path.stem).values()
-        assert len(exercises) >= 3  # a short chapter has a short sheet
+        # a chapter that was split, or has little to practice, has a shorter sheet: exactly these
+        short = {"runtime": 5, "plotting": 3, "data": 6, "cleaning": 4, "evaluation": 7}
+        assert len(exercises) >= short.get(path.stem, 8)
         assert all(len(ex.wrong_answers) >= 5 for ex in exercises)
 
     @master

@@ -96,4 +96,4 @@ def test_reasons_are_reasons() -> None:
     for sheet in checking.sheets():
         for ex in checking.load_sheet(sheet).values():
             for line, reason in ex.equivalent.items():
-                assert line and len(reason) >= 10, f"{ex.id}: {line}: {reason!r}"
+                assert line and len(reason) >= 15, f"{ex.id}: {line}: {reason!r}"

@@ -764,7 +764,7 @@ ex = exercise(
         "`copy.deepcopy` of the three state dicts when the snapshot is taken, and of the optimizer's once more when it is restored; `get_state` and `set_state` for the generator.",
     ),
     equivalent={
-        'pass # """All that a run needs to go on exactly: weights, optimizer, schedule, random numbers, position."""': 'the docstring',
+        'pass # """All that a run needs to go on exactly: weights, optimizer, schedule, random numbers, position."""': 'only the docstring is gone',
     },
 )
 
