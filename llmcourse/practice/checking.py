@@ -438,6 +438,8 @@ def _difference(want: Any, got: Any, c: Case, where: str = "") -> str:
 
 def _compare(want: dict, got: dict, c: Case) -> str:
     """How the outcome `got` differs from the outcome `want`, as a sentence for the learner; empty when it is right."""
+    if got["kind"] == "error" and got["type"] == "ReadyMade":
+        return got["message"]
     if c.error:
         allowed = " or ".join(c.error)
         if got["kind"] == "value":

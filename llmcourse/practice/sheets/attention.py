@@ -23,30 +23,9 @@ def seeded() -> torch.Generator:
 
 def alone(answer, *args, **kwargs):
     """Call the answer; a call of the chapter's functions or of PyTorch's attention inside it is not accepted."""
-    import sys
+    from llmcourse.practice.unaided import unaided
 
-    found = []
-
-    def watch(frame, event, what):
-        if event == "call":
-            module = frame.f_globals.get("__name__") or ""
-            if module.startswith("llmcourse.") and not module.startswith("llmcourse.practice"):
-                found.append(f"{module}.{frame.f_code.co_name}")
-        elif event == "c_call" and "scaled_dot_product" in getattr(what, "__name__", ""):
-            found.append(what.__name__)
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        result = answer(*args, **kwargs)
-    except ValueError:
-        if not found:
-            raise
-    finally:
-        sys.setprofile(before)
-    if found:
-        raise RuntimeError(f"{found[0]} was called; this exercise asks you to write that part yourself")
-    return result
+    return unaided(answer, *args, chapter="attention", torch_functions=("scaled_dot_product*", "*multi_head_attention*"), **kwargs)
 
 
 def apart(*cases):
@@ -86,29 +65,9 @@ ex = exercise(
 
 def no_softmax(answer, *args, **kwargs):
     """Call the answer; a softmax of PyTorch or of the chapter inside it is not accepted."""
-    import sys
+    from llmcourse.practice.unaided import unaided
 
-    found = []
-
-    def watch(frame, event, what):
-        module = (frame.f_globals.get("__name__") or "") if event == "call" else ""
-        if module.startswith("llmcourse.") and not module.startswith("llmcourse.practice"):
-            found.append(f"{module}.{frame.f_code.co_name}")
-        elif event == "c_call" and "softm" in getattr(what, "__name__", ""):
-            found.append(what.__name__)
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        result = answer(*args, **kwargs)
-    except ValueError:
-        if not found:
-            raise
-    finally:
-        sys.setprofile(before)
-    if found:
-        raise RuntimeError(f"{found[0]} was called; this exercise asks you to write that part yourself")
-    return result
+    return unaided(answer, *args, chapter="attention", torch_functions=("*softm*",), **kwargs)
 
 
 @ex.cases
@@ -1595,9 +1554,9 @@ ex = exercise(
 
 def watched(answer, q, k, v, block):
     """Call the answer and watch for a table of all scores."""
-    import sys
-
     from torch.overrides import TorchFunctionMode
+
+    from llmcourse.practice.unaided import unaided
 
     T, S, found = q.shape[-2], k.shape[-2], []
 
@@ -1608,23 +1567,10 @@ def watched(answer, q, k, v, block):
                 found.append("a table of all scores was made; go through the keys block by block")
             return result
 
-    def watch(frame, event, what):
-        module = (frame.f_globals.get("__name__") or "") if event == "call" else ""
-        if module.startswith("llmcourse.") and not module.startswith("llmcourse.practice"):
-            found.append(f"{module}.{frame.f_code.co_name} was called; this exercise asks you to write that part yourself")
-        elif event == "c_call" and "scaled_dot_product" in getattr(what, "__name__", ""):
-            found.append(f"{what.__name__} was called; this exercise asks you to write that part yourself")
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        with Watch():
-            result = answer(q, k, v, block)
-    except ValueError:
-        if not found:
-            raise
-    finally:
-        sys.setprofile(before)
+    with Watch():
+        result = unaided(
+            answer, q, k, v, block, chapter="attention", torch_functions=("scaled_dot_product*", "*multi_head_attention*")
+        )
     if found:
         raise RuntimeError(found[0])
     return result

@@ -1,0 +1,99 @@
+"""Exercises that ask for a thing to be written: inside them the ready function is not accepted.
+
+The functions of the chapters get another code object for the time of the call, so that a name which the learner
+imported earlier is caught as well; PyTorch's own functions are seen by a `TorchFunctionMode`. A profile function
+(`sys.setprofile`) would see both, but together with the alarm of `time_limit` CPython 3.11 can spin in it for ever.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from types import CodeType, FunctionType
+from typing import Any
+
+from llmcourse.practice.worker import TimeLimit
+
+__all__ = ["ReadyMade", "unaided"]
+
+
+class ReadyMade(Exception):
+    """The answer called what the exercise asks for."""
+
+
+_refusals: list[ReadyMade] = []  # of the call that is going on: an answer may have caught them
+
+
+def _refuse(name: str) -> None:
+    _refusals.append(ReadyMade(f"You called {name}; this exercise asks you to write that part yourself."))
+    raise _refusals[-1]
+
+
+def _instead(*args: Any, **kwargs: Any) -> None:
+    """What runs in place of a function of the chapters, under its name and among the globals of its module."""
+    from sys import _getframe
+
+    from llmcourse.practice.unaided import _refuse
+
+    _refuse(f"{__name__}.{_getframe().f_code.co_name}")
+
+
+def _is_ours(module: Any) -> bool:
+    """Whether this is the name of a module of the chapters."""
+    return str(module).startswith("llmcourse.") and not str(module).startswith("llmcourse.practice")
+
+
+@functools.cache
+def _functions(modules: tuple[str, ...]) -> list[tuple[FunctionType, CodeType]]:
+    """The functions and methods that these modules of the chapters define, each with the code that refuses it."""
+    found: dict[FunctionType, CodeType] = {}
+    for module in modules:
+        named = list(vars(sys.modules[module]).values())
+        named += [f for c in named if isinstance(c, type) and _is_ours(c.__module__) for f in vars(c).values()]
+        for f in named:
+            f = getattr(f, "fget" if isinstance(f, property) else "__func__", f)
+            f = inspect.unwrap(f) if isinstance(f, FunctionType) else f
+            if isinstance(f, FunctionType) and _is_ours(f.__module__):
+                found[f] = _instead.__code__.replace(co_name=f.__name__, co_freevars=f.__code__.co_freevars)
+    return list(found.items())
+
+
+def unaided(answer: Callable, *args: Any, chapter: str, torch_functions: Sequence[str] = (), **kwargs: Any) -> Any:
+    """Call the answer; a call of a function of the chapters inside it raises `ReadyMade`, also when that was caught.
+
+    Args:
+        answer, args, kwargs: the learner's function and what it is given.
+        chapter: the module that holds the ready function: it is loaded first, so that the answer cannot load it.
+        torch_functions: patterns of the names of PyTorch's functions that are refused too, as "*softmax".
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if any(fnmatch.fnmatchcase(name, p) for p in torch_functions):
+                _refuse(f"torch's {name}")
+            return func(*args, **(kwargs or {}))
+
+    importlib.import_module(f"llmcourse.{chapter}")
+    was: list[tuple[FunctionType, CodeType]] = []
+    _refusals.clear()
+    try:
+        for f, refusing in _functions(tuple(sorted(filter(_is_ours, sys.modules)))):
+            was.append((f, f.__code__))
+            f.__code__ = refusing
+        with Watch():
+            return answer(*args, **kwargs)
+    finally:
+        while was:  # also when the alarm rings here
+            try:
+                was[-1][0].__code__ = was[-1][1]
+                was.pop()
+            except TimeLimit:
+                continue
+        if _refusals:
+            raise _refusals[0] from None
