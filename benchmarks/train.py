@@ -1,21 +1,25 @@
 """Tokens per second and peak memory of our trainer, a bare loop, and transformers.Trainer.
 
-    python benchmarks/train.py               # float32 and bfloat16, eager; 8 rounds of 6 timed steps
-    python benchmarks/train.py --compiled    # also with torch.compile (some minutes more)
-    python benchmarks/train.py --quick       # a smoke run: its numbers mean nothing
+    python benchmarks/train.py                    # float32 and bfloat16, eager; 8 rounds of 6 timed steps
+    python benchmarks/train.py --compiled         # also with torch.compile (some minutes more)
+    python benchmarks/train.py --nanogpt nanoGPT   # also its model, from a checkout of karpathy/nanoGPT
+    python benchmarks/train.py --quick            # a smoke run: its numbers mean nothing
 
 One shape of model, the same batches of 8 × 256 tokens, AdamW, clipping to 1, a cosine schedule. Our `GPT` and
 transformers' Llama compute the same function; each trainer is measured with the model that its users have, and ours
-with both, so that model and trainer can be told apart. A step is timed from one forward pass to the next, for all in
-the same way, so set-up does not count and everything in the loop does. Candidates take turns; one of them stands there
-twice as null control.
+with both, so that model and trainer can be told apart. "GPT-2's parts" is our `GPT` as nanoGPT builds its model:
+layer norm, GELU, a table of positions, as many parameters to 2 %; what it gains is the price of Llama's parts. A step
+is timed from one forward pass to the next, for all in the same way, so set-up does not count and everything in the
+loop does. Candidates take turns; one of them stands there twice as null control.
 Memory is measured in a new process each. Results: benchmarks/results/train.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import platform
@@ -60,6 +64,25 @@ class Rows(torch.utils.data.Dataset):
 def our_model(shape: dict) -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig(**shape))
+
+
+def gpt2_model(shape: dict) -> GPT:
+    """Our `GPT` from the parts that nanoGPT's model has."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**shape, norm="layer", ffn="gelu", position="learned"))
+
+
+def nanogpt_model(shape: dict):
+    """nanoGPT's own model, from the checkout that `--nanogpt` names; its losses come out of its forward pass."""
+    from model import GPT as Theirs
+    from model import GPTConfig as TheirConfig
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": shape["n_layers"], "n_head": shape["n_heads"], "n_embd": shape["d_model"]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return Theirs(
+            TheirConfig(block_size=shape["context"], vocab_size=shape["vocab_size"], bias=False, dropout=0.0, **sizes)
+        )
 
 
 def their_model(shape: dict):
@@ -107,8 +130,11 @@ def run_bare(model, shape: dict, batch: int, steps: int, precision: str, compile
     for step in range(steps):
         ids = rt.move(torch.stack([data[i] for i in order[step * batch % len(data) :][:batch].tolist()]))
         with torch.autocast(rt.device.type, dtype=AUTOCAST[precision], enabled=precision != "float32"):
-            logits = called(ids[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            if isinstance(model, GPT):
+                logits = called(ids[:, :-1])
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            else:  # nanoGPT
+                loss = called(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -153,7 +179,10 @@ CANDIDATES = {
     "our trainer again (control)": (run_ours, our_model),
     "transformers.Trainer, Llama": (run_theirs, their_model),
     "our trainer, Llama": (run_ours, their_model),
+    "bare loop, GPT-2's parts": (run_bare, gpt2_model),
+    "bare loop, nanoGPT": (run_bare, nanogpt_model),
 }
+NANOGPT = "bare loop, nanoGPT"
 
 
 def measure(
@@ -182,8 +211,9 @@ def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
     return float(np.median(b) / np.median(a)), float(low), float(high)
 
 
-def memory_of(name: str, precision: str, quick: bool) -> int:
+def memory_of(name: str, precision: str, quick: bool, nanogpt: Path | None) -> int:
     command = [sys.executable, __file__, "--memory", name, "--precision", precision, *(["--quick"] if quick else [])]
+    command += ["--nanogpt", str(nanogpt)] if nanogpt else []
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -191,6 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds")
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT: its model is timed as well")
     parser.add_argument("--rounds", type=int, default=8, help="how often each candidate is timed")
     parser.add_argument("--memory", choices=CANDIDATES, help="print the peak memory of one candidate and stop")
     parser.add_argument("--precision", choices=AUTOCAST, default="float32", help="for --memory")
@@ -199,6 +230,8 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if options.nanogpt:
+        sys.path.insert(0, str(options.nanogpt))
     settings = load_settings()
     rt = Runtime.auto(settings.device, "float32")
     shape, batch, steps, rounds = (QUICK, 2, 5, 2) if options.quick else (SHAPE, 8, 9, options.rounds)
@@ -210,7 +243,7 @@ def main() -> int:
         print(peak_memory(lambda: run(model, shape, batch, 3, options.precision, False, rt), rt))
         return 0
 
-    names = list(CANDIDATES)
+    names = [name for name in CANDIDATES if options.nanogpt or name != NANOGPT]
     report = {
         "shape": shape,
         "parameters": sum(p.numel() for p in our_model(shape).parameters()),
@@ -247,29 +280,30 @@ def main() -> int:
                 "seconds_per_step": seconds[name],
             }
             if not compiled:
-                rows[name]["peak_bytes"] = memory_of(name, precision, options.quick)
+                rows[name]["peak_bytes"] = memory_of(name, precision, options.quick, options.nanogpt)
             print(
                 f"{precision:<9}{'compiled' if compiled else 'eager':<9}{name:<30}"
                 f"{rows[name]['tokens_per_second']:>9,.0f} tok/s   "
                 f"{base[0]:.3f} ({base[1]:.3f} to {base[2]:.3f}) of the bare loop"
                 + (f"   {format_bytes(rows[name]['peak_bytes'])}" if not compiled else "")
             )
-        for a, b in (
-            ("our trainer again (control)", "our trainer, our GPT"),
-            ("our trainer, our GPT", "transformers.Trainer, Llama"),
-            ("our trainer, Llama", "transformers.Trainer, Llama"),
-        ):
+        pairs = {
+            "null_control": ("our trainer again (control)", "our trainer, our GPT"),
+            "ours_against_trainer": ("our trainer, our GPT", "transformers.Trainer, Llama"),
+            "ours_against_trainer_same_model": ("our trainer, Llama", "transformers.Trainer, Llama"),
+            "llama_parts_against_gpt2_parts": ("bare loop, our GPT", "bare loop, GPT-2's parts"),
+        }
+        if options.nanogpt:
+            pairs["ours_against_nanogpt"] = ("bare loop, our GPT", NANOGPT)
+            pairs["gpt2_parts_against_nanogpt"] = ("bare loop, GPT-2's parts", NANOGPT)
+        for a, b in pairs.values():
             print(f"{'':<18}{a} against {b}: {'{:.3f} ({:.3f} to {:.3f})'.format(*ratio(seconds[a], seconds[b]))}")
         report["runs"].append(
             {
                 "precision": precision,
                 "compiled": compiled,
                 "candidates": rows,
-                "null_control": ratio(seconds["our trainer again (control)"], seconds["our trainer, our GPT"]),
-                "ours_against_trainer": ratio(seconds["our trainer, our GPT"], seconds["transformers.Trainer, Llama"]),
-                "ours_against_trainer_same_model": ratio(
-                    seconds["our trainer, Llama"], seconds["transformers.Trainer, Llama"]
-                ),
+                **{what: ratio(seconds[a], seconds[b]) for what, (a, b) in pairs.items()},
             }
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)
