@@ -8,7 +8,7 @@ __all__ = ['layer_norm', 'rms_norm', 'RMSNorm', 'FFN', 'SwiGLU', 'GPTConfig', 'A
 # %% ../nbs/04_model.ipynb #da62a3b5
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -154,7 +154,8 @@ class GPTConfig:
     capacity_factor: float | None = None
     """in training, an expert takes at most so many times its fair share of tokens; None: any"""
 
-    def __post_init__(self): _complete(self)
+    def __post_init__(self):
+        _complete(self)
 
     @property
     def head_dim(self) -> int:
@@ -327,6 +328,11 @@ class GPT(LlamaFiles, nn.Module):
             layer = None if cache is None else cache.layers[i]
             x = block(x, rotation=rotation, mask=mask, cache=layer)
         return self.norm(x)
+
+    @property
+    def base_model(self) -> Callable[..., Tensor]:
+        """All but the head, by the name that transformers gives it."""
+        return self.hidden
 
     def forward(
         self, ids: Tensor, *, attention_mask: Tensor | None = None,

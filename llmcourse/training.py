@@ -11,6 +11,7 @@ __all__ = ['IGNORE', 'token_losses', 'causal_lm_loss', 'batch_parts', 'require_c
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ from .checkpoints import describe, differences, digest, own_random_numbers, seed
 from .checkpoints import joined_weights, load_optimizer, load_weights, set_aside, state_of
 from .data import TokenData
 from .launch import accelerator, check_machine, is_sharded, recomputing
-from .model import GPT, GPTConfig
+from .model import GPTConfig
 from .optim import lr_factor, make_optimizer
 from .runtime import Runtime, benchmark, evaluating, progress
 from .settings import BadInput, number, one_of, require, whole
@@ -108,17 +109,29 @@ def require_causal(model: Any, why: str) -> None:
     require(causal, "model", "a GPT with causal=False", f"one with causal=True: {why}")
 
 
+def _require_known(part: Callable, ids: Tensor, more: Mapping[str, Any]) -> None:
+    """Refuse entries of a batch for which a model, or its body, has no argument."""
+    if not more:
+        return
+    try:
+        inspect.signature(getattr(part, "forward", part)).bind(ids, **more)
+    except TypeError as e:  # got an unexpected keyword argument …
+        allowed = "input_ids, labels, attention_mask, and what else the model takes"
+        raise BadInput(f"batch {e}; allowed: {allowed}.") from None
+
+
 def hidden_states(
     model: Any, ids: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> Tensor:
     """The stream after the last norm, (B, T) → (B, T, D), of a `GPT` or a model of transformers."""
-    if not isinstance(model, GPT):
-        known = isinstance(model, nn.Module) and hasattr(model, "config")
-        require(known, "model", type(model).__name__, "a GPT or a model of transformers")
-        out = model(ids, attention_mask=attention_mask, output_hidden_states=True, **more)
-        return out.hidden_states[-1]
-    require(not more, "batch", ", ".join(more), "input_ids, labels, attention_mask, for a GPT")
-    return model.hidden(ids, attention_mask=attention_mask)
+    body = getattr(model, "base_model", None)  # all but the head; both call it so
+    allowed = "a GPT or a model of transformers with a body that stands apart from its head"
+    require(body is not None, "model", type(model).__name__, allowed)
+    _require_known(body, ids, more)
+    out = body(ids, attention_mask=attention_mask, **more)
+    hidden = getattr(out, "last_hidden_state", out)
+    require(isinstance(hidden, Tensor), "model", type(model).__name__, allowed)
+    return hidden
 
 
 def losses_at(
@@ -127,13 +140,15 @@ def losses_at(
     """`token_losses` of `model` for labels (B, T) that stand where they are predicted (no shift
     here)."""
     counted = labels != IGNORE
-    if isinstance(model, GPT) and (more or attention_mask is not None or not bool(counted.all())):
+    head = getattr(model, "head", None)  # a GPT's logits are head(hidden); others may do more
+    if head is not None and not bool(counted.all()):
         # the head is the most expensive layer of a small model: it runs only where a label counts
         hidden = hidden_states(model, ids, attention_mask, **more)[counted]  # (n, D)
-        return F.cross_entropy(model.head(hidden).float(), labels[counted], reduction="none")
-    out = model(
-        ids, **more, **({} if attention_mask is None else {"attention_mask": attention_mask})
-    )
+        return F.cross_entropy(head(hidden).float(), labels[counted], reduction="none")
+    _require_known(model, ids, more)
+    if attention_mask is not None:
+        more["attention_mask"] = attention_mask
+    out = model(ids, **more)
     return token_losses(getattr(out, "logits", out), labels)
 
 # %% ../nbs/07_training.ipynb #f535359d

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from archs import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 from llmcourse import objectives as O
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.settings import BadInput
+from llmcourse.training import hidden_states
 
 TOL = {"rtol": 1e-5, "atol": 1e-6}
 few = settings(max_examples=40, deadline=None)
@@ -141,6 +143,20 @@ class TestCausal:
         losses = O.causal_lm_loss(llama, batch)
         assert losses.shape == (3 + 1,)
         assert_close(losses.mean(), llama(**batch).loss, **TOL)
+
+    @pytest.mark.parametrize("name", ["ours", "llama", "gemma2", "gpt2", "opt", "phi3", "mixtral", "falcon"])
+    def test_hidden_states_of_every_kind_of_model(self, name: str) -> None:
+        """Ours and those of transformers are asked in one way, and without running the head."""
+        model, text = build(name), texts()
+        with torch.no_grad():
+            found = hidden_states(model, text)
+            if name == "ours":
+                wanted = model.hidden(text)
+            else:
+                wanted = model(text, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(found, wanted)
+        with pytest.raises(BadInput, match="model is"):
+            hidden_states(torch.nn.Linear(2, 2), text)
 
     def test_head_only_where_it_counts(self) -> None:
         """The fast way through a GPT is the slow one."""
