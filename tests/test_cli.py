@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,15 @@ def test_start_unpacks_the_course_and_does_not_touch_what_is_there(unpacked, tmp
     (tmp_path / "mine" / "file").write_text("x")
     assert run_cli("start", tmp_path / "mine").returncode == 2
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_three_start_at_once_and_one_wins(tmp_path):
+    with ThreadPoolExecutor(3) as pool:
+        ended = list(pool.map(lambda _: run_cli("start", tmp_path / "course"), range(3)))
+    assert sorted(e.returncode for e in ended) == [0, 2, 2], [e.stderr for e in ended]
+    assert all(e.stderr.count("\n") == 1 and "DIR is" in e.stderr for e in ended if e.returncode)
+    assert [p.name for p in tmp_path.iterdir()] == ["course"]
+    assert (tmp_path / "course" / "nbs" / "index.ipynb").is_file()
 
 
 def test_learners_do_not_get_the_teachers_page_nor_the_solutions(unpacked):

@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ pytest.importorskip("nbgrader", reason='nbgrader is not installed: pip install "
 import nbformat
 import psutil
 import torch
+from conftest import clean_env
 from example_sheet import ROOT, build, tool
 from typer.testing import CliRunner
 
@@ -382,3 +384,35 @@ def test_the_grading_process_is_one_files_result(sheet) -> None:
     graded = grading.grade_apart("a.ipynb", text=nbformat.writes(nb), limits=grading.Limits(cell_seconds=60))
     said = [graded.error, *(r.sentence for r in graded.results)]
     assert not graded.passed and any("the process that graded it ended" in s for s in said), said
+
+
+@linux
+def test_a_sheet_makes_so_many_files_and_no_more(sheet, place: str) -> None:
+    """Endless small files would fill the disk's table of files, which no limit of the system counts."""
+    body = "import os\nfor i in range(2000): {}\nreturn v"
+    for making in ("open(f'f{i}', 'w').close()", "os.mkdir(f'd{i}')", "os.symlink('x', f's{i}')"):
+        result = attend(sheet, body.format(making))
+        assert "more than 1000 files" in repr(result), result
+    assert "more than" not in repr(
+        attend(sheet, "for i in range(2000): open(__import__('os').devnull).close()\nreturn v")
+    )
+
+
+@linux
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give it up")
+@pytest.mark.parametrize("readable", [True, False])
+def test_root_without_landlock_becomes_nobody(readable: bool, tmp_path: Path) -> None:
+    """In a process of its own: Python's folders are told to be where nobody may look, or may not."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    code = (
+        "import ctypes, os, platform, sys\nfrom llmcourse.practice import walls\nwalls._landlock = lambda *a: False\n"
+        f"sys.prefix = sys.base_prefix = {'/' if readable else str(closed)!r}\nsys.path[:] = []\n"
+        f"folder = {str(tmp_path / 'scratch')!r}\nos.mkdir(folder)\n"
+        "print(walls.confine([], [], [folder]), os.getuid(), os.getgid(), os.getgroups())\n"
+        "os.chdir('/')\n"
+        "try: open('/etc/shadow').read(); print('read')\nexcept OSError: print('refused')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_env(), capture_output=True, text=True)
+    nobody = "['nobody', 'seccomp'] 65534 65534 []\nrefused\n"
+    assert run.stdout == nobody if readable else "['seccomp'] 0 0" in run.stdout and "nobody" not in run.stdout, run

@@ -4,7 +4,8 @@
   system in memory that shows only what PyTorch needs; all of it ends with the grader.
 - `landlock` (Linux kernel): only these files may be read, only one folder written, no signals to other processes.
 - `seccomp` (Linux kernel): only these system calls; no new process, no socket, no look at or change of another process.
-- `limits`: memory, processor time, size of one file.
+- `nobody`: root without Landlock becomes the user nobody, where nobody may read what Python needs.
+- `limits`: memory, processor time, size of one file, number of files.
 - Python's audit hook: what it can, and all there is elsewhere. Whoever is determined gets around it.
 """
 
@@ -17,11 +18,13 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = ["bubblewrap", "confine", "die_with_parent", "limit", "refuse", "remove"]
 
 MEMORY_DISK = 64 * 2**20  # bytes of the file system in memory, for all that a sheet writes
+MAX_FILES = 1000  # that a sheet makes, folders and links included
+_NOBODY = 65534
 
 
 # --------------------------------------------------------------------------------------- bubblewrap
@@ -47,7 +50,17 @@ def _works() -> bool:
 
 
 def _options() -> list[str]:
-    options = ["bwrap", "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+    options = [
+        "bwrap",
+        "--unshare-all",
+        "--unshare-user",
+        "--uid",
+        str(_NOBODY),
+        "--gid",
+        str(_NOBODY),
+        "--cap-drop",
+        "ALL",
+    ]
     options += ["--die-with-parent", "--new-session", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     for path in ("/bin", "/lib", "/lib64", "/sbin"):
         if os.path.islink(path):  # /lib -> usr/lib: where the dynamic loader is looked for
@@ -118,12 +131,22 @@ def refuse(hidden: list[str], strict: bool) -> None:
     """
     also = _NO_C if strict else ()
     hidden = [os.path.realpath(p) for p in hidden]
+    made = 0
+
+    def makes(event: str, args: tuple) -> bool:
+        flags = args[2] if event == "open" and len(args) > 2 and isinstance(args[2], int) else 0
+        return event in ("os.mkdir", "os.link", "os.symlink") or bool(flags & os.O_CREAT)
 
     def hook(event: str, args: tuple) -> None:
         if event in _NO_PROCESS:
             raise PermissionError("starting another process is not allowed in an exercise")
         if event in _NO_OTHER or event in also:
             raise PermissionError(f"{event} is not allowed in an exercise")
+        if makes(event, args):
+            nonlocal made
+            made += 1
+            if made > MAX_FILES:
+                raise PermissionError(f"more than {MAX_FILES} files are not allowed in an exercise")
         if event == "import" and str(args[0]).startswith("llmcourse.practice.sheets"):
             raise ImportError("the checker cannot be imported in an exercise")
         if event in ("open", "os.listdir", "os.scandir", "os.link", "os.rename", "os.symlink") and isinstance(
@@ -204,7 +227,35 @@ def confine(readable: Iterable[str], listable: Iterable[str], writable: Iterable
     if libc.prctl(38, 1, 0, 0, 0):  # no new privileges: the condition for both
         return []
     done = ["landlock"] if _landlock(libc, readable, listable, writable) else []
+    if not done and _give_up_root(writable):
+        done = ["nobody"]
     return [*done, "seccomp"] if _seccomp(libc) else done
+
+
+def _give_up_root(writable: Iterable[str]) -> bool:
+    """Where nothing else stands between a learner's code and root's files: go on as nobody, for good.
+
+    Only if nobody may read Python and its packages; otherwise the next import would fail.
+    """
+    if os.geteuid() != 0:
+        return False
+    needed = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, *sys.path) if os.path.isdir(p)}
+    above = {parent for p in needed for parent in _parents(p)}
+    if not all(os.stat(p).st_mode & 0o5 == 0o5 for p in needed) or not all(os.stat(p).st_mode & 1 for p in above):
+        return False
+    for path in writable:
+        if os.path.isdir(path):
+            os.chown(path, _NOBODY, _NOBODY)
+    os.setgroups([])
+    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    return True
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        yield path
 
 
 def _landlock(libc, readable: Iterable[str], listable: Iterable[str], writable: Iterable[str]) -> bool:
