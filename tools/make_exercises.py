@@ -29,6 +29,7 @@ import nbformat  # noqa: E402
 
 from llmcourse.practice import checking, grading  # noqa: E402
 from llmcourse.practice.classroom import directive  # noqa: E402
+from llmcourse.practice.exercises import REGISTRY  # noqa: E402
 from llmcourse.settings import BadInput  # noqa: E402
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
@@ -130,7 +131,7 @@ def loaded(text: str, sheet: str):
     import llmcourse.practice.sheets as package
 
     name = f"llmcourse.practice.sheets.{sheet}"
-    before, registered = sys.modules.pop(name, None), checking._REGISTRY.pop(name, None)
+    before, registered = sys.modules.pop(name, None), REGISTRY.pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{sheet}.py").write_text(text, encoding="utf8")
         package.__path__.insert(0, folder)
@@ -138,15 +139,15 @@ def loaded(text: str, sheet: str):
         linecache.checkcache()
         try:
             importlib.import_module(name)
-            yield checking._REGISTRY.get(name, {})
+            yield REGISTRY.get(name, {})
         finally:
             package.__path__.remove(folder)
             sys.modules.pop(name, None)
-            checking._REGISTRY.pop(name, None)
+            REGISTRY.pop(name, None)
             if before is not None:
                 sys.modules[name] = before
             if registered is not None:
-                checking._REGISTRY[name] = registered
+                REGISTRY[name] = registered
             importlib.invalidate_caches()
 
 

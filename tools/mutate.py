@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llmcourse.practice import checking  # noqa: E402
+from llmcourse.practice.comparing import compare  # noqa: E402
+from llmcourse.practice.exercises import outcome_of  # noqa: E402
 
 SCORES = ROOT / "tests" / "mutation"
 VERSION = 2  # of the operators: a score made with others is old
@@ -215,10 +217,8 @@ def _killed(ex: checking.Exercise, source: str) -> bool:
         exec(compile(source, "<mutant>", "exec"), space)
     except BaseException:
         return True
-    for c, want in zip(ex.all_cases(), ex.expected()):
-        if checking._compare(want, checking._outcome(space.get(ex.name), c), c):
-            return True
-    return False
+    outcomes = ((c, want, outcome_of(space.get(ex.name), c)) for c, want in zip(ex.all_cases(), ex.expected()))
+    return any(compare(want, got, c) for c, want, got in outcomes)
 
 
 def _start(ex: checking.Exercise, mutant: Mutant, seconds: float, folder: str) -> int:

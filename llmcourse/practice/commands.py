@@ -21,16 +21,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
     """Bad input ends the command with its one sentence and exit code 2."""
-    from llmcourse.practice import checking
+    from llmcourse.practice import cards
 
-    before, checking.IN_SHELL = checking.IN_SHELL, True
+    before, cards.IN_SHELL = cards.IN_SHELL, True
     try:
         yield
     except BadInput as e:
-        print(f"llmcourse: {checking.clean(e)}", file=sys.stderr)
+        print(f"llmcourse: {cards.clean(e)}", file=sys.stderr)
         raise typer.Exit(2) from None
     finally:
-        checking.IN_SHELL = before
+        cards.IN_SHELL = before
 
 
 def _console():
@@ -222,14 +222,14 @@ def progress(
     as_json: AsJson = False,
 ) -> None:
     """What is passed, and how many tries and hints it took."""
-    from llmcourse.practice import checking
+    from llmcourse.practice.records import Progress, overview
 
     with _plainly():
         if merge is not None:
             if not merge.is_file():
                 raise BadInput(f"--merge is {str(merge)!r}; allowed: an existing progress file.")
-            checking.Progress().merge(merge)
-        seen = checking._overview(_chapters().get(sheet, sheet))
+            Progress().merge(merge)
+        seen = overview(_chapters().get(sheet, sheet))
     if as_json:
         print(json.dumps(seen.to_dict(), indent=1))
         return

@@ -35,6 +35,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from llmcourse.practice import checking, walls
+from llmcourse.practice.exercises import read_reply
 from llmcourse.practice.worker import as_python, busy_seconds, read_message, timeout_outcome, write_message
 from llmcourse.settings import BadInput, course_root, load_settings, require
 
@@ -486,7 +487,7 @@ def _call(ex: checking.Exercise, child: Child, errors: dict[_Cell, dict]) -> tup
                 sentence = f"The cell that should define {ex.name} stopped with {e['type']}: {e['message']}"
                 line = f"{e['lineno']}: {e['line']}" if e.get("line") else ""
                 return ex.failed(sentence, line=line), e["type"] == "NameError"
-            outcome = checking._read(_plain(reply), back, c)
+            outcome = read_reply(_plain(reply), back, c)
         except TimeoutError:
             outcome = timeout_outcome(ex.time_limit)
         except (Gone, ValueError, KeyError, TypeError) as e:
