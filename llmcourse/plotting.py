@@ -574,10 +574,12 @@ def attention_map(
     for what, labels, n in (("tokens", tokens, queries), ("names", names, heads)):
         given = n if labels is None else len(labels)
         require(given == n, f"number of {what}", given, f"{n}, as the weights")
-    across = min(heads, 3)
+    across = min(heads, 3 if tokens is None or queries <= 14 else 2)
     down, side = -(-heads // across), min(4.2, max(2.4, 0.36 * queries + 1))
     side = min(side, (WIDEST - 1.2) / across)
-    size = (side * across + 1.2, side * down + 0.5)
+    upright = tokens is not None and 72 * 0.8 * side / queries < 12  # points: no room for a slant
+    names_below = 0.09 * max(map(len, tokens)) if upright else 0.0  # inches
+    size = (side * across + 1.2, (side + names_below) * down + 0.5)
     fig, axes = new_figure(alt, rows=down, columns=across, size=size)
     shown = np.ma.masked_equal(w, 0)  # what cannot be seen at all is left white
     scale = {"cmap": "cividis", "vmin": 0, "vmax": float(w.max())}
@@ -587,6 +589,12 @@ def attention_map(
                 ax.set_visible(False)
                 continue
             image = _draw_matrix(ax, shown[h], tokens, tokens, False, **scale)
+            if upright:
+                ax.tick_params(labelsize=9)
+                turn = {"rotation": 90, "ha": "center", "va": "top", "rotation_mode": "default"}
+                ax.set_xticks(range(keys), tokens, **turn)
+            if h % across:  # the same tokens stand at the first panel of the row
+                ax.tick_params(labelleft=False)
             ax.set_title(names[h] if names is not None else f"head {h}" if heads > 1 else title)
             ax.set_ylabel("query" if h % across == 0 else "")
             ax.set_xlabel("key" if h // across == down - 1 else "")

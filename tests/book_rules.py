@@ -176,6 +176,8 @@ def front_matter_complete(name: str, nb: dict, chapters: set[str], keys: set[str
         # One lower-case word is the name of a chapter and becomes a link; other things are said in words.
         if re.fullmatch(r"[a-z_]+", str(need)) and need not in chapters:
             problems.append(f"course.needs names {need!r}, which is no chapter")
+        if str(need).lower() in chapters and need not in chapters:
+            problems.append(f"course.needs names {need!r}: write {str(need).lower()!r}, then it becomes a link")
     for source in course.get("sources") or []:
         if str(source).removeprefix("@") not in keys:
             problems.append(f"course.sources names {source!r}, which is not in references.bib")
@@ -224,6 +226,36 @@ def figures_described(nb: dict) -> list[str]:
             problems.append(
                 f"cell {i}: `#| fig-alt:` has {len(alt)} characters, want {MIN_ALT} or more that say what is to be seen"
             )
+    return problems
+
+
+def figures_folded(nb: dict) -> list[str]:
+    """A reader of the page wants the figure: the code that draws it is folded, unless the cell says that it stays."""
+    return [
+        f"cell {i}: {label} says neither `#| code-fold: true` nor `false`: run tools/form.py"
+        for i, cell in cells(nb, "code")
+        if (label := str(directives(cell)[0].get("label", ""))).startswith("fig-")
+        and not isinstance(directives(cell)[0].get("code-fold"), bool)
+    ]
+
+
+def figures_referred_to(nb: dict) -> list[str]:
+    """A sentence right before or right after a figure names it and says what to see there: `@fig-levels`.
+
+    tools/form.py writes that as [Figure 1](#fig-levels), which JupyterLab shows too.
+    """
+    words = {
+        i: text(c["source"])
+        for i, c in cells(nb, "markdown")
+        if c.get("id") not in ("head", "foot") and not str(c.get("id", "")).endswith("-caption")
+    }
+    problems = []
+    for i, cell in cells(nb, "code"):
+        label = str(directives(cell)[0].get("label", ""))
+        near = max((j for j in words if j < i), default=-1), min((j for j in words if j > i), default=-1)
+        mention = rf"(?:@|\]\(#){re.escape(label)}(?![\w-])"
+        if label.startswith("fig-") and not any(re.search(mention, words.get(j, "")) for j in near):
+            problems.append(f"cell {i}: no sentence next to it refers to @{label}")
     return problems
 
 

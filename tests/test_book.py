@@ -23,6 +23,8 @@ LISTED = rules.chapter_files(CONFIG)
 APART = "nbs/92_teaching.ipynb"
 NOTEBOOKS = [*(f for f in LISTED if f.endswith(".ipynb")), APART]
 KEYS = rules.bibliography_keys((ROOT / "references.bib").read_text(encoding="utf-8"))
+# No sentence names their figures yet; take a chapter out when it has them.
+UNNAMED_FIGURES = {"03_attention.ipynb", "06_optimizers.ipynb", "07_training.ipynb", "08_objectives.ipynb"}
 CHAPTERS = {rules.slug(Path(f).stem) for f in NOTEBOOKS}
 
 
@@ -60,6 +62,16 @@ class TestChapters:
 
     def test_figures_are_described(self, chapter: tuple[str, dict]) -> None:
         fine(rules.figures_described(chapter[1]))
+
+    def test_figures_are_folded(self, chapter: tuple[str, dict]) -> None:
+        if chapter[0] in UNNAMED_FIGURES:
+            pytest.xfail("not generated again yet")
+        fine(rules.figures_folded(chapter[1]))
+
+    def test_figures_are_referred_to(self, chapter: tuple[str, dict]) -> None:
+        if chapter[0] in UNNAMED_FIGURES:
+            pytest.xfail("no sentence names its figures yet")
+        fine(rules.figures_referred_to(chapter[1]))
 
     def test_no_errors(self, chapter: tuple[str, dict]) -> None:
         fine(rules.no_errors(chapter[1]))
@@ -167,6 +179,7 @@ class TestRulesCanFail:
             ("minutes-run: 2", "minutes-run: 0", "minutes-run"),
             ('needs: [runtime, "a little algebra"]', "needs: runtime", "needs"),
             ("needs: [runtime,", "needs: [runtimes,", "no chapter"),
+            ("needs: [runtime,", "needs: [Runtime,", "becomes a link"),
             ("@jacob2018", "@jacob1918", "references.bib"),
             ("  minutes-run: 2", "  minutes-run: 2\n  mood: calm", "mood"),
             ("---\ntitle", "title", "raw cell"),
@@ -210,6 +223,21 @@ class TestRulesCanFail:
     def test_figure_that_was_not_drawn(self) -> None:
         speaks(rules.figures_described(notebook(code(FIGURE))), "no picture")
         speaks(rules.figures_described(notebook(code(FIGURE, PICTURE, PICTURE))), "2 pictures")
+
+    def test_figure_whose_code_is_open(self) -> None:
+        speaks(rules.figures_folded(notebook(code(FIGURE))), "fig-levels")
+        for choice in ("true", "false"):
+            assert rules.figures_folded(notebook(code(f"#| code-fold: {choice}\n{FIGURE}"), code("x = 1"))) == []
+        speaks(rules.figures_folded(notebook(code(f"#| code-fold: yes please\n{FIGURE}"))), "fig-levels")
+
+    @pytest.mark.parametrize("words", ["See @fig-levels.", "In [Figure 1](#fig-levels) the levels are even."])
+    def test_figure_that_no_sentence_names(self, words: str) -> None:
+        caption = {**md("*Figure 1.* See @fig-levels."), "id": "c-caption"}
+        for cells in ((md(words), code("x"), code(FIGURE)), (code(FIGURE), caption, code("x"), md(words))):
+            assert rules.figures_referred_to(notebook(*cells)) == []
+        speaks(rules.figures_referred_to(notebook(md("A figure."), code(FIGURE), caption)), "@fig-levels")
+        speaks(rules.figures_referred_to(notebook(md("See @fig-levels-2."), code(FIGURE))), "@fig-levels")
+        speaks(rules.figures_referred_to(notebook(md(words), md("Elsewhere."), code(FIGURE))), "@fig-levels")
 
     def test_errors(self) -> None:
         assert rules.no_errors(notebook(code("x", prints("1")))) == []

@@ -1,5 +1,6 @@
 """Plotting: the numerics (contrast, color distance, Pareto front), label placement, files, bad input."""
 
+import itertools
 import os
 import xml.etree.ElementTree as ET
 
@@ -243,3 +244,20 @@ def test_letters_are_large_enough_at_page_width():
         fig.draw_without_rendering()
         texts = [t for t in fig.findobj(lambda a: hasattr(a, "get_fontsize")) if t.get_visible() and t.get_text()]
         assert all(t.get_fontsize() * shown >= 9 for t in texts), min(t.get_fontsize() * shown for t in texts)
+
+
+@pytest.mark.parametrize(("heads", "n"), [(1, 13), (3, 9), (3, 13), (3, 16)])
+def test_names_of_tokens_do_not_overlap(heads, n):
+    weights = np.tile(np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None], (heads, 1, 1))
+    fig = p.attention_map(weights, ["harbor"] * n, alt=ALT)
+    fig.draw_without_rendering()
+    for ax in fig.axes[:heads]:
+        for labels, side in ((ax.get_xticklabels(), "x"), (ax.get_yticklabels(), "y")):
+            shown = [t for t in labels if t.get_visible() and t.get_text()]  # the first panel of a row has names
+            if any(t.get_rotation() % 90 for t in shown):  # slanted: their boxes overlap, they do not
+                continue
+            seen = [t.get_window_extent(fig.canvas.get_renderer()) for t in shown]
+            ends = sorted((getattr(b, f"{side}0"), getattr(b, f"{side}1")) for b in seen)
+            assert all(b[0] >= a[1] - 1.5 for a, b in itertools.pairwise(ends)), side
+            inside = ax.get_window_extent()
+            assert all(b.y1 <= inside.y0 if side == "x" else b.x1 <= inside.x0 for b in seen), side

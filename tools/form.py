@@ -13,6 +13,8 @@ Generated, and never to be edited by hand:
 - a caption after each figure (id `…-caption`): JupyterLab shows no `fig-cap`. The page drops it and shows Quarto's own;
 - the table of chapters and sheets (id `contents`) of the tour;
 - a citation `[@key]`: a link to the entry in nbs/93_references.ipynb, which is made here from references.bib;
+- `#| code-fold: true` in a cell that draws a figure or only imports: on the page its code waits behind a button.
+  Where the code is the lesson the cell says `code-fold: false`;
 - `minutes-read` in the front matter: words / 200 + visible lines of code / 10, rounded up.
 
 The front matter stays the first cell, a raw one that JupyterLab shows folded. Cells with `#| include: false` are
@@ -22,6 +24,7 @@ folded too.
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import math
 import re
@@ -257,6 +260,28 @@ def options(cell: nbformat.NotebookNode) -> dict:
         return {}
 
 
+def only_imports(source: str) -> bool:
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a magic, say
+        return False
+    return bool(body) and all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in body)
+
+
+def with_fold(cell: nbformat.NotebookNode) -> str:
+    """The source of a code cell, folded on the page when it draws a figure or only imports."""
+    seen = options(cell)
+    if "code-fold" in seen or seen.get("include") is False:
+        return cell.source
+    if str(seen.get("label", "")).startswith("fig-"):
+        return re.sub(r"(?m)^(#\| label: .*)$", r"\1\n#| code-fold: true", cell.source, count=1)
+    if only_imports(cell.source):
+        head = re.match(r"(#\|.*\n)*", cell.source)[0]
+        fold = '#| code-fold: true\n#| code-summary: "Imports"\n'
+        return head + fold + cell.source.removeprefix(head)
+    return cell.source
+
+
 def minutes_to_read(nb: nbformat.NotebookNode) -> int:
     words = lines = 0
     for cell in nb.cells:
@@ -279,6 +304,8 @@ def generate(name: str, nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = with_citations(cell.source)
+        elif cell.cell_type == "code":
+            cell.source = with_fold(cell)
         folded = cell.cell_type == "raw" or (cell.cell_type == "code" and options(cell).get("include") is False)
         if folded:
             cell.metadata["jupyter"] = FOLDED
