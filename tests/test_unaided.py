@@ -41,7 +41,7 @@ REFUSED = [
     (attention.stable_softmax, NO_SOFTMAX, "llmcourse.attention.stable_softmax"),
     (lambda x: by_another_name(*3 * [x[None, None]]), NO_SOFTMAX, "llmcourse.attention.naive_attention"),
     (in_vain, NO_SOFTMAX, "llmcourse.attention.stable_softmax"),
-    (lambda x: model.RMSNorm(4)(x), NO_SOFTMAX, "llmcourse.model.__init__"),
+    (lambda x: model.RMSNorm(4)(x), NO_SOFTMAX, "llmcourse.model.RMSNorm,"),
     (lambda x: x.softmax(-1), NO_SOFTMAX, "softmax"),
     (lambda x: torch.softmax(x, -1), NO_SOFTMAX, "softmax"),
     (lambda x: F.log_softmax(x, -1).exp(), NO_SOFTMAX, "log_softmax"),

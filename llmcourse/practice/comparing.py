@@ -212,7 +212,7 @@ def _misused(got: dict) -> str:
         return f"Your answer cannot be called as the statement says: {got['message']}."
     if "object has no attribute" in got["message"]:
         return f"Something that the statement asks for is missing: {got['message']}."
-    return f"What came out of your code cannot be used as the statement says ({said})."
+    return f"The check used your result as the statement describes it, and that raised {said}."
 
 
 def with_article(name: str) -> str:

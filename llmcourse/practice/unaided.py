@@ -29,7 +29,9 @@ _refusals: list[ReadyMade] = []  # of the call that is going on: an answer may h
 
 
 def _refuse(name: str) -> None:
-    _refusals.append(ReadyMade(f"You called {name}; this exercise asks you to write that part yourself."))
+    _refusals.append(
+        ReadyMade(f"You called {name}, which does what this exercise asks for: write that part yourself, step by step.")
+    )
     raise _refusals[-1]
 
 
@@ -39,7 +41,7 @@ def _instead(*args: Any, **kwargs: Any) -> None:
 
     from llmcourse.practice.unaided import _refuse
 
-    _refuse(f"{__name__}.{_getframe().f_code.co_name}")
+    _refuse(f"{__name__}.{_getframe().f_code.co_qualname}".removesuffix(".__init__"))
 
 
 def _is_ours(module: Any) -> bool:
@@ -58,7 +60,9 @@ def _functions(modules: tuple[str, ...]) -> list[tuple[FunctionType, CodeType]]:
             f = getattr(f, "fget" if isinstance(f, property) else "__func__", f)
             f = inspect.unwrap(f) if isinstance(f, FunctionType) else f
             if isinstance(f, FunctionType) and _is_ours(f.__module__):
-                found[f] = _instead.__code__.replace(co_name=f.__name__, co_freevars=f.__code__.co_freevars)
+                found[f] = _instead.__code__.replace(
+                    co_name=f.__name__, co_qualname=f.__qualname__, co_freevars=f.__code__.co_freevars
+                )
     return list(found.items())
 
 
