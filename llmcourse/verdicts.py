@@ -1,4 +1,4 @@
-"""Words for differences between means of few runs: Student's intervals, and Holm's correction for looking many times.
+"""Words for differences between means of few runs: Student's intervals, and corrections for looking many times.
 
 Hand-written. The chapter `nbs/06_optimizers.ipynb` tells why a word for one row has to know how many rows there are.
 """
@@ -11,9 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmcourse.settings import number, require
+from llmcourse.settings import number, one_of, require
 
-__all__ = ["Difference", "holm", "paired", "student_quantile", "student_tail", "verdicts", "welch"]
+__all__ = [
+    "CORRECTIONS", "Difference", "benjamini_hochberg", "holm", "paired", "student_quantile", "student_tail", "verdicts",
+    "welch",
+]  # fmt: skip
 
 
 class Difference(NamedTuple):
@@ -86,18 +89,39 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     return {name: found[name] for name in p}
 
 
+def benjamini_hochberg(p: Mapping[str, float]) -> dict[str, float]:
+    """Probabilities for a family of comparisons: of those below α, a share α is no effect (Benjamini, Hochberg, 1995).
+
+    The share is an expectation, and at most α for independent tests. The i-th smallest of n counts n / i times; none
+    is larger than the one after it.
+    """
+    found, most = {}, 1.0
+    for rank, name in reversed(list(enumerate(sorted(p, key=p.get), 1))):
+        most = min(most, len(p) / rank * p[name])
+        found[name] = most
+    return {name: found[name] for name in p}
+
+
+CORRECTIONS = {"holm": holm, "benjamini-hochberg": benjamini_hochberg}
+
+
 def verdicts(
     differences: Mapping[str, Difference],
     *,
     level: float = 0.95,
     words: tuple[str, str, str] = ("lower", "higher", "undecided"),
+    correction: str = "holm",
 ) -> dict[str, str]:
-    """One word for each difference of a family, corrected for the size of the family (Holm).
+    """One word for each difference of a family, corrected for the size of the family.
 
     Args:
         words: for a difference below zero, above zero, and one that chance explains.
+        correction: "holm": one false word in the family with probability 1 - `level` at most; "benjamini-hochberg":
+            of the words for a difference, a share 1 - `level` is false, on average.
     """
     number("level", level, above=0, below=1)
-    corrected = holm({name: d.p for name, d in differences.items()})
+    corrected = CORRECTIONS[one_of("correction", correction, CORRECTIONS)](
+        {name: d.p for name, d in differences.items()}
+    )
     decided = {name: corrected[name] < 1 - level for name in differences}
     return {name: words[2] if not decided[name] else words[d.value > 0] for name, d in differences.items()}

@@ -9,7 +9,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llmcourse.settings import BadInput
-from llmcourse.verdicts import Difference, holm, paired, student_quantile, student_tail, verdicts, welch
+from llmcourse.verdicts import (
+    Difference,
+    benjamini_hochberg,
+    holm,
+    paired,
+    student_quantile,
+    student_tail,
+    verdicts,
+    welch,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +58,29 @@ def test_holm_is_its_definition(p):
                 break
             rejected.add(str(i))
         assert {k for k, v in corrected.items() if v < alpha} == rejected
+
+
+def test_benjamini_hochberg_by_hand():
+    found = benjamini_hochberg({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5})
+    assert found == pytest.approx({"a": 0.04, "b": 0.16 / 3, "c": 0.16 / 3, "d": 0.5}) and benjamini_hochberg({}) == {}
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_benjamini_hochberg_is_its_definition(p):
+    """Reject the k smallest, for the largest k whose k-th smallest is below α k / n."""
+    corrected, n = benjamini_hochberg({str(i): v for i, v in enumerate(p)}), len(p)
+    for alpha in (0.01, 0.05, 0.3):
+        k = max((i for i, v in enumerate(sorted(p), 1) if n / i * v < alpha), default=0)
+        assert sorted(v for name, v in enumerate(p) if corrected[str(name)] < alpha) == sorted(p)[:k]
+
+
+def test_the_correction_is_a_choice():
+    rows = {str(i): Difference(1, 0.1, 1.9, p) for i, p in enumerate((0.01, 0.03, 0.035))}
+    assert list(verdicts(rows).values()) == ["higher", "undecided", "undecided"]
+    assert list(verdicts(rows, correction="benjamini-hochberg").values()) == ["higher"] * 3
+    with pytest.raises(BadInput, match="holm, benjamini-hochberg"):
+        verdicts(rows, correction="bonferroni")
 
 
 def test_a_word_knows_how_many_rows_there_are():
