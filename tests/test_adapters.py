@@ -10,6 +10,7 @@ import torch
 import transformers
 from archs import CAUSAL, OURS, REFUSED, build, ids, logits
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from llmcourse.adapters import Adapter, adapter_for, coverage, matches
 from llmcourse.adapters.base import is_plain_linear, matrices
@@ -146,6 +147,7 @@ def test_removing_is_the_same_as_zeroing(name):
         gone = 1
         keep = torch.tensor([j for j in range(dim.size) if j != gone])
         adapter_for(cut).dims(1)[k].keep(keep)
+        assert adapter_for(cut).dims(1)[k].size == dim.size - 1
         out = adapter_for(zeroed).dims(1)[k].parts[-1]  # the matrix that reads this dimension comes last
         assert out.axis == 1
         with torch.no_grad():
@@ -155,16 +157,34 @@ def test_removing_is_the_same_as_zeroing(name):
         torch.testing.assert_close(logits(cut, ids()), logits(zeroed, ids()), rtol=1e-4, atol=1e-5)
 
 
-def test_removing_an_expert_is_the_same_as_never_choosing_it():
-    model, _ = prepared("ours, experts")
-    cut, closed = copy.deepcopy(model), copy.deepcopy(model)
+class Closed(TorchFunctionMode):
+    """The router with this weight never chooses expert `gone`."""
+
+    def __init__(self, weight: torch.Tensor, gone: int):
+        super().__init__()
+        self.weight, self.gone = weight, torch.tensor([gone])
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        chooses = func is nn.functional.linear and args[1] is self.weight
+        return out.index_fill(-1, self.gone, -torch.inf) if chooses else out
+
+
+@pytest.mark.parametrize("gone", [0, 2, 3])
+@pytest.mark.parametrize("name", ["ours, experts", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe"])
+def test_removing_an_expert_is_the_same_as_never_choosing_it(name, gone):
+    model, adapter = prepared(name)
+    cut = copy.deepcopy(model)
     dim = next(d for d in adapter_for(cut).dims(1) if d.name == "experts")
-    dim.keep(torch.tensor([0, 1, 3]))
-    closed.blocks[1].ffn.router.register_forward_hook(
-        lambda m, a, out: out.index_fill(-1, torch.tensor([2]), -torch.inf)
-    )
-    assert len(cut.blocks[1].ffn.experts) == 3
-    torch.testing.assert_close(logits(cut, ids()), logits(closed, ids()))
+    dim.keep(torch.tensor([e for e in range(4) if e != gone]))
+    (field,) = dim.fields
+    assert dim.size == getattr(model.config, field) == 4
+    assert next(d for d in adapter_for(cut).dims(1) if d.name == "experts").size == 3
+    router = next(d for d in adapter.dims(1) if d.name == "experts").parts[-1]
+    with Closed(router.module.weight, gone):
+        closed = logits(model, ids())
+    assert not torch.equal(closed, logits(model, ids()))
+    torch.testing.assert_close(logits(cut, ids()), closed)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -45,10 +45,10 @@ class OurGPT(Adapter):
             *linear_parts(attn.o, 1, group * c.head_dim),
         ]
         counters = ((attn, "n_heads", group), (attn, "n_kv_heads", 1))
-        found = [Dim("heads", c.n_kv_heads, tuple(heads), {"n_heads": group, "n_kv_heads": 1}, counters)]
+        found = [Dim("heads", attn.n_kv_heads, tuple(heads), {"n_heads": group, "n_kv_heads": 1}, counters)]
         if c.n_experts:
             parts = (Part(ffn, "experts", 0), Part(ffn.router, "weight", 0))
-            return [*found, Dim("experts", c.n_experts, parts, {"n_experts": 1})]
+            return [*found, Dim("experts", len(ffn.experts), parts, {"n_experts": 1})]
         gate = linear_parts(ffn.gate, 0) if c.ffn == "swiglu" else []
         parts = (*gate, *linear_parts(ffn.up, 0), *linear_parts(ffn.down, 1))
-        return [*found, Dim("channels", c.d_ff, parts, {"d_ff": 1})]
+        return [*found, Dim("channels", ffn.down.in_features, parts, {"d_ff": 1})]

@@ -42,7 +42,8 @@ class Llama(Adapter):
     def _heads(self, attn: nn.Module) -> list[Dim]:
         if hasattr(attn, "qkv_proj"):  # cut by the config's number of heads, so that blocks cannot differ
             return []
-        if hasattr(attn, "q_norm") and attn.q_norm.weight.numel() != attn.head_dim:  # a norm over all heads (OLMoE)
+        # a norm over all heads (OLMoE): without one head the others would be scaled differently
+        if hasattr(attn, "q_norm") and attn.q_norm.weight.numel() != attn.head_dim:
             return []
         size = attn.k_proj.out_features // attn.head_dim
         group = attn.q_proj.out_features // attn.head_dim // size

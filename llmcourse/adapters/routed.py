@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from llmcourse.adapters.base import Dim, Reads, Site
+from torch import nn
+
+from llmcourse.adapters.base import Dim, Part, Reads, Site
 from llmcourse.adapters.llama import Llama
-from llmcourse.adapters.separate import separate
+from llmcourse.adapters.separate import RoutedExperts, separate
 from llmcourse.adapters.traced import ROUTERS, expert_sites
 
 __all__ = ["Routed"]
@@ -36,4 +38,13 @@ class Routed(Llama):
 
     def dims(self, index: int) -> list[Dim]:
         block = self.blocks()[index][1]
-        return [*self._heads(block.self_attn), *(self._channels(block.mlp) if hasattr(block.mlp, "down_proj") else [])]
+        inside = self._experts if hasattr(block.mlp, "experts") else self._channels
+        return [*self._heads(block.self_attn), *inside(block.mlp)]
+
+    def _experts(self, mlp: nn.Module) -> list[Dim]:
+        experts, router = mlp.experts, mlp.gate
+        if not isinstance(experts, RoutedExperts):  # all in one parameter, before `prepare`
+            return []
+        parts = (Part(experts, "gate_up", 0), Part(experts, "down", 0), Part(router, "weight", 0))
+        field = "num_local_experts" if hasattr(self.config, "num_local_experts") else "num_experts"
+        return [Dim("experts", len(experts.down), parts, {field: 1}, ((router, "num_experts", 1),))]
