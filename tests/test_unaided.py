@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, clean_env
 
-from llmcourse import attention, cleaning, data, model, tokenizer
+from llmcourse import attention, cleaning, data, model, runtime, tokenizer
 from llmcourse.attention import naive_attention as by_another_name
 from llmcourse.practice import checking
 from llmcourse.practice.unaided import ReadyMade, unaided
@@ -95,6 +95,11 @@ def test_an_endless_answer_is_stopped_and_everything_put_back(seconds: float) ->
     assert {f: f.__code__ for f in was} == was
 
 
+def within(model, fn):
+    with runtime.evaluating(model):
+        return fn(model)
+
+
 DELEGATES = [
     ("attention.softmax_stable", attention.stable_softmax),
     ("attention.softmax_stable", lambda x, dim=-1: x.softmax(dim).nan_to_num(0.0)),
@@ -105,6 +110,7 @@ DELEGATES = [
     ("model.rms_norm", lambda x, w, eps: F.rms_norm(x, w.shape, w.to(x.dtype), eps)),
     ("data.context_seen", lambda n, context, stride: data.windows(n, context, stride)),
     ("cleaning.minhash_similarity", lambda x, y, a, b, p: cleaning.jaccard(set(x), set(y))),
+    ("runtime.in_evaluation", within),
     ("tokenization.merge_pair", lambda ids, pair, new: tokenizer.merge_word(ids, {pair: (0, new)})),
 ]
 
