@@ -872,9 +872,10 @@ def compress(
 
 # %% ../nbs/11_compression.ipynb #826cf9e5
 def _dice(W: Tensor, seed: int) -> torch.Generator:
-    """Random numbers that depend on the weight: equal layers do not get equal noise."""
-    of_weight = zlib.crc32(W[0].cpu().numpy().tobytes())
-    return torch.Generator(device=W.device).manual_seed((seed * 2**32 + of_weight) % 2**63)
+    """Random numbers that depend on seed and weight: equal layers do not get equal noise."""
+    # 32 bits, because a generator on a CPU looks at no more of its seed
+    both = zlib.crc32(W[0].cpu().numpy().tobytes(), seed % 2**32)
+    return torch.Generator(device=W.device).manual_seed(both)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -284,6 +284,18 @@ def test_compress_leaves_the_given_model_alone_and_keeps_tied_weights_tied(tiny,
     assert any(not torch.equal(before[k], v) for k, v in student.state_dict().items())
 
 
+@pytest.mark.parametrize("method", [Noise, RoundingNoise])
+def test_another_seed_gives_other_noise_and_the_same_seed_the_same(method):
+    # a generator on a CPU looks at 32 bits of its seed only: what is beyond them changes nothing
+    W = torch.randn(4, 64)
+    solve = lambda W, seed: method(seed=seed).solve(W, {}, None).weight - W
+    assert torch.equal(solve(W, 1), solve(W, 1))
+    noises = [solve(W, seed) for seed in (0, 1, 2, 2**32 - 1)]
+    for i, one in enumerate(noises):
+        assert all(not torch.equal(one, other) for other in noises[:i])
+    assert not torch.equal(solve(W, 0), solve(W + 1, 0))  # nor do two layers get the same
+
+
 def test_no_passes_give_an_equal_copy(tiny, data):
     student, reports = compress(tiny, [], data, RT)
     assert reports == [] and student is not tiny
