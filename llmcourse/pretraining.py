@@ -150,7 +150,7 @@ def pretrain(
     from filelock import FileLock, Timeout
 
     settings = settings or load_settings()
-    rt = rt or Runtime.auto(settings.device, settings.dtype)
+    rt = Runtime.of(rt, settings=settings)
     rt = dataclasses.replace(rt, dtype=getattr(torch, recipe.dtype))
     require(rt.world_size == 1, "WORLD_SIZE", rt.world_size, "1: pretrain runs in one process (train takes several)")
     check_recipe(recipe)
