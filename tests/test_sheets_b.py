@@ -1124,7 +1124,7 @@ def broken():
     """(exercise, code) of every piece of broken code in the statements of our sheets."""
     import nbformat
 
-    for sheet in ("evaluation", "optimizers", "training", "objectives"):
+    for sheet in ("evaluation", "metrics", "optimizers", "training", "objectives"):
         ((master),) = (ROOT / "solutions").glob(f"*/{sheet}.ipynb")
         for cell in nbformat.read(master, 4).cells:
             for code, name in BROKEN.findall(cell.source if cell.cell_type == "markdown" else ""):
