@@ -1,7 +1,7 @@
 """Time of BLEU, chrF and ROUGE: ours against sacrebleu and rouge-score on ten thousand pairs.
 
     python benchmarks/metrics.py            10,000 pairs, five rounds; about five minutes
-    python benchmarks/metrics.py --quick    200 pairs and three rounds, for the test suite: its numbers mean nothing
+    python benchmarks/metrics.py --quick    60 pairs and three rounds, for the test suite: its numbers mean nothing
 
 A pair is the beginning of a Wikipedia article (up to forty words) as the reference, and the same with every seventh
 word left out and two neighbors exchanged as the hypothesis. Both programs score the same pairs in turn within each
@@ -37,7 +37,7 @@ def pairs(quick: bool) -> tuple[list[str], list[str]]:
     """(hypotheses, references)."""
     if quick:  # needs no prepared data
         rng = np.random.default_rng(0)
-        beginnings = [" ".join(f"word{i}" for i in rng.integers(50, size=30)) + "." for _ in range(200)]
+        beginnings = [" ".join(f"word{i}" for i in rng.integers(50, size=30)) + "." for _ in range(60)]
     else:
         beginnings = [" ".join(r["text"].split()[:40]) for r in load_records("wikipedia")][:10_000]
     changed = []
