@@ -295,6 +295,27 @@ def test_p_is_that_of_all_exchanges():
     assert got.p == pytest.approx(exact, abs=0.015)
 
 
+def test_p_and_interval_are_those_of_sacrebleu():
+    """Its draws are others, so they agree as two simulations do."""
+    from sacrebleu.significance import PairedTest
+
+    rng = np.random.default_rng(1)
+    vocabulary = [f"w{i}" for i in range(30)]
+    refs = [" ".join(rng.choice(vocabulary, 12)) for _ in range(60)]
+    noisy = lambda rate: [
+        " ".join(w if rng.random() > rate else str(rng.choice(vocabulary)) for w in r.split()) for r in refs
+    ]
+    a, b = noisy(0.25), noisy(0.25)
+    ours = compare_scores(corpus_bleu(a, refs), corpus_bleu(b, refs), n_boot=2000)
+    pair = [("a", a), ("b", b)]
+    test = PairedTest(pair, {"BLEU": sacrebleu.BLEU()}, references=[refs], test_type="ar", n_samples=2000)
+    theirs = test()[1]["BLEU"][1].p_value
+    assert 0.02 < theirs < 0.9 and ours.p == pytest.approx(theirs, abs=0.05)
+    reach = sacrebleu.BLEU().corpus_score(a, [refs], n_bootstrap=1000)._ci
+    low, high = score_interval(corpus_bleu(a, refs))
+    assert (high - low) / 2 == pytest.approx(reach, rel=0.1)
+
+
 def test_a_system_against_itself_and_a_better_one():
     wanted = [f"sentence number {i} has some words in it" for i in range(40)]
     good, bad = corpus_bleu(wanted, wanted), corpus_bleu([w.replace("words", "x") for w in wanted], wanted)

@@ -174,7 +174,7 @@ def _choose(lengths, reference_lengths, pick):
     return 1.0 if c >= r else math.exp(1 - r / c) if c else 0.0
 
 
-@ex.wrong("You took the shortest reference (NIST's scorer does). BLEU takes the closest one.")
+@ex.wrong("You took the shortest reference (an older scorer of NIST does). BLEU takes the closest one.")
 def shortest(lengths, reference_lengths):
     return _choose(lengths, reference_lengths, lambda n, choices: min(choices))
 
