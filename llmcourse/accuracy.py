@@ -157,33 +157,34 @@ def _common(rows: Sequence[list[int]]) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def _with_cache(model: Any, pairs: list[Pair], device: Any) -> list[tuple[float, bool]]:
+def _with_cache(model: Any, pairs: list[Pair], device: Any, size: int) -> list[tuple[float, bool]]:
     """Each common beginning once, each context once, each choice once."""
     found: list = [None] * len(pairs)
     ids = lambda tokens: torch.tensor(tokens, device=device)
     groups: dict[tuple, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        groups.setdefault(tuple(pair.context), []).append(i)
+    for i in sorted(range(len(pairs)), key=lambda i: len(pairs[i].continuation)):
+        groups.setdefault(tuple(pairs[i].context), []).append(i)
     shared = min(_common(list(map(list, groups))), min(map(len, groups)) - 1)
-    start = None
-    if shared and len(groups) > 1:
+    shared, start = shared if len(groups) > 1 else 0, None
+    if shared:
         beginning = ids([pairs[0].context[:shared]])
         start = model(beginning, use_cache=True, logits_to_keep=1).past_key_values
-    else:
-        shared = 0
     for context, members in progress(groups.items(), "log-likelihood"):
-        cache = copy.deepcopy(start)  # the next context begins there too
         new = ids([context[shared:]])  # (1, T)
+        cache = copy.deepcopy(start)  # the next context begins there too
         out = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        first, ends = out.logits[0, -1:], [pairs[i].continuation for i in members]  # (1, V)
-        longest, rest = max(map(len, ends)) - 1, None
-        if longest:
-            out.past_key_values.batch_repeat_interleave(len(ends))
-            rows = ids([(end[:-1] + [0] * longest)[:longest] for end in ends])  # (choices, longest)
-            rest = model(rows, past_key_values=out.past_key_values).logits
-        for b, (i, end) in enumerate(zip(members, ends)):
-            own = first if rest is None else torch.cat((first, rest[b, : len(end) - 1]))
-            found[i] = _read(own, end)
+        first = out.logits[0, -1:]  # (1, V) predicts the first token of each choice
+        for some in (members[k : k + size] for k in range(0, len(members), size)):
+            ends = [pairs[i].continuation for i in some]
+            longest, rest = max(map(len, ends)) - 1, None
+            if longest:
+                cache = copy.deepcopy(out.past_key_values)
+                cache.batch_repeat_interleave(len(ends))
+                rows = ids([(end[:-1] + [0] * longest)[:longest] for end in ends])  # (B, longest)
+                rest = model(rows, past_key_values=cache).logits  # (B, longest, V)
+            for b, (i, end) in enumerate(zip(some, ends)):
+                own = first if rest is None else torch.cat((first, rest[b, : len(end) - 1]))
+                found[i] = _read(own, end)
     return found
 
 # %% ../nbs/05c_accuracy.ipynb #ac000021
@@ -223,7 +224,7 @@ def token_loglikelihood(
         causal = len(probe) < 3 or not sees_later(model, probe)
         require(causal, "model", "one that sees later tokens, and so the answer", "a causal one")
         if _has_cache(model) if cache is None else cache:
-            values = _with_cache(model, pairs, device)
+            values = _with_cache(model, pairs, device, batch_size)
         else:
             values = _in_batches(model, pairs, device, batch_size)
     for i, (value, _) in enumerate(values):
