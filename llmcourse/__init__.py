@@ -22,6 +22,7 @@ _PUBLIC = {
     "corpus_bleu": "metrics",
     "chrf": "metrics",
     "rouge": "metrics",
+    "evaluate": "evaluator",
     "make_optimizer": "optim",
     "TrainConfig": "training",
     "train": "training",

@@ -6,6 +6,7 @@ imported inside the command that needs it. Exit codes: 0 done, 1 something broke
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -96,6 +97,32 @@ def _run(model: str | None, recipe: str, out: Path, calib: str | None, layers: s
     job = run_job(model, chosen, out, settings=settings, calib=calib, layers=layers, say=_say)
     print_table(job)
     _say(f"Report: {out / 'report.html'}   model: {out} (loads with llmcourse.load_model)")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="test, train, val, calib or all; by default test, and all of a file or folder of yours."),
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Names with commas between them; a wrong one lists those that there are.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    scale: ScaleName = None,
+) -> None:
+    """Measure a model: quality on a text and what it costs, each number with its interval and protocol."""
+    settings = load_settings(overrides={"data": data, "device": device, "dtype": dtype, "scale": scale})
+    names = [name.strip() for name in metrics.split(",")] if metrics is not None else ()
+    from llmcourse.measure import measure, print_evaluation
+
+    with contextlib.redirect_stdout(sys.stderr):  # what a library tells goes beside the result
+        report = measure(model, metrics=names, part=part, settings=settings)
+    print(report.to_json(), flush=True) if json else print_evaluation(report)
 
 
 @app.command()

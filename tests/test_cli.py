@@ -91,6 +91,28 @@ REFUSED = [  # exit code 2, one line
     GO + " --dtype float64",
     GO + " --scale huge",
     GO + " --scale ''",
+    "evaluate",
+    "evaluate {model} {model}",
+    "evaluate ''",
+    "evaluate .",
+    "evaluate model",
+    "evaluate nobody",
+    "evaluate some/one",
+    "evaluate wikipedia",
+    "evaluate {model} --data empty.txt",
+    "evaluate {model} --data two.txt",
+    "evaluate {model} --data notes.md",
+    "evaluate {model} --data bad.jsonl",
+    "evaluate {model} --data nothing",
+    "evaluate {model} --data some/set",
+    "evaluate {model} --metrics beauty",
+    "evaluate {model} --metrics ''",
+    "evaluate {model} --metrics perplexity,,beauty",
+    "evaluate {model} --metrics perplexity --part half",
+    "evaluate {model} --device gpu",
+    "evaluate {model} --dtype int4",
+    "evaluate {model} --scale huge",
+    "evaluate {model} --json yes",
     "tour --recipe w9",
     "tour --model nobody --out out",
     "tour --scale huge --out out",
@@ -130,7 +152,7 @@ REFUSED = [  # exit code 2, one line
     "exercises nothing",
     "--nothing",
 ]
-ACCEPTED = ["--help", "--version", "compress --help", "data", "exercises", "progress"]
+ACCEPTED = ["--help", "--version", "compress --help", "evaluate --help", "data", "exercises", "progress"]
 
 
 @pytest.fixture
