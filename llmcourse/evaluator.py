@@ -6,12 +6,14 @@ __all__ = ['METRICS', 'prefill_and_decode', 'QuantileInterval', 'values_needed',
            'weight_bytes', 'evaluate', 'check_metrics', 'positions_of']
 
 # %% ../nbs/05d_report.ipynb #5de00000
+import ctypes
 import html
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .accuracy import Item, calibration_test, check_items, reliability, score_choices
 from .data import TokenData, windows
 from llmcourse.evaluation import (
     Bootstrap,
@@ -257,16 +260,20 @@ class Evaluation:
         return "\n".join([head, "", *lines, "", *ends, *self.notes()])
 
     def _repr_html_(self) -> str:
-        row = lambda tag, row: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
-        body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in self.cells())
-        ends = "".join(f"<li>{html.escape(p)}</li>" for p in self.protocols())
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
-        head = html.escape(f"{self.model} on {self.data}; {self.machine}")
-        top = f"<thead><tr>{row('th', self.HEAD)}</tr></thead>"
-        table = f"<table>{top}<tbody>{body}</tbody></table>"
-        return f"<p>{head}</p>{table}<ol>{ends}</ol>{notes}"
+        return _html(self)
 
 # %% ../nbs/05d_report.ipynb #5de00007
+def _html(report: Evaluation) -> str:
+    row = lambda tag, cells: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells)
+    body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in report.cells())
+    top = f"<thead><tr>{row('th', report.HEAD)}</tr></thead>"
+    ends = "".join(f"<li>{html.escape(p)}</li>" for p in report.protocols())
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes())
+    head = html.escape(f"{report.model} on {report.data}; {report.machine}")
+    table = f"<table>{top}<tbody>{body}</tbody></table>"
+    return f"<p>{head}</p>{table}<ol>{ends}</ol>{notes}"
+
+# %% ../nbs/05d_report.ipynb #5de00008
 class Watched(nn.Module):
     """Passes every call on to a model, and keeps its first choices: token, and probability.
 
@@ -294,7 +301,7 @@ class Watched(nn.Module):
         kept = [[x[w.first - 1 - w.start : w.stop - 1 - w.start] for x in row] for w, row in rows]
         return torch.cat([token for token, _ in kept]), torch.cat([p for _, p in kept])
 
-# %% ../nbs/05d_report.ipynb #5de00008
+# %% ../nbs/05d_report.ipynb #5de00009
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What the metrics of one report share: the model, the text, and what is computed only once."""
@@ -310,6 +317,8 @@ class Setup:
     prompt: int
     repeats: int
     folder: Path | None
+    items: Sequence[Item] | None
+    tokenizer: Any
     watch: bool
     """whether a metric needs more than the losses"""
 
@@ -344,7 +353,7 @@ class Setup:
             f"{self.repeats} runs after 2 that do not count, in turn with the same model again"
         )
 
-# %% ../nbs/05d_report.ipynb #5de00009
+# %% ../nbs/05d_report.ipynb #5de00010
 @dataclass(frozen=True)
 class Metric:
     """A function from a `Setup` to rows, under the name that a user writes."""
@@ -370,6 +379,10 @@ _NEEDS: dict[str, tuple[Callable[[Setup], bool], str]] = {
     "cache": (
         lambda s: _writes(s.model), "a model with a vocabulary and a key-value cache (a decoder)"
     ),
+    "items": (
+        lambda s: s.items is not None and s.tokenizer is not None,
+        "items (multiple choice) and the tokenizer",
+    ),
     "folder": (lambda s: s.folder is not None, "folder, where the files of the model are"),
 }
 
@@ -390,7 +403,7 @@ def _writes(model: Any) -> bool:
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     return {"past_key_values", "use_cache"} <= set(known) and isinstance(size, int)
 
-# %% ../nbs/05d_report.ipynb #5de00010
+# %% ../nbs/05d_report.ipynb #5de00011
 def _text_row(s: Setup, **numbers: Any) -> Row:
     """A row that was measured on the text."""
     p = s.measured[0].protocol
@@ -423,22 +436,56 @@ def _bits_per_byte(s: Setup) -> Iterator[Row]:
 @metric("token_accuracy", "choices")
 def _token_accuracy(s: Setup) -> Iterator[Row]:
     """How often the token with the highest probability is the one that follows."""
-    p, (hits, _) = s.measured[0], s.choices
-    options = {"n_boot": p.protocol.n_boot, "seed": p.protocol.seed}
-    if p.protocol.block is None:
-        replicates = document_bootstrap(hits, p.documents, **options)
-    else:
-        replicates = block_bootstrap(hits, block=p.protocol.block, **options)
-    low, high = _middle(replicates, p.protocol.level)
+    hits, _ = s.choices
+    low, high = _text_interval(s, hits)
     yield _text_row(s, name="token_accuracy", value=float(hits.double().mean()), low=low, high=high)
 
 
-def _middle(replicates: Any, level: float) -> tuple[float, float]:
-    """The middle `level` of the replicates."""
-    low, high = np.quantile(np.asarray(replicates), [(1 - level) / 2, (1 + level) / 2]).tolist()
+def _text_interval(s: Setup, values: Tensor) -> tuple[float, float]:
+    """Interval of the mean of one number per scored token, drawn as the perplexity's is."""
+    p = s.measured[0]
+    options = {"n_boot": p.protocol.n_boot, "seed": p.protocol.seed}
+    if p.protocol.block is None:
+        replicates = document_bootstrap(values, p.documents, **options)
+    else:
+        replicates = block_bootstrap(values, block=p.protocol.block, **options)
+    tails = [(1 - p.protocol.level) / 2, (1 + p.protocol.level) / 2]
+    low, high = np.quantile(replicates.numpy(), tails).tolist()
     return low, high
 
-# %% ../nbs/05d_report.ipynb #5de00011
+# %% ../nbs/05d_report.ipynb #5de00012
+@metric("calibration_error", "choices")
+def _calibration_error(s: Setup) -> Iterator[Row]:
+    """Per token: mean distance of probability and share of right ones in 15 bins, and its sign."""
+    p, (hits, confidence) = s.measured[0], s.choices
+    found = calibration_test(confidence, hits.numpy(), n=200, seed=p.protocol.seed)
+    why = f"no interval: it is above 0 for every model; {found}"
+    ece = reliability(confidence, hits.numpy()).ece
+    yield replace(_text_row(s, name="calibration_error", value=ece, note=why), level=None)
+    gap = confidence.double() - hits.double()
+    low, high = _text_interval(s, gap)
+    about = "mean probability minus share of right ones: above 0 is too sure"
+    row = _text_row(s, name="overconfidence", value=float(gap.mean()), low=low, high=high)
+    yield replace(row, note="; ".join(filter(None, (about, row.note))))
+
+
+@metric("accuracy", "items")
+def _accuracy(s: Setup) -> Iterator[Row]:
+    """Multiple choice: plain, and with the scores divided by the bytes of each choice."""
+    options = {"batch_size": s.batch_size, "rt": s.rt, "name": s.name}
+    scored = score_choices(s.model, s.tokenizer, s.items, **options)
+    protocol = ", ".join(" ".join(line.split()) for line in str(scored.protocol).splitlines())
+    for name, norm in (("accuracy", "none"), ("accuracy_per_byte", "bytes")):
+        found = scored.accuracy(norm, level=s.bootstrap.level)
+        few = "" if found.interval else "too few items for an interval; "
+        low, high = found.interval or (None, None)
+        yield Row(
+            name=name, value=found.value, low=low, high=high, level=low and found.level,
+            n=len(s.items), counts="items", protocol=f"{protocol}; Wilson's interval",
+            note=f"{few}a blind choice scores {found.chance:.2f}",
+        )
+
+# %% ../nbs/05d_report.ipynb #5de00013
 def _latency(s: Setup, which: str, what: str) -> Iterator[Row]:
     """Median and 90th percentile of one of the two latencies."""
     seconds, again = s.times[which]
@@ -480,7 +527,7 @@ def _tokens_per_second(s: Setup) -> Iterator[Row]:
             protocol=f"{s.timed}; tokens over the median time", note="" if found else few,
         )
 
-# %% ../nbs/05d_report.ipynb #5de00012
+# %% ../nbs/05d_report.ipynb #5de00014
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that parameters and buffers occupy; what two names share counts once."""
     storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
@@ -507,12 +554,21 @@ def _disk_bytes(s: Setup) -> Iterator[Row]:
     )
 
 
+def _give_back_memory() -> None:
+    """Freed memory that the C library keeps would be used again, and seem to cost nothing."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # only glibc has it
+
+
 @metric("peak_memory", "cache")
 def _peak_memory(s: Setup) -> Iterator[Row]:
     """More than before the call, while a prompt is read: activations and cache."""
     with evaluating(s.model), s.rt.autocast():
         first_token, _ = prefill_and_decode(s.model, s.prompt, s.rt)
-        found = [peak_memory(first_token, s.rt) for _ in range(3)]
+        found = []
+        for _ in range(3):
+            _give_back_memory()
+            found.append(peak_memory(first_token, s.rt))
     how = "the allocator's count" if s.rt.device.type == "cuda" else "resident set, every 2 ms"
     yield Row(
         name="peak_memory", value=max(found), n=3, counts="runs", unit="bytes",
@@ -520,7 +576,7 @@ def _peak_memory(s: Setup) -> Iterator[Row]:
         note="a maximum of few runs is a lower bound: no interval",
     )
 
-# %% ../nbs/05d_report.ipynb #5de00013
+# %% ../nbs/05d_report.ipynb #5de00015
 @metric("energy_per_token", "cache")
 def _energy_per_token(s: Setup) -> Iterator[Row]:
     """Joules of the processor packages while tokens are written, all programs together."""
@@ -546,13 +602,13 @@ def _energy_per_token(s: Setup) -> Iterator[Row]:
     note = "a median; everything that ran on the processor at that time is in it"
     yield Row(value=float(np.median(used)), n=runs, note=note, **ends, **about)
 
-# %% ../nbs/05d_report.ipynb #5de00014
+# %% ../nbs/05d_report.ipynb #5de00016
 def evaluate(
     model: Any, data: Text | TokenData | Tensor | None = None,
     metrics: Sequence[str] = ("perplexity", "bits_per_byte"), *, context: int | None = None,
     stride: int | None = None, batch_size: int = 1, bootstrap: Bootstrap | None = None,
     prompt: int = 128, repeats: int = 40, name: str = "unnamed", folder: str | Path | None = None,
-    rt: Runtime | None = None,
+    items: Sequence[Item] | None = None, tokenizer: Any = None, rt: Runtime | None = None,
 ) -> Evaluation:
     """Measure a model: every number with its interval, its n and its protocol.
 
@@ -568,6 +624,7 @@ def evaluate(
         repeats: runs of each; the interval of a 90th percentile needs 36.
         name: of the model, for the report.
         folder: where its files are, for their bytes.
+        items, tokenizer: multiple-choice items for the metric "accuracy", and who cuts them.
         rt: device and format; by default where the model is.
     Raises:
         BadInput: before anything is measured: an unknown metric, one that model or data cannot
@@ -577,6 +634,7 @@ def evaluate(
     setup = _setup(
         model, data, rt, context, stride, batch_size=batch_size, bootstrap=bootstrap or Bootstrap(),
         prompt=prompt, repeats=repeats, name=name, folder=None if folder is None else Path(folder),
+        items=items, tokenizer=tokenizer,
         watch=any("choices" in METRICS[n].needs for n in names),
     )
     _check_setup(setup, names)
@@ -588,7 +646,7 @@ def evaluate(
         perplexity=measured and measured[0],
     )
 
-# %% ../nbs/05d_report.ipynb #5de00015
+# %% ../nbs/05d_report.ipynb #5de00017
 def check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     """The names, each once; raises for one that is not registered."""
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
@@ -642,3 +700,5 @@ def _check_setup(s: Setup, names: Sequence[str]) -> None:
         whole("repeats", s.repeats, 2)
     if any("folder" in METRICS[n].needs for n in names):
         weight_files(s.folder)
+    if any("items" in METRICS[n].needs for n in names):
+        check_items(s.items)

@@ -47,6 +47,7 @@ def measure(
         names = tuple(n for n in names if n != "disk_bytes")
     reads = any(METRICS[n].reads for n in names)
     documents = _documents(part, settings) if reads else []  # complains about the text before the model is loaded
+    items = _items(part, settings) if "accuracy" in names else None
 
     from llmcourse.data import load_model
     from llmcourse.evaluation import Bootstrap
@@ -63,6 +64,8 @@ def measure(
         "bootstrap": Bootstrap(seed=settings.seed),
         "name": loaded.card.name,
         "folder": folder,
+        "items": items,
+        "tokenizer": loaded.tokenizer,
         "rt": rt,
     }
     text = _text(loaded.tokenizer, documents, part, settings, scale.context) if reads else None
@@ -81,6 +84,19 @@ def _documents(part: str | None, settings: Settings) -> list[str]:
 
     part = _part(part, settings)
     return [r["text"] for r in load_records(settings.data, None if part == "all" else part, settings=settings)]
+
+
+def _items(part: str | None, settings: Settings, most: int = 100):
+    """Multiple choice "which title belongs to this description?" from the encyclopedia's articles."""
+    from llmcourse.accuracy import description_items
+    from llmcourse.data import load_records
+
+    allowed = "wikipedia: its articles have titles and descriptions, from which the items of 'accuracy' are made"
+    require(settings.data == "wikipedia", "data", settings.data, allowed)
+    part = _part(part, settings)
+    records = load_records(settings.data, None if part == "all" else part, settings=settings)
+    described = {r["title"] for r in records if r["description"] and r["topic"] not in ("", "Uncategorized")}
+    return description_items(records, min(most, len(described)), seed=settings.seed)
 
 
 def _text(tokenizer: Any, documents: list[str], part: str | None, settings: Settings, context: int):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmcourse import evaluator as ev
+from llmcourse.accuracy import Item, multiple_choice, reliability
 from llmcourse.data import windows
 from llmcourse.evaluation import Bootstrap, Text, perplexity
 from llmcourse.model import GPT, GPTConfig
@@ -81,7 +82,8 @@ def test_values_without_a_quantile(values):
 @pytest.mark.parametrize("make", [lambda llama: llama, lambda llama: gpt()], ids=["llama", "gpt"])
 def test_every_metric_gives_rows_that_say_where_they_come_from(llama, text, make, tmp_path):
     llama.save_pretrained(tmp_path)
-    report = ev.evaluate(make(llama), text, list(ev.METRICS), **WINDOW, **FAST, folder=tmp_path)
+    names = [name for name in ev.METRICS if name != "accuracy"]
+    report = ev.evaluate(make(llama), text, names, **WINDOW, **FAST, folder=tmp_path)
     for row in report.rows:
         assert row.protocol and row.counts
         if row.low is not None:
@@ -119,10 +121,34 @@ def test_what_is_watched_belongs_to_its_token(llama, text, batch_size):
     assert (p[~right] >= (-nll[~right]).exp().float()).all()
 
 
+def test_calibration_is_that_of_the_chapter_before(llama, text):
+    report = ev.evaluate(llama, text, "calibration_error", **WINDOW)
+    watched = ev.Watched(llama)
+    perplexity(watched, text, **WINDOW)
+    token, p = watched.choices(N, **WINDOW)
+    hits = (token == text.tokens[1:]).numpy()
+    assert report["calibration_error"].value == reliability(p, hits).ece
+    assert report["calibration_error"].low is None and "calibrated, it would be" in report["calibration_error"].note
+    assert report["overconfidence"].value == pytest.approx(float(p.mean()) - hits.mean())
+    assert report["overconfidence"].low < report["overconfidence"].value < report["overconfidence"].high
+
+
+def test_multiple_choice_is_that_of_the_chapter_before(tiny_model):
+    model = LlamaForCausalLM.from_pretrained(tiny_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    items = [Item(context=f"ka lo {i} mi", choices=("ne ru", "sa", "to vi qu"), answer=i % 3) for i in range(24)]
+    rows = ev.evaluate(model, None, "accuracy", items=items, tokenizer=tokenizer)
+    for name, norm in (("accuracy", "none"), ("accuracy_per_byte", "bytes")):
+        own = multiple_choice(model, tokenizer, items, norm=norm)
+        assert (rows[name].value, (rows[name].low, rows[name].high)) == (own.value, own.interval)
+    few = ev.evaluate(model, None, "accuracy", items=items[:5], tokenizer=tokenizer)["accuracy"]
+    assert few.low is None and "too few items" in few.note
+
+
 def test_the_model_is_as_it_was(llama, text):
     llama.train()
     before = {k: v.clone() for k, v in llama.state_dict().items()}
-    ev.evaluate(llama, text, list(ev.METRICS)[:6], **WINDOW, **FAST)
+    ev.evaluate(llama, text, ["perplexity", "token_accuracy", "next_token", "peak_memory"], **WINDOW, **FAST)
     assert llama.training and all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
     assert not any(p.grad is not None for p in llama.parameters())
     llama.eval()
@@ -178,6 +204,8 @@ def test_names_from_outside_are_text_on_a_page(llama, text):
         ({"metrics": ["next_token"], "prompt": 64}, "prompt and one more token is 65"),
         ({"metrics": ["next_token"], "prompt": 0}, "prompt is 0"),
         ({"metrics": ["next_token"], "prompt": 8, "repeats": 1}, "repeats is 1"),
+        ({"metrics": ["accuracy"]}, "only with items"),
+        ({"metrics": ["accuracy"], "items": [], "tokenizer": object()}, "items is"),
         ({"metrics": ["disk_bytes"]}, "only with folder"),
         ({"metrics": ["disk_bytes"], "folder": "nowhere"}, "no weights"),
     ],
