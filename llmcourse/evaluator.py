@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +54,8 @@ def prefill_and_decode(
         prompt: tokens of the prompt; which ones does not matter for the time.
     """
     dice = torch.Generator().manual_seed(0)
-    ids = rt.move(torch.randint(model.config.vocab_size, (1, prompt), generator=dice))
+    size = getattr(model.config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
+    ids = rt.move(torch.randint(size, (1, prompt), generator=dice))
     # only the last position predicts the new token: a head over all of them would be wasted
     known = inspect.signature(model.forward).parameters
     last = {k: v for k, v in {"logits_to_keep": 1, "last_only": True}.items() if k in known}
@@ -205,7 +206,7 @@ class Row:
         return f"{self.shown(self.low)} to {self.shown(self.high)} ({100 * self.level:.3g} %)"
 
 # %% ../nbs/05d_report.ipynb #5de00006
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
     """What `evaluate` found: `str()` is a plain table, `to_json()` the same for programs."""
 
@@ -213,7 +214,7 @@ class Evaluation:
     data: str
     machine: str
     rows: tuple[Row, ...]
-    perplexity: Perplexity | None = field(default=None, repr=False)
+    perplexity: Perplexity | None = None
     """with the loss of every token, for a paired comparison; None: no metric needed it"""
 
     def __getitem__(self, name: str) -> Row:
@@ -258,6 +259,8 @@ class Evaluation:
         ends = [f"[{i}] {p}" for i, p in enumerate(self.protocols(), 1)]
         head = f"{self.model} on {self.data}; {self.machine}"
         return "\n".join([head, "", *lines, "", *ends, *self.notes()])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return _html(self)

@@ -402,14 +402,19 @@ class _Job:
 
         The control is the dense model a second time: a ratio that its interval reaches is noise.
         """
-        from llmcourse.runtime import compare
+        from llmcourse.evaluator import prefill_and_decode
+        from llmcourse.runtime import compare, evaluating
 
         models = {DENSE: self.model, "dense, again": self.model, arm.name: self.rt.move(self._load_arm(arm, work))}
         tokens = min(128, self.settings.scale.context - 1)
-        calls = {name: _reading_and_writing(m, tokens, self.rt) for name, m in models.items()}
         result: dict[str, Any] = {"tokens": tokens}
-        for i, (what, repeats) in enumerate((("read", 8), ("write", 16))):
-            found = compare({name: c[i] for name, c in calls.items()}, self.rt, warmup=1, repeats=repeats)
+        with evaluating(*models.values()):
+            calls = {name: prefill_and_decode(m, tokens, self.rt) for name, m in models.items()}
+            timed = {
+                what: compare({name: c[i] for name, c in calls.items()}, self.rt, warmup=1, repeats=repeats)
+                for i, (what, repeats) in enumerate((("read", 8), ("write", 16)))
+            }
+        for what, found in timed.items():
             result[what] = {
                 name: {
                     "median_s": c.timing.median,
@@ -583,27 +588,6 @@ def job_data(tokenizer, settings: Settings, calib: str, wanted: dict[str, int]):
     ids, sizes = encode(tokenizer, texts if n else [], limit=n)
     require(len(ids) >= n, "calib", calib, f"text of at least {n} tokens outside the test part; it has {len(ids)}")
     return replace(data, calib=ids, bytes=data.bytes | {"calib": sizes})
-
-
-def _reading_and_writing(model, tokens: int, rt) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Two functions to be timed: read a prompt of `tokens` tokens, and write one more token after it with a cache."""
-    import torch
-
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = rt.move(torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)))
-    with torch.inference_mode():
-        cache = model(ids, use_cache=True).past_key_values
-
-    @torch.inference_mode()
-    def read():
-        model(ids, use_cache=False)
-
-    @torch.inference_mode()
-    def write():
-        model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(-1)  # forget the token again, so that every step starts from the same length
-
-    return read, write
 
 
 def _perplexity_of(result: dict):

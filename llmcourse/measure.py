@@ -141,7 +141,7 @@ def print_evaluation(report: Evaluation) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, title=f"{report.model} on {report.data}", title_justify="left")
     for head, how in zip(report.HEAD, ("left", "right", "right", "right", "right")):
-        table.add_column(head, justify=how, no_wrap=True)
+        table.add_column(head, justify=how, no_wrap=head in ("metric", "value"), overflow="fold")
     for cells in report.cells():
         table.add_row(*cells)
     width = None if sys.stdout.isatty() else 120
