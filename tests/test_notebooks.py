@@ -25,13 +25,15 @@ def test_notebook_runs(notebook: Path, home: Path, tmp_path: Path):
             Path(sys.executable).with_name("nbdev-test" + (".exe" if os.name == "nt" else "")),
             "--n-workers",
             "0",
+            "--cell-timeout",
+            "0",
             str(notebook),
         ],
         cwd=ROOT,
         env=env,
         text=True,
         capture_output=True,
-        timeout=600,
+        timeout=850,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert notebook.read_bytes() == before  # a test run changes nothing
