@@ -105,6 +105,7 @@ REFUSED = [  # exit code 2, one line
     "evaluate {model} --data bad.jsonl",
     "evaluate {model} --data nothing",
     "evaluate {model} --data some/set",
+    "evaluate {model} --metrics accuracy --data two.txt",
     "evaluate {model} --metrics beauty",
     "evaluate {model} --metrics ''",
     "evaluate {model} --metrics perplexity,,beauty",
