@@ -8,7 +8,7 @@ __all__ = ['layer_norm', 'rms_norm', 'RMSNorm', 'FFN', 'SwiGLU', 'GPTConfig', 'A
 # %% ../nbs/04_model.ipynb #da62a3b5
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -157,10 +157,7 @@ class GPTConfig:
     def __post_init__(self):
         _complete(self)
 
-    @property
-    def head_dim(self) -> int:
-        """Columns of a head, d_h."""
-        return self.d_model // self.n_heads
+    head_dim = property(lambda self: self.d_model // self.n_heads, doc="columns of a head, d_h")
 
     def parameters(self) -> dict[str, int]:
         """Parameters by part, from the formulas of the chapter; their sum is the model's size."""
@@ -329,10 +326,7 @@ class GPT(LlamaFiles, nn.Module):
             x = block(x, rotation=rotation, mask=mask, cache=layer)
         return self.norm(x)
 
-    @property
-    def base_model(self) -> Callable[..., Tensor]:
-        """All but the head, by the name that transformers gives it."""
-        return self.hidden
+    base_model = property(lambda self: self.hidden, doc="all but the head, as transformers has it")
 
     def forward(
         self, ids: Tensor, *, attention_mask: Tensor | None = None,

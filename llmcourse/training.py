@@ -108,7 +108,7 @@ def require_causal(model: Any, why: str) -> None:
     causal = getattr(getattr(model, "config", None), "causal", True) is not False
     require(causal, "model", "a GPT with causal=False", f"one with causal=True: {why}")
 
-
+# %% ../nbs/07_training.ipynb #a1f00014
 def _require_known(part: Callable, ids: Tensor, more: Mapping[str, Any]) -> None:
     """Refuse entries of a batch for which a model, or its body, has no argument."""
     if not more:

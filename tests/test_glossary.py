@@ -17,7 +17,7 @@ LOCAL = {
     "04_model": {"P"},  # mean routing probability
     "05_evaluation": {"A", "P"},  # the models A and B; a matrix of probabilities
     "06_optimizers": {"M", "U"},
-    "07_training": {"Sigma"},
+    "07_training": {"Sigma", "A"},  # A: a constant of a published law
     "08_objectives": {"K", "P"},
     "11_compression": {"X", "Delta"},  # a change of weights, as in the table, but not bold
     "14_quantization": {"U", "Delta"},
