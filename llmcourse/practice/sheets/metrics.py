@@ -749,7 +749,7 @@ ex = exercise(
     hints=(
         "Turning the words around works if they are all different. When does it not?",
         "Eight words have 40,320 orders: few enough to try them one after the other.",
-        "pairs = set(itertools.pairwise(reference)); return the first of itertools.permutations(reference), as a list, whose own pairs are disjoint from them; None behind the loop.",
+        "Keep the reference's own pairs of neighbors in a set. Go through itertools.permutations and return the first order, as a list, of whose pairs none is in that set; None behind the loop.",
     ),
     equivalent={
         "pass # return None": "a function that ends without return gives None",
