@@ -1056,9 +1056,10 @@ def flops_per_token(model: nn.Module) -> int:
 
 # %% ../nbs/11_compression.ipynb #c03c3a03
 def latency(
-    model: nn.Module, rt: Runtime, *, tokens: int, repeats: int = 5
+    model: nn.Module, rt: Runtime | None = None, *, tokens: int, repeats: int = 5
 ) -> tuple[Timing, Timing]:
     """Time to read `tokens` tokens, and to write one more with a cache (batch size 1)."""
+    rt = Runtime.of(rt, model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = rt.move(
         torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -1078,7 +1079,7 @@ def latency(
 def passport(
     name: str,
     model: nn.Module,
-    rt: Runtime,
+    rt: Runtime | None = None,
     *,
     perplexity: Perplexity | None = None,
     folder: str | Path | None = None,
@@ -1092,6 +1093,7 @@ def passport(
         folder: where the model is saved, for the bytes on disk.
         prefill_tokens: length of the prompt for the two latencies; 0 leaves them out.
     """
+    rt = Runtime.of(rt, model)
     parameters, nonzeros = count_parameters(model)
     prefill = decode = None
     if prefill_tokens:

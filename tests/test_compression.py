@@ -502,3 +502,12 @@ def test_the_walk_is_the_same_on_a_gpu(tiny, data):
     compress(rt.move(copy.deepcopy(tiny)), [Watch(seen=gpu, n_calib=2, seq_len=16)], data, rt)
     for name, seen in cpu.items():
         torch.testing.assert_close(seen[1], gpu[name][1].cpu(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_passport_is_measured_where_the_model_is(tiny_model):
+    """No runtime: device and number format of the model itself."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    card = passport("tiny", model, prefill_tokens=4, repeats=1)
+    assert "bfloat16" in card.device and card.prefill.median > 0
