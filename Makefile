@@ -30,7 +30,7 @@ classroom: .venv/.lab.stamp .venv/.classroom.stamp
 test: .venv/.dev.stamp
 	@$(BIN)/llmcourse data --fetch all
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 data: .venv/.lab.stamp
 	@$(BIN)/llmcourse data --fetch all
