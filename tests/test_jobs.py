@@ -125,6 +125,7 @@ def test_the_report_is_one_self_contained_page_with_the_numbers_of_the_job(finis
     text = " ".join(" ".join(page.text).split())
     for r in job["rows"]:
         assert r["name"] in text and f"{r['perplexity']:.2f}" in text
+    assert not re.search(r"[a-zB]\.[A-Z]", text), "two sentences without a blank between them"
     assert "context 64" in text and "<title" in html[html.index("<svg") :]  # the figure says in words what it shows
 
 
