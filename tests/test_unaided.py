@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import time
@@ -98,6 +99,45 @@ def test_an_endless_answer_is_stopped_and_everything_put_back(seconds: float) ->
 def within(model, fn):
     with runtime.evaluating(model):
         return fn(model)
+
+
+@pytest.mark.parametrize("error", [TimeLimit, KeyboardInterrupt])
+@pytest.mark.parametrize("text", ["was[-1][0].__code__ =", "was.pop()"])
+def test_a_bell_while_the_functions_are_put_back(text: str, error: type[BaseException]) -> None:
+    """The alarm of a time limit, or a learner's Stop: nothing stays refused."""
+    source, first = inspect.getsourcelines(unaided)
+    line = first + next(i for i, code in enumerate(source) if text in code)
+    was = {f: f.__code__ for f in vars(attention).values() if hasattr(f, "__code__")}
+    bells = []
+
+    def bell(frame, event, arg):
+        if frame.f_code is not unaided.__code__:
+            return None
+        if event == "line" and frame.f_lineno == line and len(bells) < 3:
+            bells.append(line)
+            raise error
+        return bell
+
+    def loud(*args, **kwargs):
+        sys.settrace(bell)  # an error in a trace function ends the tracing: one bell for each time it is set
+        try:
+            return unaided(*args, **kwargs)
+        finally:
+            sys.settrace(None)
+
+    before = sys.gettrace()
+    try:
+        if error is KeyboardInterrupt:
+            with pytest.raises(KeyboardInterrupt):
+                loud(lambda: 1, chapter="attention")
+        else:
+            assert loud(lambda: 1, chapter="attention") == 1
+    finally:
+        sys.settrace(before)
+        left = [f for f, code in was.items() if f.__code__ is not code]
+        for f in left:
+            f.__code__ = was[f]
+    assert bells and not left
 
 
 DELEGATES = [

@@ -50,17 +50,8 @@ def _works() -> bool:
 
 
 def _options() -> list[str]:
-    options = [
-        "bwrap",
-        "--unshare-all",
-        "--unshare-user",
-        "--uid",
-        str(_NOBODY),
-        "--gid",
-        str(_NOBODY),
-        "--cap-drop",
-        "ALL",
-    ]
+    user = str(_NOBODY)
+    options = ["bwrap", "--unshare-all", "--unshare-user", "--uid", user, "--gid", user, "--cap-drop", "ALL"]
     options += ["--die-with-parent", "--new-session", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     for path in ("/bin", "/lib", "/lib64", "/sbin"):
         if os.path.islink(path):  # /lib -> usr/lib: where the dynamic loader is looked for
