@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -461,6 +462,29 @@ class TestCheck:
             go()
         assert time.monotonic() - started < 20
         assert results[0].status == "failed" and "stopped after 0.3 seconds" in results[0].sentence
+
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarms on this system")
+    def test_the_alarm_of_another_is_kept(self) -> None:
+        """A test runner, or a time limit around this one, goes on counting."""
+        with worker.time_limit(30):
+            with worker.time_limit(20):
+                inner = signal.getitimer(signal.ITIMER_REAL)
+            assert signal.getitimer(signal.ITIMER_REAL)[1] == inner[1] == pytest.approx(worker.TICK)
+            with pytest.raises(worker.TimeLimit), worker.time_limit(0.05):
+                while True:
+                    pass
+            assert signal.getitimer(signal.ITIMER_REAL)[1] == pytest.approx(worker.TICK)
+        before, rung = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic())), []
+        runner = signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            started = time.monotonic()
+            with worker.time_limit(20):
+                time.sleep(0.1)
+            time.sleep(1)
+            assert len(rung) == 1 and 0.25 < rung[0] - started < 1.05
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_REAL, *runner)
 
     def test_learners_random_numbers_go_on(self) -> None:
         torch.manual_seed(5)
