@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -290,18 +291,17 @@ def encode(
 
 def _bytes_of_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     """UTF-8 bytes per token, from the characters [start, stop) that each token stands for."""
-    ends = [0]  # position in characters -> position in bytes
-    for character in text:
-        ends.append(ends[-1] + len(character.encode()))
-    sizes, done = [], 0
-    for i, (_, stop) in enumerate(offsets):
-        last = i + 1 == len(offsets)
-        # several tokens can make up one character: the last of them gets its bytes
-        complete = last or offsets[i + 1][0] >= stop
-        upto = ends[-1] if last else max(done, ends[stop]) if complete else done
-        sizes.append(upto - done)
-        done = upto
-    return sizes
+    if not offsets:
+        return []
+    code = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)  # bytes of each character
+    ends = np.append(0, width.cumsum())  # position in characters -> position in bytes
+    start, stop = np.array(offsets).T
+    # several tokens can make up one character: the last of them gets its bytes
+    complete = np.append(start[1:] >= stop[:-1], True)
+    upto = np.maximum.accumulate(np.where(complete, ends[stop], 0))
+    upto[-1] = ends[-1]
+    return np.diff(upto, prepend=0).tolist()
 
 # %% ../nbs/02_data.ipynb #02da001c
 def separator_id(tokenizer: Any, *, bos: bool | None = None) -> int:
