@@ -40,7 +40,7 @@ class Llama(Adapter):
         return [Dim("channels", mlp.down_proj.in_features, parts, {"intermediate_size": 1})]
 
     def _heads(self, attn: nn.Module) -> list[Dim]:
-        if hasattr(attn, "qkv_proj"):  # cut by the config's number of heads, so that blocks cannot differ
+        if hasattr(attn, "qkv_proj"):  # Phi-3's config has no head_dim: loaded again, it would take hidden_size / heads
             return []
         # a norm over all heads (OLMoE): without one head the others would be scaled differently
         if hasattr(attn, "q_norm") and attn.q_norm.weight.numel() != attn.head_dim:
