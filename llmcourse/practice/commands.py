@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from llmcourse.settings import BadInput, course_root, number
+from llmcourse.settings import BadInput, course_root, number, one_of
 
 __all__ = ["app", "register"]
 
@@ -240,6 +240,7 @@ def progress(
 
 
 def exercises(
+    only: Annotated[list[str] | None, typer.Argument(metavar="SHEET…", help="All sheets without it.")] = None,
     as_json: AsJson = False,
     kill_matrix: Annotated[
         bool,
@@ -249,11 +250,12 @@ def exercises(
         ),
     ] = False,
 ) -> None:
-    """List all exercises, or prove them."""
+    """List the exercises of all sheets, or of some, or prove them."""
     from llmcourse.practice import checking
 
     with _plainly():
-        every = [ex for sheet in checking.sheets() for ex in checking.load_sheet(sheet).values()]
+        chosen = [one_of("sheet", name, checking.sheets()) for name in only or checking.sheets()]
+        every = [ex for sheet in dict.fromkeys(chosen) for ex in checking.load_sheet(sheet).values()]
     if kill_matrix:
         _prove(every, as_json)
         return
