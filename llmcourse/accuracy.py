@@ -158,34 +158,51 @@ def _common(rows: Sequence[list[int]]) -> int:
 
 
 def _with_cache(model: Any, pairs: list[Pair], device: Any, size: int) -> list[tuple[float, bool]]:
-    """Each common beginning once, each context once, each choice once."""
+    """The common beginning once, each context once, each choice once."""
     found: list = [None] * len(pairs)
-    ids = lambda tokens: torch.tensor(tokens, device=device)
-    groups: dict[tuple, list[int]] = {}
-    for i in sorted(range(len(pairs)), key=lambda i: len(pairs[i].continuation)):
-        groups.setdefault(tuple(pairs[i].context), []).append(i)
-    shared = min(_common(list(map(list, groups))), min(map(len, groups)) - 1)
-    shared, start = shared if len(groups) > 1 else 0, None
+    ids = lambda rows: torch.tensor(rows, device=device)
+    ends: dict[tuple, list[int]] = {}  # the pairs of each context
+    for i, pair in enumerate(pairs):
+        ends.setdefault(tuple(pair.context), []).append(i)
+    shared = min(_common(list(map(list, ends))), min(map(len, ends)) - 1)
+    shared, start = shared if len(ends) > 1 else 0, None
     if shared:
         beginning = ids([pairs[0].context[:shared]])
         start = model(beginning, use_cache=True, logits_to_keep=1).past_key_values
-    for context, members in progress(groups.items(), "log-likelihood"):
-        new = ids([context[shared:]])  # (1, T)
-        cache = copy.deepcopy(start)  # the next context begins there too
+    for contexts in progress(_of_one_length(list(ends), size), "log-likelihood"):
+        cache = _rows(start, ids([0] * len(contexts)))  # the next contexts begin there too
+        new = ids([context[shared:] for context in contexts])  # (B, T)
         out = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        first = out.logits[0, -1:]  # (1, V) predicts the first token of each choice
+        members = [(b, i) for b, context in enumerate(contexts) for i in ends[context]]
+        members.sort(key=lambda member: len(pairs[member[1]].continuation))
         for some in (members[k : k + size] for k in range(0, len(members), size)):
-            ends = [pairs[i].continuation for i in some]
-            longest, rest = max(map(len, ends)) - 1, None
+            after = [pairs[i].continuation for _, i in some]
+            longest, rest = max(map(len, after)) - 1, None
             if longest:
-                cache = copy.deepcopy(out.past_key_values)
-                cache.batch_repeat_interleave(len(ends))
-                rows = ids([(end[:-1] + [0] * longest)[:longest] for end in ends])  # (B, longest)
-                rest = model(rows, past_key_values=cache).logits  # (B, longest, V)
-            for b, (i, end) in enumerate(zip(some, ends)):
-                own = first if rest is None else torch.cat((first, rest[b, : len(end) - 1]))
+                cache = _rows(out.past_key_values, ids([b for b, _ in some]))
+                fed = ids([(end[:-1] + [0] * longest)[:longest] for end in after])  # (B', longest)
+                rest = model(fed, past_key_values=cache).logits  # (B', longest, V)
+            for row, ((b, i), end) in enumerate(zip(some, after)):
+                own = out.logits[b, -1:]  # (1, V) predicts the first token of each choice
+                own = own if rest is None else torch.cat((own, rest[row, : len(end) - 1]))
                 found[i] = _read(own, end)
     return found
+
+
+def _of_one_length(contexts: list[tuple], size: int) -> list[list[tuple]]:
+    """At most `size` contexts together, of equal length: padding would lie before the choices."""
+    by_length: dict[int, list[tuple]] = {}
+    for context in contexts:
+        by_length.setdefault(len(context), []).append(context)
+    return [some[k : k + size] for some in by_length.values() for k in range(0, len(some), size)]
+
+
+def _rows(cache: Any, rows: Tensor) -> Any:
+    """A copy of these rows of a cache; one may stand there several times."""
+    cache = copy.deepcopy(cache)
+    if cache is not None:
+        cache.batch_select_indices(rows)
+    return cache
 
 # %% ../nbs/05c_accuracy.ipynb #ac000021
 def loglikelihood(
@@ -355,9 +372,9 @@ class Scored:
 
     items: Sequence[Item] = field(repr=False)
     log_p: np.ndarray = field(repr=False)
-    """(n, choices) ln p(choice | context)"""
+    """(n, most choices) ln p(choice | context); -∞ where an item has fewer"""
     alone: np.ndarray | None = field(repr=False)
-    """(n, choices) ln p(choice | nothing); None: not computed"""
+    """ln p(choice | nothing), 0 where an item has fewer; None: not computed"""
     protocol: ChoiceProtocol
 
     def scores(self, norm: str = "none") -> np.ndarray:
@@ -370,7 +387,8 @@ class Scored:
             require(self.alone is not None, "alone", None, allowed)
             return self.log_p - self.alone
         size = len if norm == "characters" else lambda choice: len(choice.encode())
-        return self.log_p / np.array([[size(c) for c in item.choices] for item in self.items])
+        sizes = [[size(c) for c in item.choices] for item in self.items]
+        return self.log_p / _table(sizes, 1)
 
     def picks(self, norm: str = "none") -> np.ndarray:
         """(n,) the choice with the highest score; of equal ones the first."""
@@ -393,11 +411,15 @@ def check_items(items: Sequence[Item]) -> None:
     """Refuse a list that would give a number without meaning."""
     good = len(items) > 0 and all(isinstance(i, Item) for i in items)
     require(good, "items", type(items).__name__, "a list of `Item`, not empty")
-    sizes = {len(i.choices) for i in items}
-    require(len(sizes) == 1, "choices", sorted(sizes), "the same number in every item")
     places = {i.answer for i in items}
     allowed = "different places: one place would reward a model that prefers it"
     require(len(items) < FEWEST or len(places) > 1, "answers", f"all {min(places)}", allowed)
+
+
+def _table(rows: Sequence[Sequence[float]], rest: float) -> np.ndarray:
+    """Rows of different lengths as one array (n, longest), filled up with `rest`."""
+    longest = max(map(len, rows))
+    return np.array([[*row, *[rest] * (longest - len(row))] for row in rows], dtype=np.float64)
 
 # %% ../nbs/05c_accuracy.ipynb #ac000035
 def prompt(item: Item, shots: Sequence[Item] = (), *, separator="\n\n", delimiter=" ") -> str:
@@ -427,11 +449,11 @@ def score_choices(
     asked = [prompt(item, shots, separator=separator, delimiter=delimiter) for item in items]
     pairs = [(text, delimiter + c) for text, item in zip(asked, items) for c in item.choices]
     found = loglikelihood(model, tokenizer, pairs, **options)
-    shape, free = (len(items), -1), None
+    ends, free = np.cumsum([len(item.choices) for item in items])[:-1], None
+    by_item = lambda likelihoods: np.split([x.value for x in likelihoods], ends)
     if alone is not None:
         again = [(alone, end) for _, end in pairs]
-        free = loglikelihood(model, tokenizer, again, **options)
-        free = np.array([x.value for x in free]).reshape(shape)
+        free = _table(by_item(loglikelihood(model, tokenizer, again, **options)), 0)
     front = _front(tokenizer, options.get("bos"))
     digest = hashlib.sha256(repr([(i.context, i.choices, i.answer) for i in items]).encode())
     protocol = ChoiceProtocol(
@@ -441,7 +463,7 @@ def score_choices(
         unclean=sum(not x.clean for x in found),
         dtype=str(getattr(model, "dtype", "its own format")).removeprefix("torch."),
     )
-    log_p = np.array([x.value for x in found]).reshape(shape)
+    log_p = _table(by_item(found), -math.inf)
     return Scored(items=items, log_p=log_p, alone=free, protocol=protocol)
 
 

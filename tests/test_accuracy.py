@@ -178,6 +178,24 @@ def test_a_model_that_knows_is_right_and_the_protocol_says_how(llama):
     assert again.interval is None and "fewer than 20" in str(again)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_items_with_different_numbers_of_choices(llama, cache, batch_size):
+    choices = [("a", "b c"), ("a b c", "Carl Sagan", "a", "b"), ("困", "a", "happy"), ("b", "c"), ("un a", "b", "c a")]
+    contexts = ["Title:", "Title:", "a b", "b a", "x:"]
+    items = [item(i % 2, c, context) for i, (c, context) in enumerate(zip(choices, contexts))]
+    got = ac.score_choices(llama, Pieces(), items, alone="Title:", cache=cache, batch_size=batch_size)
+    assert got.log_p.shape == got.alone.shape == (5, 4)
+    for norm in ac.NORMS:
+        for i, one in enumerate(items):
+            own = ac.score_choices(llama, Pieces(), [one], alone="Title:", cache=False)
+            k = len(one.choices)
+            assert got.scores(norm)[i, :k] == pytest.approx(own.scores(norm)[0], abs=1e-4), norm
+            assert (got.scores(norm)[i, k:] == -math.inf).all() and got.picks(norm)[i] == own.picks(norm)[0] < k
+    chance = (1 / 2 + 1 / 4 + 1 / 3 + 1 / 2 + 1 / 3) / 5
+    assert got.accuracy().chance == pytest.approx(chance) and 0 <= got.accuracy().value <= 1
+
+
 def test_items_of_descriptions():
     topics = {"T": 12, "U": 3, "": 9, "Uncategorized": 9}
     records = [
@@ -416,7 +434,7 @@ BAD = [
     (lambda m: ac.loglikelihood(lambda ids: torch.zeros(*ids.shape, 64) * math.nan, Pieces(), PAIRS), "finite"),
     (lambda m: ac.loglikelihood(lambda ids: m(ids.flip(1)).logits.flip(1), Pieces(), PAIRS), "sees later tokens"),
     (lambda m: ac.score_choices(m, Pieces(), []), "items is"),
-    (lambda m: ac.score_choices(m, Pieces(), [item(), item(choices=("a", "b", "c"))]), "choices is"),
+    (lambda m: ac.score_choices(m, Pieces(), [item(choices=(" a", "a")), item()]), "choices is (' a', 'a')"),
     (lambda m: ac.score_choices(m, Pieces(), [item()] * 20), "answers is 'all 0'"),
     (lambda m: ac.score_choices(m, Pieces(), [item()], shots=[item(1)]), "shots is"),
     (lambda m: ac.multiple_choice(m, Pieces(), [item()], norm="words"), "norm is 'words'"),
