@@ -15,9 +15,6 @@ The result goes to benchmarks/results/metrics.json.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +22,11 @@ import sacrebleu
 from rouge_score import rouge_scorer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
+from shared import RESULTS, machine, save, show_rows
 
 from llmcourse import metrics
 from llmcourse.data import load_records
 from llmcourse.runtime import Runtime, compare
-
-RESULTS = Path(__file__).resolve().parent / "results" / "metrics.json"
 
 
 def pairs(quick: bool) -> tuple[list[str], list[str]]:
@@ -78,19 +74,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few pairs and three rounds")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "metrics.json")
     args = parser.parse_args()
     rt, rounds = Runtime.auto("cpu"), 3 if args.quick else args.rounds
     found, wanted = pairs(args.quick)
     report = {
         "question": "time of BLEU, chrF and ROUGE against sacrebleu and rouge-score",
         "quick": args.quick,
-        "machine": {
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "sacrebleu": sacrebleu.__version__,
-            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        },
+        "machine": machine(sacrebleu=sacrebleu.__version__),
         "pairs": len(found),
         "scores": {},
     }
@@ -100,25 +91,8 @@ def main() -> int:
         fns = {"the library": theirs, "the library again": theirs, "llmcourse": ours}
         results = compare(fns, rt, baseline="the library", warmup=0, repeats=rounds)
         print(f"\n{name} {values[1]:.3f}, {len(found)} pairs, {rounds} rounds")
-        rows = {}
-        for who, c in results.items():
-            rows[who] = {
-                "ms": c.timing.median * 1e3,
-                "quartiles_ms": [q * 1e3 for q in c.timing.quartiles],
-                "ratio": c.ratio,
-                "low": c.low,
-                "high": c.high,
-                "n": c.timing.n,
-            }
-            print(
-                f"   {who:20} {c.timing.median * 1e3:9.1f} ms   {c.ratio:.2f} × ({c.low:.2f} to {c.high:.2f})",
-                flush=True,
-            )
-        report["scores"][name] = {"value": values[1], "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".part")
-    temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
-    temporary.replace(args.out)
+        report["scores"][name] = {"value": values[1], "rows": show_rows(results)}
+    save(report, args.out)
     return 0
 
 

@@ -15,19 +15,16 @@ The result goes to benchmarks/results/optim.json.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 from pathlib import Path
 
 import torch
+from shared import RESULTS, machine, save, show_rows
 from torch import nn
 
 from llmcourse import optim
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.runtime import Runtime, compare, seed_everything
 
-RESULTS = Path(__file__).resolve().parent / "results" / "optim.json"
 WHY_FUSED = (
     "torch's fused kernels read parameter, gradient and memory once, do all arithmetic in registers, and write once: "
     "for AdamW seven transfers of a number per parameter. Ours are seven calls of ready-made operations. Pieces that "
@@ -94,19 +91,17 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a small model and three rounds")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "optim.json")
     args = parser.parse_args()
     rt = Runtime.auto(args.device)
     rules = ["AdamW", "SGD", "Lion", *(["Muon"] if hasattr(torch.optim, "Muon") else [])]
-    machine = {"device": rt.device.type, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-               "torch": torch.__version__, "python": platform.python_version(),
-               "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None}  # fmt: skip
+    about = machine(device=rt.device.type, threads=torch.get_num_threads(), torch=torch.__version__)
     if rt.device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(rt.device)
+        about["gpu"] = torch.cuda.get_device_name(rt.device)
     report = {
         "question": "time of one optimizer step against torch.optim",
         "quick": args.quick,
-        "machine": machine,
+        "machine": about,
         "dtype": "float32",
         "distance to fused": WHY_FUSED,
         "rules": {},
@@ -122,29 +117,13 @@ def main() -> int:
             f"\n{rule}, {size / 1e6:.2f} million parameters in {len(ps)} tensors, {rt.device.type}, "
             f"{torch.get_num_threads()} thread(s), {rounds} rounds"
         )
-        rows = {}
-        for name, c in results.items():
-            rows[name] = {
-                "ms": c.timing.median * 1e3,
-                "quartiles_ms": [q * 1e3 for q in c.timing.quartiles],
-                "ratio": c.ratio,
-                "low": c.low,
-                "high": c.high,
-                "n": c.timing.n,
-            }
-            print(
-                f"   {name:24} {c.timing.median * 1e3:8.2f} ms   {c.ratio:.2f} × ({c.low:.2f} to {c.high:.2f})",
-                flush=True,
-            )
+        rows = show_rows(results)
         report["rules"][rule] = {"parameters": size, "tensors": len(ps), "rows": rows}
         fused = rows.get("torch fused")
         if fused:
             report["rules"][rule]["ours over fused"] = rows["llmcourse"]["ms"] / fused["ms"]
             print(f"   ours takes {rows['llmcourse']['ms'] / fused['ms']:.2f} × the time of torch's fused kernel")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_suffix(".part")
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
-        temporary.replace(args.out)
+        save(report, args.out)
     return 0
 
 

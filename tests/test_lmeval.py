@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, clean_env
 
 from llmcourse import accuracy as ac
 from llmcourse import lmeval
@@ -126,3 +130,15 @@ def test_bad_input(subject, monkeypatch):
     monkeypatch.setattr(lmeval.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="lm-eval is not installed"):
         lmeval.items_task(ITEMS)
+
+
+def test_quick_benchmark(tiny_model, tmp_path):
+    """The script compares the log-likelihoods of all candidates; here its times mean nothing."""
+    out = tmp_path / "evaluate.json"
+    script = ROOT / "benchmarks" / "evaluate.py"
+    command = [sys.executable, str(script), "--quick", "--model", str(tiny_model), "--out", str(out)]
+    subprocess.run(command, env=clean_env(), check=True, capture_output=True, timeout=300)
+    (found,) = json.loads(out.read_text())["models"].values()
+    assert found["items"] == 12 and found["largest difference"] < 1e-4
+    assert set(found["rows"]) == {"lm-eval", "lm-eval again", "lm-eval, our adapter", "llmcourse"}
+    assert all(row["low"] <= row["ratio"] <= row["high"] and row["ms"] > 0 for row in found["rows"].values())
