@@ -1,8 +1,8 @@
 """Time of the log-likelihoods of multiple-choice items: ours against lm-eval on the same model.
 
-    python benchmarks/evaluate.py                           500 items, ten rounds; the course's small model
-    python benchmarks/evaluate.py --model smollm2-135m      the real one; ten minutes on one core
-    python benchmarks/evaluate.py --quick --model FOLDER    12 items and three rounds, for the test suite
+    python benchmarks/evaluate.py                                     500 items, ten rounds; the course's small model
+    python benchmarks/evaluate.py --model smollm2-135m --items 200     the real one; four minutes
+    python benchmarks/evaluate.py --quick --model FOLDER              12 items and three rounds, for the test suite
 
 An item is "which title belongs to this description?" with four choices of the same topic. Each round scores the next
 items, all candidates in turn (llmcourse.runtime.compare), eight sequences at once:
@@ -21,12 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: a bar for each round would fill the screen
 
 import lm_eval
 import numpy as np
