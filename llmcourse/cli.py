@@ -151,6 +151,26 @@ def pretrain(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that comes with the course.")],
+    out: Annotated[
+        Path, typer.Option(help="Where journal, tokenizer and log go; a sweep that was stopped goes on there.")
+    ],
+    storage: Annotated[
+        str | None, typer.Option(help="URL of a database in place of the journal, for workers on several machines.")
+    ] = None,
+) -> None:
+    """Search the settings of a training recipe; run it in several terminals and they share the work."""
+    from llmcourse.recipes import find_recipe
+
+    settings, path = load_settings(), find_recipe(recipe, "sweep")
+    from llmcourse.sweep import sweep as run
+
+    study = run(path, out, storage=storage, settings=settings, say=_say, live=sys.stdout.isatty())
+    _say(f"Best: trial {study.best_trial.number} with {study.best_value:.4f}   log: {out / 'runs.jsonl'}")
+
+
+@app.command()
 def data(
     fetch: Annotated[
         list[str] | None, typer.Option(help="Prepare this model or data set (repeatable); 'all' for the whole catalog.")

@@ -108,9 +108,10 @@ def find_recipe(name: str | Path, kind: str | None = None) -> Path:
     """The recipe file: a path, or the name of one that comes with the course.
 
     Args:
-        kind: compress (in `recipes/`) or pretrain (in `recipes/pretrain/`); None looks for both.
+        kind: compress (in `recipes/`), pretrain or sweep (in folders of these names there); None looks for all.
     """
-    folders = {"compress": course_root() / "recipes", "pretrain": course_root() / "recipes" / "pretrain"}
+    recipes = course_root() / "recipes"
+    folders = {"compress": recipes, "pretrain": recipes / "pretrain", "sweep": recipes / "sweep"}
     shipped = [p for k, folder in folders.items() if kind in (None, k) for p in sorted(folder.glob("*.toml"))]
     names = ", ".join(p.stem for p in shipped)
     require("\0" not in str(name), "recipe", str(name), f"the path of a .toml file, or one of {names}")
