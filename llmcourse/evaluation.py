@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .data import TokenData, Window, windows
 from .runtime import Runtime, evaluating, progress
 from .settings import number, require, whole
+from .verdicts import held_level
 
 # %% ../nbs/05_evaluation.ipynb #1d684027
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -350,6 +351,18 @@ class Perplexity:
     """(n - 1,) nats, kept so that two models can be compared token by token"""
     documents: Sequence[int] | None = field(default=None, repr=False, compare=False)
     """scored tokens of each document, where they are known"""
+
+    @property
+    def held(self) -> float | None:
+        """About how often intervals like this one hold the truth; None: too few units to say."""
+        return self.level_of(self.nll)
+
+    def level_of(self, values: Any) -> float | None:
+        """The same for the mean of another number per scored token (n - 1,), from equal units."""
+        x, block = np.asarray(values, dtype=np.float64), self.protocol.block
+        edges = np.arange(0, len(x), block) if block else np.cumsum([0, *self.documents])[:-1]
+        moves = np.add.reduceat(x, edges) - x.mean() * np.diff([*edges, len(x)])  # (units,)
+        return held_level(moves, self.protocol.level)
 
     def __str__(self) -> str:
         level = f"{100 * self.protocol.level:g} %"

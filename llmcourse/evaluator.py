@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ from llmcourse.runtime import (
     progress,
 )
 from .settings import load_settings, number, require, whole
+from .verdicts import CARRYING
 
 # %% ../nbs/05d_report.ipynb #5de00002
 def prefill_and_decode(
@@ -416,22 +417,23 @@ def _text_row(s: Setup, **numbers: Any) -> Row:
         f"{p.joining}; windows of {p.context} with stride {p.stride}; model in {p.dtype}; "
         f"bootstrap of {p.n_units} {unit}, {p.n_boot} replicates, seed {p.seed}"
     )
-    few = p.n_units < 2 * Bootstrap.FEW
-    note = f"only {p.n_units} {unit}: the interval holds less often than it says" if few else ""
-    numbers = {"n": p.n_tokens - 1, "counts": "tokens", "note": note} | numbers
-    return Row(**numbers, level=p.level, protocol=protocol)
+    row = {"n": p.n_tokens - 1, "counts": "tokens", "note": ""} | numbers
+    if row.get("low") is not None and row["level"] is None:
+        few = f"no interval: of {p.n_units} {unit}, fewer than {CARRYING} carry the result"
+        row |= {"low": None, "high": None, "note": "; ".join(filter(None, (row["note"], few)))}
+    return Row(**row, protocol=protocol)
 
 
 @metric("perplexity", "text")
 def _perplexity(s: Setup) -> Iterator[Row]:
     p = s.measured[0]
-    yield _text_row(s, name="perplexity", value=p.value, low=p.low, high=p.high)
+    yield _text_row(s, name="perplexity", value=p.value, low=p.low, high=p.high, level=p.held)
 
 
 @metric("bits_per_byte", "bytes")
 def _bits_per_byte(s: Setup) -> Iterator[Row]:
     p = s.measured[0]
-    ends = {"low": p.bits_per_byte_low, "high": p.bits_per_byte_high}
+    ends = {"low": p.bits_per_byte_low, "high": p.bits_per_byte_high, "level": p.held}
     size = {"n": p.protocol.n_bytes, "counts": "bytes"}
     yield _text_row(s, name="bits_per_byte", value=p.bits_per_byte, unit="bits", **ends, **size)
 
@@ -440,11 +442,11 @@ def _bits_per_byte(s: Setup) -> Iterator[Row]:
 def _token_accuracy(s: Setup) -> Iterator[Row]:
     """How often the token with the highest probability is the one that follows."""
     hits, _ = s.choices
-    low, high = _text_interval(s, hits)
-    yield _text_row(s, name="token_accuracy", value=float(hits.double().mean()), low=low, high=high)
+    value = float(hits.double().mean())
+    yield _text_row(s, name="token_accuracy", value=value, **_text_interval(s, hits))
 
 
-def _text_interval(s: Setup, values: Tensor) -> tuple[float, float]:
+def _text_interval(s: Setup, values: Tensor) -> dict[str, float | None]:
     """Interval of the mean of one number per scored token, drawn as the perplexity's is."""
     p = s.measured[0]
     options = {"n_boot": p.protocol.n_boot, "seed": p.protocol.seed}
@@ -454,7 +456,7 @@ def _text_interval(s: Setup, values: Tensor) -> tuple[float, float]:
         replicates = block_bootstrap(values, block=p.protocol.block, **options)
     tails = [(1 - p.protocol.level) / 2, (1 + p.protocol.level) / 2]
     low, high = np.quantile(replicates.numpy(), tails).tolist()
-    return low, high
+    return {"low": low, "high": high, "level": p.level_of(values)}
 
 # %% ../nbs/05d_report.ipynb #5de00012
 @metric("calibration_error", "choices")
@@ -464,12 +466,11 @@ def _calibration_error(s: Setup) -> Iterator[Row]:
     found = calibration_test(confidence, hits.numpy(), n=200, seed=p.protocol.seed)
     why = f"no interval: it is above 0 for every model; {found}"
     ece = reliability(confidence, hits.numpy()).ece
-    yield replace(_text_row(s, name="calibration_error", value=ece, note=why), level=None)
+    yield _text_row(s, name="calibration_error", value=ece, note=why)
     gap = confidence.double() - hits.double()
-    low, high = _text_interval(s, gap)
-    about = "mean probability minus share of right ones: above 0 is too sure"
-    row = _text_row(s, name="overconfidence", value=float(gap.mean()), low=low, high=high)
-    yield replace(row, note="; ".join(filter(None, (about, row.note))))
+    about = {"note": "mean probability minus share of right ones: above 0 is too sure"}
+    ends = _text_interval(s, gap)
+    yield _text_row(s, name="overconfidence", value=float(gap.mean()), **ends, **about)
 
 
 @metric("accuracy", "items")

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TOKENIZERS', 'SMOOTHINGS', 'LONGEST', 'ROUGE', 'words', 'CorpusScore', 'ngrams', 'corpus_bleu', 'chrf', 'lcs_length',
            'lcs_places', 'FScore', 'rouge', 'normalized', 'exact_match', 'token_f1', 'mean_score', 'resampled',
-           'score_interval', 'compare_scores']
+           'score_interval', 'score_level', 'compare_scores']
 
 # %% ../nbs/05b_metrics.ipynb #5b000005
 import math
@@ -20,7 +20,7 @@ import regex
 
 from . import __version__
 from .settings import number, one_of, require, whole
-from .verdicts import Difference
+from .verdicts import Difference, held_level
 
 # %% ../nbs/05b_metrics.ipynb #5b000009
 # rules of mteval-v13a.pl, in its order
@@ -523,6 +523,13 @@ def score_interval(
     tail = (1 - number("level", level, above=0, below=1)) / 2
     low, high = np.quantile(resampled(score, n_boot=n_boot, seed=seed), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def score_level(score: CorpusScore, *, level: float = 0.95) -> float | None:
+    """About how often such an interval holds the truth; None: too few items carry the score."""
+    total = score.sums.sum(0)
+    without = [score.formula((total - row).tolist()) for row in score.sums]  # one item less
+    return held_level(without, level)
 
 
 def compare_scores(

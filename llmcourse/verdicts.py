@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmcourse.settings import number, one_of, require
 
 __all__ = [
-    "CORRECTIONS", "Difference", "benjamini_hochberg", "holm", "paired", "student_quantile", "student_tail", "verdicts",
-    "welch",
+    "CARRYING", "CORRECTIONS", "Difference", "benjamini_hochberg", "held_level", "holm", "paired", "student_quantile",
+    "student_tail", "verdicts", "welch",
 ]  # fmt: skip
 
 
@@ -51,6 +52,34 @@ def student_quantile(level: float, freedom: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if student_tail(middle, freedom) > 1 - level else (low, middle)
     return high
+
+
+CARRYING = 4
+"""units that carry a result at least: with fewer of them, its interval says nothing"""
+
+
+def held_level(moves: Any, level: float = 0.95) -> float | None:
+    """About how often a bootstrap interval holds the truth that was made for `level`.
+
+    Args:
+        moves: (units,) by how much each unit that is drawn moves the result; a scale does not matter.
+    Returns:
+        None where fewer than `CARRYING` units carry the result.
+    """
+    u = np.asarray(moves, dtype=np.float64)
+    good = u.ndim == 1 and len(u) > 0 and bool(np.isfinite(u).all())
+    require(good, "moves", u.shape, "finite numbers (units,)")
+    z = NormalDist().inv_cdf((1 + number("level", level, above=0, below=1)) / 2)
+    k, u = len(u), u - u.mean()
+    u = u / max(np.abs(u).max(), 1e-300)  # its fourth power must not vanish
+    if k < CARRYING or not u.any():  # equal units: nothing says how others would differ
+        return None
+    carry = float(np.sum(u**2) ** 2 / np.sum(u**4))
+    if carry < CARRYING:
+        return None
+    # the variance of a variance is (kurtosis - 1) / k of its square, and 2 / ν by definition
+    freedom = min(k - 1, 2 / max(1 / carry - 1 / k, 1e-12))
+    return 1 - student_tail(z * math.sqrt((k - 1) / k), freedom)
 
 
 def _difference(value: float, error: float, freedom: float, level: float) -> Difference:

@@ -17,6 +17,7 @@ from llmcourse import evaluation as ev
 from llmcourse.data import TokenData, windows
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
+from llmcourse.verdicts import held_level
 
 V = 11
 
@@ -660,3 +661,52 @@ def test_counting_learns_what_can_be_counted():
 def test_bad_input_for_counting(kwargs, text):
     with pytest.raises(BadInput, match=text):
         ev.KneserNey(torch.arange(5), **({"vocab_size": 5} | kwargs))
+
+
+# ------------------------------------------------------------------------------------------- levels that are kept
+
+UNITS = {
+    "normal": lambda rng, k: rng.standard_normal(k),
+    "uniform": lambda rng, k: rng.random(k) - 0.5,
+    "exponential": lambda rng, k: rng.exponential(size=k) - 1,
+    "few give all": lambda rng, k: (rng.random(k) < 0.05) * rng.standard_normal(k),
+}
+
+
+@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.parametrize("k", [15, 20, 40, 100])
+def test_a_level_is_kept_as_often_as_it_says_or_refused(kind, k):
+    """Where a level is given, intervals of that kind hold about as often; 1000 simulated samples."""
+    rng, held, said = np.random.default_rng(k), [], []
+    for _ in range(1000):
+        x = UNITS[kind](rng, k)
+        level = held_level(x)
+        if level is not None:
+            means = rng.multinomial(k, np.full(k, 1 / k), size=300) @ x / k
+            low, high = np.quantile(means, [0.025, 0.975])
+            held.append(low <= 0 <= high), said.append(level)
+    if kind == "few give all":
+        assert len(said) < (300 if k < 100 else 700)
+        return
+    assert len(said) > 400
+    noise = 3 * math.sqrt(0.09 * 0.91 / len(held))
+    skewed = 0.03 if kind == "exponential" else 0.01  # what a sample does not contain
+    assert np.mean(held) > np.mean(said) - noise - skewed and np.mean(held) < np.mean(said) + noise
+    assert k > 20 or np.mean(said) < 0.935  # and it is not simply the 95 % that were asked for
+
+
+def test_a_level_by_hand():
+    assert held_level([1, -1, 1, -1]) == pytest.approx(0.8118, abs=0.01) and held_level([1.0] * 9) is None
+    assert held_level([3, -1, -1, -1]) is None and held_level([1, -1, 1]) is None
+    x = np.random.default_rng(0).standard_normal(5000)
+    assert held_level(x) == pytest.approx(0.95, abs=1e-3) and held_level(x, 0.8) == pytest.approx(0.8, abs=1e-3)
+    assert held_level(x * 1e-200) == pytest.approx(held_level(x)) == pytest.approx(held_level(7 - x))
+
+
+@pytest.mark.parametrize(
+    ("moves", "level", "words"),
+    [([], 0.95, "moves"), ([[1.0]], 0.95, "moves"), ([1.0, math.nan], 0.95, "moves"), ([1.0, 2.0], 95, "level is 95")],
+)
+def test_no_level_of_what_is_none(moves, level, words):
+    with pytest.raises(BadInput, match=words):
+        held_level(moves, level)

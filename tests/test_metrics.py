@@ -33,6 +33,7 @@ from llmcourse.metrics import (
     words,
 )
 from llmcourse.settings import BadInput
+from llmcourse.verdicts import held_level
 
 sacrebleu = pytest.importorskip("sacrebleu", reason='pip install "llmcourse[metrics]"')
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason='pip install "llmcourse[metrics]"')
@@ -430,6 +431,18 @@ def test_normalized_leaves_other_alphabets_alone():
 def test_what_is_not_given_back_twice():
     """The cache of words hands out tuples: nobody can change what the next score sees."""
     assert isinstance(words("a b", "none"), tuple) and metrics.words.cache_info().maxsize == 2**16
+
+
+def test_the_level_of_a_score_is_that_of_what_each_item_moves():
+    rng = np.random.default_rng(0)
+    values = rng.random(50)
+    score = mean_score(values, "x")
+    assert metrics.score_level(score) == pytest.approx(held_level(values))  # a mean: each item moves it by its value
+    values[0] = 1000.0
+    assert metrics.score_level(mean_score(values, "x")) is None
+    words = [" ".join(rng.choice(list("abcdefgh"), 12)) for _ in range(60)]
+    near = [w if i % 2 else w[:-2] + " z" for i, w in enumerate(words)]
+    assert 0.9 < metrics.score_level(corpus_bleu(near, words)) < 0.95
 
 
 def test_quick_benchmark(tmp_path):
