@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from sheet_rules import assert_passes
 
 from llmcourse.practice import checking
 
@@ -202,9 +203,7 @@ def names(answers):
 
 @pytest.mark.parametrize("id, answer", RIGHT, ids=names(RIGHT))
 def test_a_right_answer_passes(id, answer):
-    ex = checking.find(id)
-    result = checking.judge(ex, checking._run_here(ex, answer))
-    assert result.passed, repr(result)
+    assert_passes(id, answer)
 
 
 def test_every_exercise_has_two_other_right_answers():
