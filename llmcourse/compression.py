@@ -5,8 +5,7 @@ __all__ = ['REPORT_INPUTS', 'Stat', 'AbsMax', 'RootMeanSquare', 'Hessian', 'laye
            'ActQuant', 'round_input', 'LayerUpdate', 'SiteUpdate', 'mask_of', 'qparams_of', 'write_back', 'Call',
            'capture', 'Seen', 'watch', 'LayerReport', 'Report', 'Context', 'Pass', 'chosen_sites', 'check_sites',
            'LayerPass', 'treat', 'parametrizations', 'parametrize_like', 'walk', 'check_passes', 'compress', 'Noise',
-           'RoundingNoise', 'Passport', 'count_parameters', 'memory_bytes', 'disk_bytes', 'flops_per_token', 'latency',
-           'passport']
+           'RoundingNoise', 'Passport', 'count_parameters', 'disk_bytes', 'flops_per_token', 'latency', 'passport']
 
 # %% ../nbs/11_compression.ipynb #88eb1395
 import copy
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from .adapters import Adapter, Coverage, Site, adapter_for, expert_matrices, matches
 from .data import TokenData
 from .evaluation import Perplexity
+from .evaluator import prefill_and_decode, weight_bytes
 from .runtime import Runtime, Timing, benchmark, evaluating, progress
 from .settings import BadInput, number, one_of, require, whole
 from .store import write_atomic
@@ -1002,14 +1002,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in counts), sum(nz for _, nz in counts)
 
 
-def memory_bytes(model: nn.Module) -> int:
-    """Bytes that parameters and buffers occupy; shared storage counts once."""
-    tensors = (*model.parameters(), *model.buffers())
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
-
-
 def disk_bytes(folder: str | Path) -> int:
     """Bytes of the weight files that a reader opens; a second copy of them is not counted."""
     folder = Path(folder)
@@ -1060,19 +1052,10 @@ def latency(
 ) -> tuple[Timing, Timing]:
     """Time to read `tokens` tokens, and to write one more with a cache (batch size 1)."""
     rt = Runtime.of(rt, model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = rt.move(
-        torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    )
-    with torch.inference_mode():
-        prefill = benchmark(lambda: model(ids, use_cache=False), rt, warmup=1, repeats=repeats)
-        cache = model(ids, use_cache=True).past_key_values
-
-        def step():
-            model(ids[:, -1:], past_key_values=cache, use_cache=True)
-            cache.crop(-1)  # forget the token again, so that every step starts from the same length
-
-        decode = benchmark(step, rt, warmup=2, repeats=3 * repeats)
+    with evaluating(model):
+        first_token, next_token = prefill_and_decode(model, tokens, rt)
+        prefill = benchmark(first_token, rt, warmup=1, repeats=repeats)
+        decode = benchmark(next_token, rt, warmup=2, repeats=3 * repeats)
     return prefill, decode
 
 
@@ -1102,7 +1085,7 @@ def passport(
         name=name,
         parameters=parameters,
         nonzeros=nonzeros,
-        bytes_memory=memory_bytes(model),
+        bytes_memory=weight_bytes(model),
         bytes_disk=disk_bytes(folder) if folder else None,
         flops_per_token=flops_per_token(model),
         prefill=prefill,

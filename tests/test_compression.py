@@ -35,12 +35,12 @@ from llmcourse.compression import (
     flops_per_token,
     layer_error,
     mask_of,
-    memory_bytes,
     passport,
     qparams_of,
     write_back,
 )
 from llmcourse.data import TokenData, load_model
+from llmcourse.evaluator import weight_bytes
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
 
@@ -437,7 +437,7 @@ def test_the_passport_counts(tiny):
     linear = sum(m.weight.numel() for m in tiny.modules() if isinstance(m, nn.Linear))
     assert card.flops_per_token == flops_per_token(tiny) == 2 * linear
     buffers = sum(b.untyped_storage().nbytes() for b in tiny.buffers())
-    assert card.bytes_memory == memory_bytes(tiny) == 4 * card.parameters + buffers
+    assert card.bytes_memory == weight_bytes(tiny) == 4 * card.parameters + buffers
     assert card.prefill.n == 2 and card.decode.n == 6 and card.to_dict()["prefill"]["n"] == 2
 
 
