@@ -15,8 +15,18 @@ from conftest import ROOT, clean_env
 
 from llmcourse import accuracy as ac
 from llmcourse import lmeval
-from llmcourse.settings import BadInput
+from llmcourse.runtime import Runtime
+from llmcourse.settings import BadInput, load_settings
+from llmcourse.store import is_prepared
 
+RT = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+needs_model = [
+    pytest.mark.model,
+    pytest.mark.skipif(
+        not is_prepared("smollm2-135m", load_settings().home),
+        reason="smollm2-135m is not prepared: run llmcourse data --fetch smollm2-135m",
+    ),
+]
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'llmcourse[eval]'")
 
 
@@ -142,3 +152,56 @@ def test_quick_benchmark(tiny_model, tmp_path):
     assert found["items"] == 12 and found["largest difference"] < 1e-4
     assert set(found["rows"]) == {"lm-eval", "lm-eval again", "lm-eval, our adapter", "llmcourse"}
     assert all(row["low"] <= row["ratio"] <= row["high"] and row["ms"] > 0 for row in found["rows"].values())
+
+
+# ------------------------------------------------------------------------------------- packed, and the real model
+
+
+def packed_and_dense(model, vocabulary):
+    """A packed copy in 4 bits, and the dense model with the same rounded weights."""
+    from llmcourse import RTN, compress
+    from llmcourse.data import TokenData
+    from llmcourse.packed import dequantize_model, pack_model
+
+    stream = torch.randint(vocabulary, (64,), generator=torch.Generator().manual_seed(0))
+    parts = dict.fromkeys(("train", "val", "test", "calib"), stream)
+    data = TokenData(**parts, bytes={}, name="random", tokenizer="none", separator=0)
+    student, _ = compress(model, [RTN(bits=4, group_size=32, n_calib=1, seq_len=16)], data, RT)
+    packed = pack_model(student)
+    return packed, dequantize_model(packed)
+
+
+def agrees(models, tokenizer, items):
+    """The same log-likelihoods of the same items through lm-eval and through the course, for every model."""
+    pairs = [(item.context, " " + c) for item in items for c in item.choices]
+    ours = ac.score_choices(models[0], tokenizer, items).log_p
+    ours = [x for row, item in zip(ours, items) for x in row[: len(item.choices)]]
+    for model in models:
+        there = lmeval.course_lm(model, tokenizer).loglikelihood(requests(*pairs), disable_tqdm=True)
+        assert [v for v, _ in there] == pytest.approx(ours, abs=1e-4)
+    assert len({round(v, 3) for v in ours}) == len(set(pairs))  # a model that says the same of all would agree too
+    return ours
+
+
+def test_a_packed_model_there_and_here(subject):
+    model, tokenizer = subject
+    small = agrees(packed_and_dense(model, len(tokenizer)), tokenizer, ITEMS[:6])
+    dense = agrees([model], tokenizer, ITEMS[:6])
+    assert max(abs(a - b) for a, b in zip(small, dense)) > 1e-2  # the packed one is another model
+
+
+class TestRealModel:
+    pytestmark = needs_model
+
+    def test_dense_and_packed(self):
+        from llmcourse.data import load_model
+
+        model, tokenizer, _ = load_model("smollm2-135m", rt=RT)
+        items = [
+            ac.Item(context="The capital of France is", choices=("Paris", "Rome", "a small river"), answer=0),
+            ac.Item(context="Two and two make", choices=("five", "four"), answer=1),
+        ]
+        assert agrees([model], tokenizer, items)[0] > -2
+        model.model.layers = model.model.layers[:3]  # all thirty take most of a minute to pack
+        model.config.num_hidden_layers = 3
+        agrees(packed_and_dense(model, len(tokenizer)), tokenizer, items)
