@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+
+import nbformat
+from conftest import ROOT
 
 from llmcourse.practice import checking
 
@@ -12,3 +16,22 @@ def assert_passes(id: str, answer: Callable) -> None:
     ex = checking.find(id)
     result = checking.judge(ex, checking._run_here(ex, answer))
     assert result.passed, repr(result)
+
+
+def broken_code(sheet: str) -> list[tuple[str, str]]:
+    """(exercise, code) of the broken code in the statements of a sheet."""
+    (master,) = (ROOT / "solutions").glob(f"*/{sheet}.ipynb")
+    statements = [cell.source for cell in nbformat.read(master, 4).cells if cell.cell_type == "markdown"]
+    found = re.findall(r"```python\n(def (\w+).*?)```", "\n".join(statements), re.S)
+    return [(f"{sheet}.{name}", code) for code, name in found]
+
+
+def assert_as_it_was(id: str, code: str) -> None:
+    """The broken code of a statement runs, and fails as the wrong answer of that name."""
+    ex = checking.find(id)
+    space = dict(vars(checking.sys.modules[ex.module]))
+    exec(code, space)
+    outcomes = checking._run_here(ex, space[ex.name])
+    result = checking.judge(ex, outcomes)
+    assert not result.passed and result.wrong_answer == "as_it_was", repr(result)
+    assert not [o for o in outcomes if o["kind"] == "error" and o["type"] in ("NameError", "SyntaxError")]
