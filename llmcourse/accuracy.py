@@ -669,7 +669,8 @@ def _predictions(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]
 
 def _distributions(p: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     p, y = np.asarray(p, dtype=np.float64), np.asarray(targets)
-    require(p.ndim == 2 and p.size > 0, "shape of p", p.shape, "two dimensions (n, classes)")
+    good = p.ndim == 2 and len(p) > 0 and p.shape[1] >= 2
+    require(good, "shape of p", p.shape, "two dimensions (n, classes), at least two classes")
     require(y.shape == p.shape[:1], "shape of targets", y.shape, f"({len(p)},), one a row of p")
     inside = bool(((p >= 0) & (p <= 1)).all())
     require(inside, "p", "outside of 0 to 1", "probabilities from 0 to 1")
@@ -731,7 +732,8 @@ def fit_temperature(logits: Any, targets: Any, *, steps: int = 30) -> float:
         BadInput: there is no minimum: the right class is always the largest, or no better than any.
     """
     z, y = torch.as_tensor(logits), torch.as_tensor(targets)
-    require(z.ndim == 2 and z.numel() > 0, "shape of logits", tuple(z.shape), "(n, classes)")
+    good, allowed = z.ndim == 2 and len(z) > 0, "(n, classes), at least two classes"
+    require(good and z.shape[1] >= 2, "shape of logits", tuple(z.shape), allowed)
     require(y.shape == z.shape[:1], "shape of targets", tuple(y.shape), f"({len(z)},)")
     fits = not y.is_floating_point() and y.dtype != torch.bool
     fits = fits and int(y.min()) >= 0 and int(y.max()) < z.shape[1]

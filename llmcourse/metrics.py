@@ -20,7 +20,7 @@ import regex
 
 from . import __version__
 from .settings import number, one_of, require, whole
-from .verdicts import Difference, held_level
+from .verdicts import CARRYING, Difference, held_level
 
 # %% ../nbs/05b_metrics.ipynb #5b000009
 # rules of mteval-v13a.pl, in its order
@@ -519,7 +519,8 @@ def resampled(score: CorpusScore, *, n_boot: int = 1000, seed: int = 0) -> np.nd
 def score_interval(
     score: CorpusScore, *, level: float = 0.95, n_boot: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The middle `level` of the resampled scores."""
+    """The middle `level` of the resampled scores of at least `CARRYING` items."""
+    _check_items(score)
     tail = (1 - number("level", level, above=0, below=1)) / 2
     low, high = np.quantile(resampled(score, n_boot=n_boot, seed=seed), [tail, 1 - tail])
     return float(low), float(high)
@@ -527,11 +528,13 @@ def score_interval(
 
 def score_level(score: CorpusScore, *, level: float = 0.95) -> float | None:
     """About how often such an interval holds the truth; None: too few items carry the score."""
+    if len(score.sums) < CARRYING:
+        return None
     total = score.sums.sum(0)
     without = [score.formula((total - row).tolist()) for row in score.sums]  # one item less
     return held_level(without, level)
 
-
+# %% ../nbs/05b_metrics.ipynb #5b0000a4
 def compare_scores(
     a: CorpusScore, b: CorpusScore, *, level: float = 0.95, n_boot: int = 1000, seed: int = 0
 ) -> Difference:
@@ -542,10 +545,11 @@ def compare_scores(
     give them to `llmcourse.verdicts.verdicts`.
 
     Raises:
-        BadInput: scores with other signatures, or of other numbers of items.
+        BadInput: scores with other signatures, of other numbers of items, or of too few.
     """
     require(a.signature == b.signature, "signature of b", b.signature, f"{a.signature}, as in a")
     require(len(a.sums) == len(b.sums), "items of b", len(b.sums), f"{len(a.sums)}, as in a")
+    _check_items(a)
     tail = (1 - number("level", level, above=0, below=1)) / 2
     options = {"n_boot": n_boot, "seed": seed}  # the same seed draws the same items
     low, high = np.quantile(resampled(b, **options) - resampled(a, **options), [tail, 1 - tail])
@@ -558,3 +562,8 @@ def compare_scores(
         other = a.formula((total_b - swapped).tolist()) - a.formula((total_a + swapped).tolist())
         at_least += abs(other) >= abs(difference) - 1e-9
     return Difference(difference, float(low), float(high), (1 + at_least) / (1 + n_boot))
+
+
+def _check_items(score: CorpusScore) -> None:
+    few = f"at least {CARRYING}: fewer say nothing about others"
+    require(len(score.sums) >= CARRYING, "items", len(score.sums), few)

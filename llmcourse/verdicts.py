@@ -101,8 +101,8 @@ def welch(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Dif
 
 def paired(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Difference:
     """mean(b - a) of runs that belong together, such as those of one seed."""
+    require(len(a) == len(b) >= 2, "runs", (len(a), len(b)), "as many of both, at least two pairs")
     d = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    require(len(d) >= 2, "runs", len(d), "at least two pairs")
     return _difference(float(d.mean()), float(d.std(ddof=1)) / math.sqrt(len(d)), len(d) - 1, level)
 
 
