@@ -198,7 +198,7 @@ def parallel_coordinates(
 
     with style():
         for k in result.argsort()[::-1]:  # the lowest on top
-            ax.plot(range(len(axes)), lines[k], color=colormaps["viridis"](0.9 * rank[k]), lw=1.2, alpha=0.8)
+            ax.plot(range(len(axes)), lines[k], color=colormaps["viridis"](0.9 * rank[k]), lw=1.2, ls="-", alpha=0.8)
         for x, (low, high) in enumerate(labels):
             ax.axvline(x, color="0.5", lw=0.8, zorder=0)
             ax.text(x, -0.03, low, ha="center", va="top"), ax.text(x, 1.03, high, ha="center", va="bottom")

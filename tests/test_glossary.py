@@ -19,6 +19,7 @@ LOCAL = {
     "06_optimizers": {"M", "U"},
     "07_training": {"Sigma", "A"},  # A: a constant of a published law
     "08_objectives": {"K", "P"},
+    "10b_search": {"Phi"},  # the normal distribution function
     "11_compression": {"X", "Delta"},  # a change of weights, as in the table, but not bold
     "14_quantization": {"U", "Delta"},
 }
