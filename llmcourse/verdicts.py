@@ -5,6 +5,7 @@ Hand-written. The chapter `nbs/06_optimizers.ipynb` tells why a word for one row
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
@@ -15,8 +16,8 @@ import numpy as np
 from llmcourse.settings import number, one_of, require
 
 __all__ = [
-    "CARRYING", "CORRECTIONS", "Difference", "benjamini_hochberg", "held_level", "holm", "paired", "student_quantile",
-    "student_tail", "verdicts", "welch",
+    "CARRYING", "CORRECTIONS", "Difference", "benjamini_hochberg", "held_level", "holm", "paired", "student_interval",
+    "student_quantile", "student_tail", "verdicts", "welch",
 ]  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def student_tail(t: float, freedom: float) -> float:
     return float(weights @ inside(first) / (weights @ inside(0.0)))
 
 
+@functools.lru_cache(maxsize=256)
 def student_quantile(level: float, freedom: float) -> float:
     """How far from 0 Student's t is with probability `level` at most, by bisection."""
     low, high = 0.0, 1.0
@@ -82,7 +84,8 @@ def held_level(moves: Any, level: float = 0.95) -> float | None:
     return 1 - student_tail(z * math.sqrt((k - 1) / k), freedom)
 
 
-def _difference(value: float, error: float, freedom: float, level: float) -> Difference:
+def student_interval(value: float, error: float, freedom: float, level: float) -> Difference:
+    """An estimate with its standard error as a `Difference`: Student's interval and two-sided probability."""
     if error == 0:  # all runs alike, as at a tiny scale
         return Difference(value, value, value, float(value == 0))
     reach = student_quantile(level, freedom) * error
@@ -96,14 +99,14 @@ def welch(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Dif
     va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     total = va + vb
     freedom = total**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1)) if total else 1.0
-    return _difference(float(b.mean() - a.mean()), math.sqrt(total), freedom, level)
+    return student_interval(float(b.mean() - a.mean()), math.sqrt(total), freedom, level)
 
 
 def paired(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Difference:
     """mean(b - a) of runs that belong together, such as those of one seed."""
     require(len(a) == len(b) >= 2, "runs", (len(a), len(b)), "as many of both, at least two pairs")
     d = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    return _difference(float(d.mean()), float(d.std(ddof=1)) / math.sqrt(len(d)), len(d) - 1, level)
+    return student_interval(float(d.mean()), float(d.std(ddof=1)) / math.sqrt(len(d)), len(d) - 1, level)
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
