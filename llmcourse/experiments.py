@@ -209,7 +209,7 @@ def effects(
     """Main effects and interactions of a two-level design, with Student's intervals.
 
     Args:
-        y: (runs, repeats) outcomes; column j is seed j. One column only: Lenth's method [lenth1989].
+        y: (runs, repeats) outcomes; column j is seed j. With one column: Lenth's method.
         order: interactions of at most so many factors. Of effects that are confounded, the first.
         blocks: what all runs of a seed share is no error: take each seed's mean out of it.
     """
@@ -253,7 +253,7 @@ def power(
     freedom = n - 1 if pairs else 2 * n - 2
     shift, edge = ratio * math.sqrt(n if pairs else n / 2), student_quantile(level, freedom)
     # t = (z + shift) / w, where freedom · w² is a chi-squared: average over w
-    w = np.linspace(1e-9, 1 + 9 / math.sqrt(freedom), 2001)
+    w = (np.arange(4000) + 0.5) / 4000 * (1 + 9 / math.sqrt(freedom))
     log_density = (freedom - 1) * np.log(w) - freedom * w**2 / 2
     weight = np.exp(log_density - log_density.max())
     below = np.array([NormalDist().cdf(x) for x in shift - edge * w])
@@ -319,7 +319,7 @@ def decide(difference: Difference, smallest: float) -> str:
         return "reject"
     return "equivalent" if -s < difference.low and difference.high < s else "undecided"
 
-# %% ../nbs/10_experiments.ipynb #ex000037
+# %% ../nbs/10_experiments.ipynb #ex000038
 class Ablated(NamedTuple):
     """What a part is worth: added alone, added last, and on average over all others."""
 
@@ -350,7 +350,7 @@ def ablation(design: Design, y: Any, *, level: float = 0.95) -> dict[str, Ablate
         )
     return table
 
-# %% ../nbs/10_experiments.ipynb #ex000042
+# %% ../nbs/10_experiments.ipynb #ex000043
 class Component(NamedTuple):
     """A variance with its interval. The estimate can be negative; what it estimates cannot."""
 
