@@ -198,7 +198,7 @@ class Effects:
         name = {t: " = ".join([t, *self.aliased[t]]) for t in self.table}
         width, words = max(map(len, name.values())) + 2, self.words()
         head = f"{'effect':<{width}}high minus low ({100 * self.level:g} % interval)   corrected"
-        rows = [f"{name[t]:<{width}}{str(d):<33}  {words[t]}" for t, d in self.table.items()]
+        rows = [f"{name[t]:<{width}}{d!s:<33}  {words[t]}" for t, d in self.table.items()]
         foot = f"standard deviation of a run {self.spread:.4f}, {self.freedom:g} degrees of freedom"
         return "\n".join([head, *rows, foot])
 
