@@ -37,6 +37,7 @@ ex = exercise(
         "All n are bad with probability (1 - share) ** n. You want this to be at most 1 - certainty.",
         "Count n up from 1 while 1 - (1 - share) ** n < certainty.",
     ),
+    equivalent={"n = 0": "no run is never enough, so the loop goes on to 1"},
 )
 
 
@@ -228,7 +229,9 @@ ex = exercise(
         "Sort alive by (losses[c][rung], c) and cut to max(1, len(alive) // eta), except at the last rung.",
     ),
     equivalent={
-        "for rung in range(last - -1):": "the same number",
+        "alive, last = list(range(len(losses))), len(losses[-1]) - 1": "all candidates have the same rungs",
+        "if rung <= last:": "a cut after the last rung leaves the first of the list where it is",
+        "if True:": "a cut after the last rung leaves the first of the list where it is",
     },
 )
 
@@ -332,6 +335,7 @@ ex = exercise(
         "From one pause to the next a candidate pays share - before. The number of candidates falls after each pause.",
         "Start with n = 1 and count up while the cost of n + 1 is at most the budget.",
     ),
+    equivalent={"n = 0": "one run is paid for, so the loop goes on to 1"},
 )
 
 
@@ -561,7 +565,6 @@ def _d(a, b):
 
 @ex.wrong("This is the code as it was: every repetition counts as an independent result. Average those of a seed first.")
 def as_it_was(a, b):
-    seed_t(a, b)
     return _t([y - x for row_a, row_b in zip(a, b) for x, y in zip(row_a, row_b)])
 
 
