@@ -357,7 +357,7 @@ def test_two_processes_do_not_mix_their_lines(tmp_path):
         {"config": {"a": [1]}},
         {"config": {"": 1}},
         {"config": 5},
-        {"metrics": {"a": object()}},
+        {"metrics": {"a": 1j}},
         {"seed": -1},
         {"seed": 1.5},
         {"about": {1: 2}},
