@@ -164,10 +164,11 @@ def sweep(
     from llmcourse.recipes import find_recipe
 
     settings, path = load_settings(), find_recipe(recipe, "sweep")
+    from llmcourse.sweep import in_words
     from llmcourse.sweep import sweep as run
 
     study = run(path, out, storage=storage, settings=settings, say=_say, live=sys.stdout.isatty())
-    _say(f"Best: trial {study.best_trial.number} with {study.best_value:.4f}   log: {out / 'runs.jsonl'}")
+    _say(f"{in_words(study)}   log: {out / 'runs.jsonl'}")
 
 
 @app.command()

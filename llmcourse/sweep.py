@@ -24,7 +24,7 @@ from typing import Any
 from llmcourse.schema import parse, read_toml
 from llmcourse.settings import BadInput, Settings, load_settings, number, one_of, require, whole
 
-__all__ = ["Axis", "SweepRecipe", "load_sweep_recipe", "open_study", "run_trials", "sweep"]
+__all__ = ["Axis", "SweepRecipe", "in_words", "load_sweep_recipe", "open_study", "run_trials", "sweep"]
 
 SEARCHED = ("lr", "weight_decay", "warmup_share", "batch_size", "optimizer", "schedule", "final_lr", "clip")
 SAMPLERS, PRUNERS = ("tpe", "random"), ("median", "halving", "none")
@@ -546,6 +546,17 @@ def _shown(study: Any, recipe: SweepRecipe, say: Callable[[str], None], live: bo
 
 def _words(params: Mapping[str, Any]) -> str:
     return "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
+
+
+def in_words(study: Any) -> str:
+    """The best trial of those that were trained to the end with a finite loss, or that there is none."""
+    from optuna.trial import TrialState
+
+    whole = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE and math.isfinite(t.value)]
+    if not whole:
+        return "No trial reached its end with a finite loss."
+    best = min(whole, key=lambda t: t.value)
+    return f"Best: trial {best.number} with {best.value:.4f}"
 
 
 def table_of(study: Any, recipe: SweepRecipe, rows: int = 12) -> Any:

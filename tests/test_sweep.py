@@ -18,7 +18,7 @@ from conftest import ROOT
 
 from llmcourse.runlog import RunLog, columns, parallel_coordinates, to_tensorboard
 from llmcourse.settings import BadInput, load_settings
-from llmcourse.sweep import load_sweep_recipe, open_study, run_trials, sweep
+from llmcourse.sweep import in_words, load_sweep_recipe, open_study, run_trials, sweep
 
 optuna = pytest.importorskip("optuna")
 WORKER = ROOT / "tests" / "sweep_worker.py"
@@ -417,3 +417,16 @@ def test_without_tensorboard_it_is_said(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="tracking"):
         to_tensorboard(log.read(), tmp_path / "events")
     assert not (tmp_path / "events").exists()
+
+
+def test_the_last_word_where_every_trial_was_given_up() -> None:
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study()
+    none = "No trial reached its end with a finite loss."
+    assert in_words(study) == none
+    for state, value in (("PRUNED", None), ("FAIL", None), ("COMPLETE", float("inf"))):
+        study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState[state], value=value))
+        assert in_words(study) == none
+    for value in (0.5, 0.25, 0.75):
+        study.add_trial(optuna.trial.create_trial(value=value))
+    assert in_words(study) == "Best: trial 4 with 0.2500"
