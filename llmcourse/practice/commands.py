@@ -40,13 +40,15 @@ def _console():
 
 
 def _table(title: str, *columns: str):
-    """One line for each row: what does not fit is cut, with a sign."""
+    """One line for each row: numbers and the first column keep their width, other texts are cut, with a sign."""
     from rich.table import Table
 
-    table = Table(title=_escape(title), title_justify="left", caption_justify="left")
     numbers = ("points", "cases", "min", "level", "tries", "hints", "known")
+    texts = [name for name in columns[1:] if name not in numbers]
+    table = Table(title=_escape(title), title_justify="left", caption_justify="left", expand=bool(texts))
     for name in columns:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="ellipsis", no_wrap=True)
+        justify, ratio = "right" if name in numbers else "left", 1 if name in texts else None
+        table.add_column(name, justify=justify, ratio=ratio, overflow="ellipsis", no_wrap=True)
     return table
 
 

@@ -626,7 +626,7 @@ ex = exercise(
     hints=(
         "Cut at the line ends. What is the last piece when the file ends with one, and when it does not?",
         "json.loads raises a ValueError for what is no JSON. A number or a list is JSON, and no entry.",
-        "*lines, rest = content.split(\"\\n\"): each of lines is tried; rest is broken if it is not empty.",
+        "Split at every newline. The last piece is the rest, broken if it is not empty; try each of the others.",
     ),
 )
 
