@@ -21,6 +21,7 @@ LOCAL = {
     "08_objectives": {"K", "P"},
     "10b_search": {"Phi"},  # the normal distribution function
     "11_compression": {"X", "Delta"},  # a change of weights, as in the table, but not bold
+    "12_pruning": {"U"},  # the Cholesky factor, as in quantization
     "14_quantization": {"U", "Delta"},
 }
 
