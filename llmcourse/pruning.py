@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['keep_highest', 'keep_n_of_m', 'n_of_m', 'Pruner', 'Wanda', 'RandomMask', 'global_masks', 'ModelWide', 'Magnitude',
            'sparsegpt_reference', 'sparsegpt', 'SparseGPT', 'Gradient', 'importance', 'shrink_config', 'contribution',
-           'Structured']
+           'dims_of_blocks', 'Structured']
 
 # %% ../nbs/12_pruning.ipynb #pr000005
 import math
@@ -34,10 +34,11 @@ from llmcourse.compression import (
     Stat,
     _dice,
     chosen_sites,
+    damped,
+    inverse_factor,
     mask_of,
     walk,
 )
-from .quantization import damped, inverse_factor
 from .runtime import evaluating
 from .settings import number, one_of, require, whole
 
@@ -412,6 +413,26 @@ def contribution(dims: list[Dim], ctx: Context, ids: Tensor) -> list[Tensor]:
         found.append(column[rows].view(part.repeats, dim.size, -1).sum((0, 2)))
     return found
 
+# %% ../nbs/12_pruning.ipynb #pr00dims
+def dims_of_blocks(adapter: Adapter, name: str) -> list[Dim]:
+    """The dimension of that name in each block.
+
+    Raises:
+        BadInput: a block has none, they differ in size, or the configuration could not say it.
+    """
+    blocks = range(len(adapter.blocks()))
+    found = [[d for d in adapter.dims(i) if d.name == name] for i in blocks]
+    kind, config = type(adapter.model).__name__, adapter.config
+    have = all(len(f) == 1 for f in found)
+    require(have, "dim", name, f"what can be taken out of every block of {kind}")
+    sizes = sorted({f[0].size for f in found})
+    require(len(sizes) == 1, f"{name} of the blocks", sizes, "the same number in each")
+    says = not isinstance(getattr(type(config), "head_dim", None), property)
+    says = says and isinstance(getattr(config, "head_dim", None), int)
+    allowed = f"'channels': the configuration of {kind} computes the width of a head from them"
+    require(name != "heads" or says, "dim", name, allowed)
+    return [f[0] for f in found]
+
 # %% ../nbs/12_pruning.ipynb #pr000031
 @dataclass(frozen=True, kw_only=True)
 class Structured(Pass):
@@ -447,29 +468,14 @@ class Structured(Pass):
         return {"calib": self.n_calib * self.seq_len} if self.choose == "contribution" else {}
 
     def check(self, model: nn.Module, adapter: Adapter) -> None:
-        self._dims(adapter)
+        dims_of_blocks(adapter, self.dim)
         limit = adapter.positions() or self.seq_len
         fits = self.seq_len <= limit or self.choose != "contribution"
         require(fits, "seq_len", self.seq_len, f"at most {limit}, the positions of this model")
 
-    def _dims(self, adapter: Adapter) -> list[Dim]:
-        found = [
-            [d for d in adapter.dims(i) if d.name == self.dim] for i in range(len(adapter.blocks()))
-        ]
-        kind, have = type(adapter.model).__name__, all(len(f) == 1 for f in found)
-        require(have, "dim", self.dim, f"what can be taken out of every block of {kind}")
-        sizes = sorted({f[0].size for f in found})
-        require(len(sizes) == 1, f"{self.dim} of the blocks", sizes, "the same number in each")
-        config = adapter.config
-        says = not isinstance(getattr(type(config), "head_dim", None), property)
-        says = says and isinstance(getattr(config, "head_dim", None), int)
-        allowed = f"'channels': the configuration of {kind} computes the width of a head from them"
-        require(self.dim != "heads" or says, "dim", self.dim, allowed)
-        return [f[0] for f in found]
-
     @torch.no_grad()
     def run(self, model: nn.Module, ctx: Context) -> tuple[nn.Module, Report]:
-        start, dims = perf_counter(), self._dims(ctx.adapter)
+        start, dims = perf_counter(), dims_of_blocks(ctx.adapter, self.dim)
         dice = torch.Generator().manual_seed(self.seed)
         if self.choose == "contribution":
             ids = ctx.data.calib_batch(self.n_calib, self.seq_len, self.seed)
