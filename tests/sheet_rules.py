@@ -22,16 +22,22 @@ def broken_code(sheet: str) -> list[tuple[str, str]]:
     """(exercise, code) of the broken code in the statements of a sheet."""
     (master,) = (ROOT / "solutions").glob(f"*/{sheet}.ipynb")
     statements = [cell.source for cell in nbformat.read(master, 4).cells if cell.cell_type == "markdown"]
-    found = re.findall(r"```python\n(def (\w+).*?)```", "\n".join(statements), re.S)
+    found = re.findall(r"```python\n((?:def|class) (\w+).*?)```", "\n".join(statements), re.S)
     return [(f"{sheet}.{name}", code) for code, name in found]
 
 
-def assert_as_it_was(id: str, code: str) -> None:
-    """The broken code of a statement runs, and fails as the wrong answer of that name."""
+def assert_known(id: str, code: str) -> str:
+    """The broken code of a statement runs, fails, and is known to the check; returns the name of the wrong answer."""
     ex = checking.find(id)
     space = dict(vars(checking.sys.modules[ex.module]))
     exec(code, space)
     outcomes = checking._run_here(ex, space[ex.name])
     result = checking.judge(ex, outcomes)
-    assert not result.passed and result.wrong_answer == "as_it_was", repr(result)
+    assert not result.passed and result.wrong_answer, repr(result)
     assert not [o for o in outcomes if o["kind"] == "error" and o["type"] in ("NameError", "SyntaxError")]
+    return result.wrong_answer
+
+
+def assert_as_it_was(id: str, code: str) -> None:
+    """The same, and it is the wrong answer of that name."""
+    assert assert_known(id, code) == "as_it_was"

@@ -9,10 +9,9 @@ from collections import Counter
 from itertools import pairwise
 from statistics import NormalDist, mean, stdev
 
-import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT
+from sheet_rules import assert_as_it_was, assert_passes, broken_code
 
 from llmcourse.practice import checking
 
@@ -199,30 +198,13 @@ def names(answers):
 
 @pytest.mark.parametrize("id, answer", RIGHT, ids=names(RIGHT))
 def test_a_right_answer_passes(id, answer):
-    ex = checking.find(id)
-    result = checking.judge(ex, checking._run_here(ex, answer))
-    assert result.passed, repr(result)
+    assert_passes(id, answer)
 
 
 def test_every_exercise_has_two_other_right_answers():
     assert Counter(id for id, _ in RIGHT) == {id: 2 for id in (e.id for e in checking.load_sheet("search").values())}
 
 
-def broken():
-    """(exercise, code) of the broken code in the statements."""
-    master = ROOT / "solutions" / "10b_search" / "search.ipynb"
-    for cell in nbformat.read(master, 4).cells:
-        text = cell.source if cell.cell_type == "markdown" else ""
-        for code, name in re.findall(r"```python\n(def (\w+).*?)```", text, re.S):
-            yield f"search.{name}", code
-
-
-@pytest.mark.parametrize("id, code", list(broken()), ids=[id for id, _ in broken()])
+@pytest.mark.parametrize("id, code", broken_code("search"), ids=[id for id, _ in broken_code("search")])
 def test_the_broken_code_of_a_statement_runs_and_fails(id, code):
-    ex = checking.find(id)
-    space = dict(vars(checking.sys.modules[ex.module]))
-    exec(code, space)
-    outcomes = checking._run_here(ex, space[ex.name])
-    result = checking.judge(ex, outcomes)
-    assert not result.passed and result.wrong_answer == "as_it_was", repr(result)
-    assert not [o for o in outcomes if o["kind"] == "error" and o["type"] in ("NameError", "SyntaxError")]
+    assert_as_it_was(id, code)

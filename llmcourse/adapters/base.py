@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from llmcourse.settings import BadInput, require
 
@@ -115,12 +117,28 @@ class Dim:
                 setattr(part.module, part.attribute, nn.ModuleList(old[i] for i in indices.tolist()))
                 continue
             rows = part.rows(indices, self.size).to(old.device)
-            new = nn.Parameter(old.index_select(part.axis, rows), requires_grad=old.requires_grad)
-            setattr(part.module, part.attribute, new)
+            cut = partial(_cut, axis=part.axis, rows=rows)
+            if parametrize.is_parametrized(part.module, part.attribute):  # a mask lies beside its weight
+                chain = part.module.parametrizations[part.attribute]
+                for module in chain:
+                    for name, buffer in module.named_buffers(recurse=False):
+                        if buffer.shape != old.shape:
+                            what = f"{part.attribute} carries {type(module).__name__}, whose {name} is no mask"
+                            raise BadInput(f"{what}; allowed: take out {self.name} first, quantize last.")
+                        setattr(module, name, cut(buffer))
+                chain.original = cut(chain.original)
+            else:
+                setattr(part.module, part.attribute, cut(old))
             if isinstance(part.module, nn.Linear) and part.attribute == "weight":
-                part.module.out_features, part.module.in_features = new.shape
+                part.module.out_features, part.module.in_features = getattr(part.module, part.attribute).shape
         for module, attribute, each in self.counters:
             setattr(module, attribute, getattr(module, attribute) - each * (self.size - len(indices)))
+
+
+def _cut(tensor: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """These entries along an axis; a parameter stays one."""
+    new = tensor.index_select(axis, rows)
+    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 @dataclass(frozen=True)
