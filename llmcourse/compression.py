@@ -349,6 +349,10 @@ def write_back(layer: nn.Module, update: LayerUpdate) -> None:
         )
     mask = mask_of(layer) if update.mask is None else update.mask.bool()
     if parametrize.is_parametrized(layer, "weight"):
+        # copies of a layer share a class that carries the parametrization, and removing it would
+        # take the weight from all of them: this layer gets a class of its own first
+        kind = type(layer)
+        layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     with torch.no_grad():
         layer.weight.copy_(update.weight if mask is None else torch.where(mask, update.weight, 0))

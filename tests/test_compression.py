@@ -41,6 +41,7 @@ from llmcourse.compression import (
 )
 from llmcourse.data import TokenData, load_model
 from llmcourse.evaluator import weight_bytes
+from llmcourse.quantization import RTN
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
 
@@ -382,6 +383,22 @@ def test_a_pass_may_return_another_model(tiny, data):
     assert len(student.model.layers) == 1 and len(tiny.model.layers) == 2 and len(reports[1].layers) == 7
     with pytest.raises(BadInput, match=r"layers is '\*\.layers\.1\.\*'"):  # checked on the model that it sees
         compress(tiny, [DropLast(), Noise(layers="*.layers.1.*")], data, RT)
+
+
+@pytest.mark.parametrize("second", [Magnitude(), RTN(bits=4, group_size=16), Noise()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("first", [Magnitude(), RTN(bits=8, group_size=16)], ids=lambda p: type(p).__name__)
+def test_a_student_stays_what_it_is_when_another_is_made_of_it(first, second, tiny, data):
+    """Copies of a parametrized layer share a class: what is taken off one must not be missing in the other."""
+    ids = data.test[None, :16]
+    student, _ = compress(tiny, [first], data, RT)
+    before, again = student(ids).logits, copy.deepcopy(student)
+    if isinstance(first, RTN) and not isinstance(second, RTN):
+        with pytest.raises(BadInput, match="quantize last"):
+            compress(student, [second], data, RT)
+    else:
+        next_one, _ = compress(student, [second], data, RT)
+        assert not torch.equal(next_one(ids).logits, before) or type(first) is type(second)
+    assert torch.equal(student(ids).logits, before) and torch.equal(again(ids).logits, before)
 
 
 def test_rounding_noise_has_the_size_of_a_rounding_error(tiny, data):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
 from llmcourse.adapters import adapter_for
-from llmcourse.compression import Context, Hessian, RootMeanSquare, compress, mask_of
+from llmcourse.compression import Context, Hessian, Noise, RootMeanSquare, compress, mask_of
 from llmcourse.data import TokenData
 from llmcourse.packed import load_student, save_student
 from llmcourse.pruning import (
@@ -30,6 +30,7 @@ from llmcourse.pruning import (
     sparsegpt,
     sparsegpt_reference,
 )
+from llmcourse.quantization import RTN
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
 
@@ -194,6 +195,33 @@ def test_structured_models_shrink_and_load_back(name: str, dim: str, choose: str
     torch.testing.assert_close(logits(back, ids()), logits(student, ids()), rtol=1e-4, atol=1e-5)
 
 
+CUTS = [(name, "channels") for name in ("llama", "gemma2", "gpt2", "phi3", "ours")]
+
+
+@pytest.mark.parametrize(("name", "dim"), [*CUTS, ("llama", "heads"), ("gemma2", "heads")])
+@pytest.mark.parametrize("first", [Magnitude(), SparseGPT(**SMALL)], ids=["magnitude", "sparsegpt"])
+def test_what_is_cut_keeps_its_masks(name: str, first, dim: str, data: TokenData) -> None:
+    """Masked and then cut is cut and then masked: the same weights, the same zeros, and they stay zero."""
+    masked, _ = compress(build(name), [first], data, RT)
+    student, _ = compress(masked, [Structured(dim=dim, sparsity=0.5, choose="random", seed=3)], data, RT)
+    plain, _ = compress(build(name), [Noise(energy=0.0)], data, RT)  # the same modules, without masks
+    with torch.no_grad():
+        for path, layer in masked.named_modules():
+            if mask_of(layer) is not None:
+                plain.get_submodule(path).weight.copy_(layer.weight)
+    want, _ = compress(plain, [Structured(dim=dim, sparsity=0.5, choose="random", seed=3)], data, RT)
+    assert torch.equal(logits(student, ids()), logits(want, ids()))
+    layers = [m for m in student.modules() if mask_of(m) is not None]
+    assert layers and all(mask_of(m).shape == m.weight.shape for m in layers)
+    assert all((m.weight.shape == (m.out_features, m.in_features)) for m in layers if hasattr(m, "out_features"))
+
+
+def test_what_is_quantized_is_not_cut(data: TokenData) -> None:
+    model = build("llama")
+    with pytest.raises(BadInput, match="carries FakeQuant, whose scale is no mask; allowed: take out channels first"):
+        compress(model, [RTN(bits=4, group_size=16), Structured(choose="magnitude")], data, RT)
+
+
 def test_channels_that_do_nothing_go_first(data: TokenData) -> None:
     model = build("llama")
     with torch.no_grad():
@@ -243,6 +271,11 @@ def test_large_weights_that_read_nothing_go_first(data: TokenData) -> None:
     (lambda: Wanda(per="model"), "per is 'model'; allowed: row, layer"),
     (lambda: SparseGPT(block_size=0), "block_size is 0"),
     (lambda: SparseGPT(damping=-1), "damping is -1"),
+    (lambda: SparseGPT(per="row"), "per is 'row'; allowed: block"),
+    (lambda: Magnitude(pattern="2:4", sparsity=0.5), "sparsity is 0.5; allowed: None beside the pattern '2:4'"),
+    (lambda: Magnitude(pattern="2:4", per="model"), "per is 'model'; allowed: None beside the pattern '2:4'"),
+    (lambda: sparsegpt(torch.ones(2, 4), torch.eye(4), pattern="2:4", sparsity=0.25), "sparsity is 0.25"),
+    (lambda: sparsegpt(torch.ones(2, 4), torch.eye(4), sparsity=1), "sparsity is 1"),
     (lambda: Structured(dim="layers"), "dim is 'layers'"),
     (lambda: Structured(sparsity=1.0), "sparsity is 1.0"),
     (lambda: Structured(choose="best"), "choose is 'best'"),
