@@ -380,7 +380,8 @@ def variance_components(
         draws: random numbers behind an interval (generalized intervals of Weerahandi, 1993).
     """
     y = _check_nested(y, names)
-    dice, spread = np.random.default_rng(whole("seed", seed, 0)), number("level", level, 0, 1)
+    number("level", level, above=0, below=1)
+    dice = np.random.default_rng(whole("seed", seed, 0))
     ends, parts, means, inner, inner_drawn = ((1 - level) / 2, (1 + level) / 2), {}, y, 0.0, 0.0
     for axis in reversed(range(y.ndim)):  # from the innermost level outwards
         center = means.mean(-1, keepdims=True)
@@ -393,7 +394,7 @@ def variance_components(
         parts[names[axis]] = Component(value, float(low), float(high))
         means, inner, inner_drawn = center[..., 0], squares / freedom, drawn
     error = math.sqrt(inner / y.size)
-    mean = student_interval(float(y.mean()), error, y.shape[0] - 1, spread)
+    mean = student_interval(float(y.mean()), error, y.shape[0] - 1, level)
     return Components(mean, dict(reversed(parts.items())))
 
 

@@ -193,6 +193,7 @@ REFUSED = {
     "names": lambda: ex.variance_components(np.zeros((2, 2)), ["a"]),
     "equal names": lambda: ex.variance_components(np.zeros((2, 2)), ["a", "a"]),
     "one text": lambda: ex.variance_components(np.zeros((1, 2)), ["a", "b"]),
+    "level of components": lambda: ex.variance_components(np.eye(2), ["a", "b"], level=1),
     "smallest": lambda: ex.decide(Difference(0, 0, 0, 1), 0.0),
 }
 
