@@ -83,7 +83,7 @@ class Pruner(LayerPass):
     """What the pruning passes share: a score for each weight, and which share of them goes.
 
     Attributes:
-        sparsity: share of the weights that go, 0 ≤ sparsity < 1; None: half, or as the pattern says.
+        sparsity: share of weights that go, 0 ≤ sparsity < 1; None: half, or as the pattern says.
         pattern: "2:4" keeps two of every four neighbors in a row; None: anywhere.
         per: where that share is taken: `row`, out of every row; `layer`, out of every matrix.
     """
