@@ -4,9 +4,9 @@
 __all__ = ['REPORT_INPUTS', 'Stat', 'AbsMax', 'RootMeanSquare', 'Hessian', 'layer_error', 'damped', 'inverse_factor', 'QParams',
            'Mask', 'FakeQuant', 'ActQuant', 'round_input', 'LayerUpdate', 'SiteUpdate', 'mask_of', 'qparams_of',
            'write_back', 'Call', 'capture', 'Seen', 'watch', 'LayerReport', 'Report', 'Context', 'Pass', 'chosen_sites',
-           'check_sites', 'LayerPass', 'treat', 'parametrizations', 'parametrize_like', 'walk', 'check_passes',
-           'compress', 'Noise', 'RoundingNoise', 'Passport', 'count_parameters', 'disk_bytes', 'flops_per_token',
-           'latency', 'passport']
+           'check_sites', 'LayerPass', 'fold_scale', 'treat', 'parametrizations', 'parametrize_like', 'walk',
+           'check_passes', 'compress', 'Noise', 'RoundingNoise', 'Passport', 'count_parameters', 'disk_bytes',
+           'flops_per_token', 'latency', 'passport']
 
 # %% ../nbs/11_compression.ipynb #88eb1395
 import copy
@@ -16,7 +16,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 from pathlib import Path
@@ -249,16 +249,23 @@ class ActQuant(nn.Module):
     """Rounds what a layer reads: x (…, I) to 2ᵇ - 1 values, symmetric around 0.
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8; None: nothing is rounded.
         scale: distance between neighboring values; None: for each token from its largest entry.
+        divide: (I,), what each column is divided by first; None: nothing.
     """
 
-    def __init__(self, bits: int = 8, scale: Tensor | None = None):
+    def __init__(
+        self, bits: int | None = 8, scale: Tensor | None = None, divide: Tensor | None = None
+    ):
         super().__init__()
-        self.bits = whole("bits", bits, 2, 8)
+        self.bits = None if bits is None else whole("bits", bits, 2, 8)
         self.register_buffer("scale", scale)
+        self.register_buffer("divide", divide)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.divide is None else x / self.divide.to(x)
+        if self.bits is None:
+            return x
         top = 2 ** (self.bits - 1) - 1  # 127 for 8 bits: as many steps below 0 as above
         with torch.no_grad():
             scale = (
@@ -269,7 +276,8 @@ class ActQuant(nn.Module):
         return x + (rounded - x).detach() if x.requires_grad else rounded
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, {'per token' if self.scale is None else 'static'}"
+        first = "" if self.divide is None else ", divided by column"
+        return f"bits={self.bits}, {'per token' if self.scale is None else 'static'}{first}"
 
 
 def _round_input(layer: nn.Module, args: tuple) -> tuple:
@@ -278,9 +286,13 @@ def _round_input(layer: nn.Module, args: tuple) -> tuple:
 
 
 def round_input(layer: nn.Module, act: ActQuant) -> None:
-    """Let the layer read `act(x)` from now on, in place of what it did to its input before."""
-    if not hasattr(layer, "input_quant"):
+    """Let the layer read `act(x)` from now on: rounded in place of before, divided on top of it."""
+    old = getattr(layer, "input_quant", None)
+    if old is None:
         layer.register_forward_pre_hook(_round_input)
+    elif old.divide is not None:  # the weights are those for the divided input
+        divide = old.divide if act.divide is None else old.divide * act.divide
+        act = ActQuant(act.bits, act.scale, divide)
     layer.input_quant = act
 
 # %% ../nbs/11_compression.ipynb #bff7c01a
@@ -308,7 +320,8 @@ class SiteUpdate:
     Attributes:
         layers: an update for each layer.
         scale: (I,), positive: the module before divides the tensor by it, column by column. The
-            weights in `layers` are those for the divided tensor.
+            weights in `layers` are those for the divided tensor. Where there is no such module,
+            an `act` with `divide` does the same when the model runs.
     """
 
     layers: Mapping[str, LayerUpdate]
@@ -591,8 +604,9 @@ def chosen_sites(method: "LayerPass", adapter: Adapter, index: int) -> list[Site
     for site in adapter.sites(index):
         layers = {n: layer for n, layer in site.layers.items() if matches(n, method.layers)}
         if layers:  # a scale can be folded in only if all that read the tensor are treated
-            prev = site.prev if len(layers) == len(site.layers) else None
-            kept.append(Site(site.name, layers, prev, site.stage))
+            whole_site = len(layers) == len(site.layers)
+            source = {} if whole_site else {"prev": None, "shared": None}
+            kept.append(replace(site, layers=layers, **source))
     return kept
 
 
@@ -676,10 +690,11 @@ class LayerPass(Pass):
         return model, Report(name, self.config, layers, perf_counter() - start, coverage)
 
 # %% ../nbs/11_compression.ipynb #c0bff709
-def _outputs(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Wx of the inputs (n, I), without the bias: (n, O)."""
-    out = layer(inputs.to(layer.weight.dtype)).float()
-    return out if layer.bias is None else out - layer.bias.float()
+def fold_scale(adapter: Adapter, site: Site, scale: Tensor) -> None:
+    """Let the module before a site divide the tensor by `scale` (I,), in place."""
+    positive = bool((scale > 0).all()) and site.source is not None
+    require(positive, "scale", "given", "positive numbers, and a site with a module before it")
+    adapter.fold(site.source, site.shared.outputs(scale) if site.shared else scale)
 
 
 @torch.no_grad()
@@ -687,30 +702,26 @@ def treat(method: LayerPass, site: Site, seen: Seen, adapter: Adapter) -> list[L
     """Solve a site, write the result back, and measure the change of weights and outputs."""
     began = perf_counter()
     old = {name: layer.weight.detach().float().clone() for name, layer in site.layers.items()}
-    before = {name: _outputs(layer, seen.inputs) for name, layer in site.layers.items()}
     masks = {name: mask_of(layer) for name, layer in site.layers.items()}
-    inputs = seen.inputs
+    inputs = seen.inputs.float()  # (n, I)
     try:
         update = method.solve_site(site, old, seen.stats, masks)
         if update.scale is not None:
-            positive = bool((update.scale > 0).all()) and site.prev is not None
-            allowed = "positive numbers, and a site with a module before it"
-            require(positive, "scale", "given", allowed)
-            adapter.fold(site.prev, update.scale)
-            inputs = inputs / update.scale.to(inputs)
+            fold_scale(adapter, site, update.scale)
         for name, layer in site.layers.items():
             write_back(layer, update.layers[name])
     except BadInput as e:
         raise BadInput(f"site {site.name!r} ({', '.join(site.layers)}): {e}") from e
     reports, seconds = [], (perf_counter() - began) / len(old)
     for name, layer in site.layers.items():
-        W, new = old[name], layer.weight.detach().float()
-        if update.scale is not None:
-            new = new / update.scale.to(new)  # as if the tensor had not been scaled
+        W, new, x, act = old[name], layer.weight.detach().float(), inputs, update.layers[name].act
+        x = x if update.scale is None else x / update.scale.to(x)
+        before, after = inputs @ W.T, (x if act is None else act(x)) @ new.T  # (n, O)
+        for scale in (update.scale, None if act is None else act.divide):
+            new = new if scale is None else new / scale.to(new)  # as if nothing had been scaled
         weight_error = float((new - W).square().sum() / W.square().sum().clamp_min(1e-30))
-        change = (_outputs(layer, inputs) - before[name]).square().sum()
-        output = before[name].square().sum().clamp_min(1e-30)
-        output_error = float(change / output) if len(inputs) else None
+        output = before.square().sum().clamp_min(1e-30)
+        output_error = float((after - before).square().sum() / output) if len(inputs) else None
         zeros, shape = float((new == 0).float().mean()), tuple(W.shape)
         report = LayerReport(name, shape, weight_error, output_error, zeros, seen.n, seconds)
         reports.append(report)
@@ -727,8 +738,9 @@ def parametrizations(module: nn.Module) -> dict[str, dict]:
             about["weight"] = {"bits": q.bits, "group_size": q.group_size}
             about["weight"] |= {"symmetric": q.symmetric, "scale": list(q.scale.shape)}
         if act is not None:
-            shape = None if act.scale is None else list(act.scale.shape)
-            about["input"] = {"bits": act.bits, "scale": shape}
+            shape = lambda t: None if t is None else list(t.shape)
+            about["input"] = {"bits": act.bits, "scale": shape(act.scale)}
+            about["input"] |= {"divide": shape(act.divide)}
         if about:
             found[name] = about
     return found
@@ -743,8 +755,9 @@ def parametrize_like(module: nn.Module, layers: Mapping[str, dict]) -> None:
             scale = torch.ones(q["scale"], device=device)
             q = QParams(scale, torch.zeros_like(scale), q["bits"], q["group_size"], q["symmetric"])
         if act is not None:
-            scale = None if act["scale"] is None else torch.ones(act["scale"], device=device)
-            round_input(layer, ActQuant(act["bits"], scale))
+            ones = lambda shape, at=device: None if shape is None else torch.ones(shape, device=at)
+            inside = ActQuant(act["bits"], ones(act["scale"]), ones(act.get("divide")))
+            round_input(layer, inside)
         if q is not None or about.get("mask"):
             W = layer.weight.detach().clone()
             mask = torch.ones_like(W, dtype=torch.bool) if about.get("mask") else None
@@ -811,8 +824,9 @@ def walk(method: LayerPass, ctx: Context) -> Iterator[LayerReport]:
             reports = []
             for stage in _stages(chosen[i], method.true_sequential):
                 seen = watch(block, stage, method.stats, hidden, calls[i])
-                for site in stage:
-                    reports += treat(method, site, seen.pop(site.name), adapter)
+                # the last first: what a scale is folded into is rounded after it
+                done = [treat(method, s, seen.pop(s.name), adapter) for s in reversed(stage)]
+                reports += [report for of_site in reversed(done) for report in of_site]
             saved.write(block, reports)
             yield from reports
         if i < last:

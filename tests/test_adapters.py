@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from llmcourse.adapters import Adapter, adapter_for, coverage, matches
 from llmcourse.adapters.base import is_plain_linear, matrices
 from llmcourse.adapters.traced import Traced
-from llmcourse.compression import Hessian, LayerPass, LayerUpdate, SiteUpdate, compress
+from llmcourse.compression import Hessian, LayerPass, LayerUpdate, SiteUpdate, compress, fold_scale
 from llmcourse.data import TokenData
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
@@ -118,17 +118,36 @@ def test_a_scale_that_is_folded_in_changes_nothing(name):
     generator = torch.Generator().manual_seed(1)
     for i in range(len(adapter.blocks())):
         for site in adapter.sites(i):
-            if site.prev is None:
+            if site.source is None:
                 continue
             folded += 1
             layers = list(site.layers.values())
             scale = torch.rand(layers[0].in_features, generator=generator) * 2 + 0.5
-            adapter.fold(site.prev, scale)
+            if site.shared is not None:
+                with pytest.raises(BadInput, match="equal values for columns that come from one output"):
+                    fold_scale(adapter, site, scale)
+                scale = site.shared.tie(scale)
+            fold_scale(adapter, site, scale)
             with torch.no_grad():
                 for layer in layers:
                     layer.weight.mul_(scale)
     torch.testing.assert_close(logits(model, ids()), before, rtol=1e-3, atol=1e-4)
     assert folded or isinstance(adapter, Traced)
+
+
+def test_grouped_queries_fold_into_the_values():
+    for name, copies in (("llama", 2), ("gemma2", 2), ("mixtral", 2), ("ours, gelu, layer norm, learned positions", 2)):
+        _, adapter = prepared(name)
+        site = next(s for s in adapter.sites(0) if s.name.endswith("attention.out"))
+        assert site.prev is None and site.shared.copies == copies, name
+        scale = torch.arange(1.0, next(iter(site.layers.values())).in_features + 1)
+        tied = site.shared.tie(scale).view(-1, copies, site.shared.width)
+        want = scale.view_as(tied).prod(1) ** (1 / copies)  # geometric mean over the heads of a group
+        torch.testing.assert_close(tied[:, 0], want)
+    clipped = prepared("olmoe")[1]
+    clipped.config.clip_qkv = 1.0
+    site = next(s for s in clipped.sites(0) if s.name.endswith("attention.out"))
+    assert site.source is None  # what is cut off at a limit does not scale
 
 
 DIMS = [n for n in ALL if type(adapter_for(build(n))) is not Traced]

@@ -41,6 +41,7 @@ from llmcourse.compression import (
 )
 from llmcourse.data import TokenData, load_model
 from llmcourse.evaluator import weight_bytes
+from llmcourse.packed import load_student, save_student
 from llmcourse.quantization import RTN
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
@@ -274,6 +275,34 @@ def test_a_rounded_input_is_part_of_the_layer(tiny, data):
     x.requires_grad_()
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 64))  # straight through
+
+
+def test_an_input_that_is_divided_twice_and_rounded_once(tiny, data, tmp_path):
+    """Where no module before can take a scale, the layer divides; passes after it build on that."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Divide(LayerPass):
+        by: float
+        bits: int | None = None
+
+        def solve(self, W, stats, mask):
+            scale = torch.linspace(1, self.by, W.shape[1])
+            return LayerUpdate(W * scale, act=ActQuant(self.bits, divide=scale))
+
+    x, options = data.test[None, :16], dict(n_calib=2, seq_len=16)
+    once, (report,) = compress(tiny, [Divide(by=3, **options)], data, RT)
+    assert max(max(layer.weight_error, layer.output_error) for layer in report.layers) < 1e-9
+    twice, (_, second) = compress(tiny, [Divide(by=3, **options), Divide(by=5, **options)], data, RT)
+    assert max(max(layer.weight_error, layer.output_error) for layer in second.layers) < 1e-9
+    for student in (once, twice):
+        torch.testing.assert_close(student(x).logits, tiny(x).logits, rtol=1e-4, atol=1e-5)
+    rounded, (_, last) = compress(tiny, [Divide(by=3, **options), Divide(by=1, bits=8, **options)], data, RT)
+    inside = rounded.model.layers[0].mlp.up_proj.input_quant
+    assert inside.bits == 8 and torch.equal(inside.divide, torch.linspace(1, 3, 64))
+    assert 1e-6 < last.layers[0].output_error < 1e-2
+    save_student(twice, None, tmp_path / "twice", rest_dtype=torch.float32)
+    back = load_student(tmp_path / "twice").model
+    torch.testing.assert_close(back(x).logits, twice(x).logits)
 
 
 def test_compress_leaves_the_given_model_alone_and_keeps_tied_weights_tied(tiny, data):

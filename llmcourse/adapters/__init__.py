@@ -5,7 +5,7 @@ a block reads, and add the architecture to the table in `tests/test_adapters.py`
 """
 
 from llmcourse.adapters import gpt, gpt2, llama, opt, routed, traced  # noqa: F401  (each registers its families)
-from llmcourse.adapters.base import Adapter, Coverage, Dim, Part, Reads, Site, adapter_for, coverage, matches
+from llmcourse.adapters.base import Adapter, Coverage, Dim, Part, Reads, Shared, Site, adapter_for, coverage, matches
 from llmcourse.adapters.separate import expert_matrices
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Dim",
     "Part",
     "Reads",
+    "Shared",
     "Site",
     "adapter_for",
     "coverage",

@@ -25,6 +25,7 @@ __all__ = [
     "Dim",
     "Part",
     "Reads",
+    "Shared",
     "Site",
     "adapter_for",
     "coverage",
@@ -33,6 +34,27 @@ __all__ = [
     "matches",
     "matrices",
 ]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A module whose outputs reach a site several times: each stretch of `width` of them `copies` times in a row."""
+
+    module: nn.Module
+    copies: int
+    width: int
+
+    def tie(self, scale: Tensor) -> Tensor:
+        """One value for all columns that come from one output, the geometric mean: (I,) -> (I,)."""
+        stretches = scale.view(-1, self.copies, self.width)  # (I,) -> (heads of values, copies, width)
+        return stretches.log().mean(1, keepdim=True).exp().expand_as(stretches).reshape(-1)
+
+    def outputs(self, scale: Tensor) -> Tensor:
+        """The values of a tied scale (I,) for the outputs of the module: (I / copies,)."""
+        stretches = scale.view(-1, self.copies, self.width)
+        same = torch.equal(stretches, stretches[:, :1].expand_as(stretches))
+        require(same, "scale", "different", "equal values for columns that come from one output of the module before")
+        return stretches[:, 0].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -45,12 +67,19 @@ class Site:
         prev: the module that produces the tensor and nothing else, so that a scale per column can be folded into it
             exactly; None where there is no such module.
         stage: sites are read in this order within a block; sites of one stage do not depend on each other.
+        shared: the same where each output feeds several columns (grouped queries: values into the attention's output).
     """
 
     name: str
     layers: dict[str, nn.Linear]
     prev: nn.Module | None = None
     stage: int = 0
+    shared: Shared | None = None
+
+    @property
+    def source(self) -> nn.Module | None:
+        """The module that a scale can be folded into, if there is one."""
+        return self.prev if self.shared is None else self.shared.module
 
 
 @dataclass(frozen=True)
@@ -253,13 +282,21 @@ class Adapter:
         """The module that `reads.prev` names, if it is there; a subclass refuses where folding would not be exact."""
         return _submodule(block, reads.prev)
 
+    def shared(self, block: nn.Module, reads: Reads) -> Shared | None:
+        """The same where `reads.prev` feeds several columns of the site with each of its outputs."""
+        return None
+
     def fold(self, prev: nn.Module, scale: Tensor) -> None:
         """Divide the output of `prev` by `scale` (I,), exactly and in place."""
+        parametrized = parametrize.is_parametrized(prev, "weight")  # by a mask: it also holds for the scaled weight
+        rounded = parametrized and any(hasattr(p, "qparams") for p in prev.parametrizations.weight)
+        require(not rounded, "the module before", "quantized already", "one that no pass has rounded")
         with torch.no_grad():
+            weight = prev.parametrizations.weight.original if parametrized else prev.weight
             if isinstance(prev, nn.Linear):
-                prev.weight.div_(scale.to(prev.weight)[:, None])
+                weight.div_(scale.to(weight)[:, None])
             else:
-                prev.weight.add_(self.norm_offset).div_(scale.to(prev.weight)).sub_(self.norm_offset)
+                weight.add_(self.norm_offset).div_(scale.to(weight)).sub_(self.norm_offset)
             if getattr(prev, "bias", None) is not None:
                 prev.bias.div_(scale.to(prev.bias))
 
@@ -295,7 +332,7 @@ class Adapter:
                 require(is_plain_linear(layer), f"layer {full}", type(layer).__name__, allowed)
             if layers:
                 place = reads.name.replace("*", prefix.rstrip(".").rpartition(".")[2])
-                yield Site(f"{name}.{place}", layers, self.prev(owner, reads), stage)
+                yield Site(f"{name}.{place}", layers, self.prev(owner, reads), stage, self.shared(owner, reads))
 
     def _account(self, name: str, block: nn.Module, sites: list[Site]) -> None:
         treated = {layer for site in sites for layer in site.layers}

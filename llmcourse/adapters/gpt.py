@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from llmcourse.adapters.base import Adapter, Dim, Part, Reads, linear_parts
+from llmcourse.adapters.base import Adapter, Dim, Part, Reads, Shared, linear_parts
 
 __all__ = ["OurGPT"]
 
@@ -34,6 +34,12 @@ class OurGPT(Adapter):
             "up": c.ffn in ("swiglu", "relu"),
         }
         return super().prev(block, reads) if exact.get(reads.prev, False) else None
+
+    def shared(self, block: nn.Module, reads: Reads) -> Shared | None:
+        c = self.config
+        if reads.prev != "attn.v" or c.n_kv_heads == c.n_heads:
+            return None
+        return Shared(block.attn.v, c.n_heads // c.n_kv_heads, c.head_dim)
 
     def dims(self, index: int) -> list[Dim]:
         c, block = self.config, self.blocks()[index][1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from llmcourse.adapters.base import Adapter, Dim, Reads, linear_parts
+from llmcourse.adapters.base import Adapter, Dim, Reads, Shared, linear_parts
 
 __all__ = ["Gemma", "Llama"]
 
@@ -22,10 +22,26 @@ class Llama(Adapter):
     )
 
     def prev(self, block: nn.Module, reads: Reads) -> nn.Module | None:
-        grouped = self.config.num_key_value_heads != self.config.num_attention_heads
-        if reads.prev == "self_attn.v_proj" and grouped:  # one value column feeds several inputs of o
+        if reads.prev == "self_attn.v_proj" and (self._groups > 1 or self._clips):  # see `shared`
             return None
         return super().prev(block, reads)
+
+    def shared(self, block: nn.Module, reads: Reads) -> Shared | None:
+        """With grouped queries one value column feeds several inputs of o."""
+        if reads.prev != "self_attn.v_proj" or self._groups == 1 or self._clips:
+            return None
+        value = super().prev(block, reads)
+        return value and Shared(value, self._groups, block.self_attn.head_dim)
+
+    @property
+    def _clips(self) -> bool:
+        """Whether the values are cut off at a limit (OLMoE), which would then have to be scaled, too."""
+        return getattr(self.config, "clip_qkv", None) is not None
+
+    @property
+    def _groups(self) -> int:
+        """Query heads that read one head of values."""
+        return self.config.num_attention_heads // self.config.num_key_value_heads
 
     def dims(self, index: int) -> list[Dim]:
         block = self.blocks()[index][1]
