@@ -224,6 +224,7 @@ def pack_model(model: nn.Module) -> nn.Module:
     return packed
 
 
+@torch.no_grad()  # so that no layer works out which of its weights would learn
 def _pack_in_place(model: nn.Module) -> None:
     quantized = _quantized(model)
     users: dict[int, list[tuple[str, nn.Module]]] = {key: [] for key in quantized}
@@ -423,18 +424,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class _NoInit(torch.overrides.TorchFunctionMode):
     """Inside this context, filling a tensor with random numbers does nothing: each would be thrown away."""
 
-    _SKIPPED = (
-        Tensor.normal_,
-        Tensor.uniform_,
-        nn.init.normal_,
-        nn.init.uniform_,
-        nn.init.kaiming_uniform_,
-        nn.init.trunc_normal_,
-        nn.init.xavier_uniform_,
-    )
+    # by name: transformers puts functions of its own in the place of those of nn.init
+    _SKIPPED = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_", "xavier_uniform_"}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self._SKIPPED:
+        if getattr(func, "__name__", None) in self._SKIPPED:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 

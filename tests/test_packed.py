@@ -147,6 +147,18 @@ def test_rounded_inputs_are_saved_with_dense_and_packed_layers(data, tmp_path):
     assert not torch.equal(logits(student, ids()), logits(compress(model, [RTN(**GRID)], data, RT)[0], ids()))
 
 
+@pytest.mark.parametrize("name", [*CAUSAL, *OURS])
+def test_loading_fills_no_tensor_with_numbers_that_are_thrown_away(name, data, tmp_path, monkeypatch):
+    save_student(compress(build(name), [RTN(**GRID)], data, RT)[0], None, tmp_path)
+    drawn = []
+    for fill in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.nn.init, f"_no_grad_{fill}", lambda *args, **kw: drawn.append(args))
+    state = torch.random.get_rng_state()
+    load_student(tmp_path)
+    assert not drawn
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_a_smaller_student_loads_back(tmp_path):
     model = build("llama")
     keep = torch.tensor([j for j in range(48) if j % 3])

@@ -29,6 +29,8 @@ def say(text: str) -> None:
 
 
 def pip(*args: str, quiet: bool = True, check: bool = True) -> subprocess.CompletedProcess:
+    if args[0] == "install":  # compiling thousands of files nobody imports takes longer than installing them
+        args = ("install", "--no-compile", *args[1:])
     command = [str(PYTHON), "-m", "pip", *args]
     result = subprocess.run(
         command,
