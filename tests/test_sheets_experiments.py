@@ -1,4 +1,4 @@
-"""Right answers of other kinds pass the sheet of chapter 10; the broken code of a statement runs and fails by its name."""
+"""Right answers of other kinds pass the sheet of chapter 10; the broken code of a statement fails by its name."""
 
 from __future__ import annotations
 
