@@ -320,7 +320,6 @@ class Protocol:
         size += f", {self.n_bytes} bytes" if self.n_bytes is not None else ""
         before = self.context - self.stride
         unit = "documents" if self.block is None else f"blocks of {self.block} tokens"
-        few = " (few: it holds less often than it says)" if self.n_units < 2 * Bootstrap.FEW else ""
         rows = {
             "model": self.model + (", WHICH SEES THE ANSWER" if self.bidirectional else ""),
             "data": f"{self.data}, part {self.split}",
@@ -330,7 +329,7 @@ class Protocol:
             "windows": f"context {self.context}, stride {self.stride}: every token scored once, "
             f"after at least {before} others (fewer only in the first window)",
             "arithmetic": f"model in {self.dtype}, softmax in float32, mean in float64",
-            "interval": f"{100 * self.level:g} %, bootstrap of {self.n_units} {unit}{few}, "
+            "interval": f"made for {100 * self.level:g} %, bootstrap of {self.n_units} {unit}, "
             f"{self.n_boot} replicates, seed {self.seed}",
         }
         return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
@@ -365,12 +364,14 @@ class Perplexity:
         return held_level(moves, self.protocol.level)
 
     def __str__(self) -> str:
-        level = f"{100 * self.protocol.level:g} %"
-        out = f"{self.value:.2f} ({level} interval {self.low:.2f} to {self.high:.2f})"
-        if self.bits_per_byte is not None:
-            low, high = self.bits_per_byte_low, self.bits_per_byte_high
-            out += f", {self.bits_per_byte:.3f} bits per byte ({low:.3f} to {high:.3f})"
-        return out
+        held, bits = self.held, self.bits_per_byte
+        out = [f"{self.value:.2f}", "" if bits is None else f", {bits:.3f} bits per byte"]
+        if held is None:
+            return "".join(out) + " (no interval: too few units carry it)"
+        out.insert(1, f" ({100 * held:.3g} % interval {self.low:.2f} to {self.high:.2f})")
+        if bits is not None:
+            out.append(f" ({self.bits_per_byte_low:.3f} to {self.bits_per_byte_high:.3f})")
+        return "".join(out)
 
 # %% ../nbs/05_evaluation.ipynb #e05c0002
 def perplexity(

@@ -502,17 +502,20 @@ class _Job:
         parameters = results[DENSE]["passport"]["parameters"]
         rows = []
         for name, r in results.items():
-            ratio, disk = compare_perplexity(measured[DENSE], measured[name]), r["passport"]["bytes_disk"]
+            p, dense, disk = measured[name], measured[DENSE], r["passport"]["bytes_disk"]
+            ratio = compare_perplexity(dense, p)
             rows.append(
                 {
                     "name": name,
-                    "perplexity": measured[name].value,
-                    "low": measured[name].low,
-                    "high": measured[name].high,
-                    "bits_per_byte": measured[name].bits_per_byte,
+                    "perplexity": p.value,
+                    "low": p.low,
+                    "high": p.high,
+                    "level": p.held,
+                    "bits_per_byte": p.bits_per_byte,
                     "ratio": ratio.value,
                     "ratio_low": ratio.low,
                     "ratio_high": ratio.high,
+                    "ratio_level": None if name == DENSE else dense.level_of(p.nll - dense.nll),
                     "bytes_disk": disk,
                     "bytes_memory": r["passport"]["bytes_memory"],
                     "smaller_than_float32": 4 * parameters / disk if disk else None,
@@ -526,8 +529,10 @@ class _Job:
             )
         pairs = []
         for a, b in self.recipe.pairs():  # arms that differ in the method only: which is better at the same cost?
-            ratio = compare_perplexity(measured[b.name], measured[a.name])
-            pairs.append({"a": a.name, "b": b.name, "ratio": ratio.value, "low": ratio.low, "high": ratio.high})
+            theirs, ours = measured[b.name], measured[a.name]
+            ratio, level = compare_perplexity(theirs, ours), theirs.level_of(ours.nll - theirs.nll)
+            found = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "level": level}
+            pairs.append({"a": a.name, "b": b.name, **found})
         packaged = CATALOG[self.model_name].carrier.size if self.model_name in CATALOG else None
         return {
             "fingerprint": self.fingerprint,

@@ -294,6 +294,7 @@ def _card(
     sources = [CATALOG[name] for name in recipe.data if name in CATALOG]
     texts = "; ".join(f"{a.what} ({a.license}; {a.origin})" for a in sources) or data.name
     interval = lambda value, low, high, digits: f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+    level = "interval" if own.held is None else f"{100 * own.held:.3g} %"
     rows = "\n".join(
         f"| {name} | {interval(p.value, p.low, p.high, 2)} "
         f"| {interval(p.bits_per_byte, p.bits_per_byte_low, p.bits_per_byte_high, 3)} |"
@@ -323,7 +324,7 @@ llmcourse. Its weights were never quantized: they are the float32 numbers that t
 matrix products in {recipe.dtype}, weights in float32.
 - **License** {recipe.license}.
 
-| on the test part | perplexity (95 %) | bits per byte (95 %) |
+| on the test part | perplexity ({level}) | bits per byte ({level}) |
 |---|---|---|
 {rows}
 

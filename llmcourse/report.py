@@ -22,7 +22,8 @@ def render_report(job: dict, figure_svg: str) -> str:
     )
     svg = figure_svg[figure_svg.index("<svg") :]  # without the XML head, which HTML does not know
     verdict = {what: speed_verdict(job, what) for what in ("read", "write")}
-    return env.get_template("report.html.j2").render(job=job, figure=svg, verdict=verdict, control=CONTROL)
+    about = {"verdict": verdict, "control": CONTROL, "levels": levels, "told": told_levels(job)}
+    return env.get_template("report.html.j2").render(job=job, figure=svg, **about)
 
 
 def speed_verdict(job: dict, what: str) -> str:
@@ -37,6 +38,21 @@ def speed_verdict(job: dict, what: str) -> str:
     return "no" if own["low"] > max(1, control["high"]) else "unclear"
 
 
+def levels(*held: float | None) -> str:
+    """The levels that intervals hold, as one text: the lowest and the highest; too few units: none can be said."""
+    if None in held:
+        return "unknown, too few units"
+    low, high = (f"{100 * end:.3g}" for end in (min(held), max(held)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def told_levels(job: dict) -> str:
+    """How often intervals like those of the table hold the truth (`llmcourse.verdicts.held_level`)."""
+    own = levels(*(r["level"] for r in job["rows"]))
+    ratios = levels(*(r["ratio_level"] for r in job["rows"] if r["name"] != DENSE))
+    return f"How often such intervals hold the truth: perplexity {own}, × dense {ratios}."
+
+
 def print_table(job: dict) -> None:
     """The job's table for a terminal."""
     from rich import box
@@ -46,8 +62,8 @@ def print_table(job: dict) -> None:
     table = Table(box=box.SIMPLE_HEAD, title=f"{job['model']}: {job['recipe']}", title_justify="left")
     for head, how in (
         ("model", "left"),
-        ("perplexity (95 %)", "right"),
-        ("× dense, paired (95 %)", "right"),
+        ("perplexity (interval)", "right"),
+        ("× dense, paired (interval)", "right"),
         ("on disk", "right"),
         ("× float32", "right"),
         ("× bfloat16", "right"),
@@ -66,6 +82,7 @@ def print_table(job: dict) -> None:
     width = None if sys.stdout.isatty() else 120
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)  # names are only names
     console.print(table)
+    console.print(told_levels(job))
     for r in job["rows"]:
         if r["name"] == job["deliver"]:
             left = ", ".join(f"{name} ({why})" for name, why in r["left"].items())
@@ -73,8 +90,15 @@ def print_table(job: dict) -> None:
                 f"{r['name']}: {r['treated']:.1%} of the parameters treated" + (f"; left: {left}" if left else "")
             )
     for p in job["pairs"]:
-        verdict = "is better" if p["high"] < 1 else "is worse" if p["low"] > 1 else "cannot be told from the other"
+        known = p["level"] is not None
+        verdict = (
+            "is better"
+            if known and p["high"] < 1
+            else "is worse"
+            if known and p["low"] > 1
+            else "cannot be told from the other"
+        )
         console.print(
-            f"{p['a']} against {p['b']}: perplexity × {p['ratio']:.3f} (95 % interval {p['low']:.3f} to "
-            f"{p['high']:.3f}): {p['a']} {verdict} on these tokens."
+            f"{p['a']} against {p['b']}: perplexity × {p['ratio']:.3f} (interval {p['low']:.3f} to "
+            f"{p['high']:.3f}, level {levels(p['level'])}): {p['a']} {verdict} on these tokens."
         )

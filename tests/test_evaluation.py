@@ -286,7 +286,7 @@ def test_documents_are_drawn_where_enough_are_known():
     tokens = torch.cat([torch.tensor([SEP, *range(1, 4 + i % 5)]) for i in range(30)])
     known = measure(Recurrent(), tokens=tokens, separator=SEP)
     assert known.protocol.block is None and known.protocol.n_units == 30 == len(known.documents)
-    assert "bootstrap of 30 documents (few" in str(known.protocol)
+    assert "bootstrap of 30 documents," in str(known.protocol)
     few = measure(Recurrent(), tokens=tokens[:90], separator=SEP)
     assert len(few.documents) < ev.Bootstrap.FEW and few.protocol.block == 89 // 8
     by_hand = ev.document_bootstrap(known.nll, known.documents, n_boot=200).exp()
@@ -405,12 +405,14 @@ def test_perplexity_and_its_card():
         "300 tokens",
         "299 scored",
         "float32",
-        "9 blocks of 37 tokens (few",
+        "9 blocks of 37 tokens,",
         "as thrown",
-        "95 %",
+        "made for 95 %",
         "200 replicates",
     ):
         assert words in card, words
+    assert 0.85 < p.held < 0.94 and f"({100 * p.held:.3g} % interval {p.low:.2f} to {p.high:.2f})" in str(p)
+    assert str(dataclasses.replace(p, nll=torch.ones(299))).endswith("(no interval: too few units carry it)")
     half = measure(Recurrent(), bootstrap={"level": 0.5})
     assert half.high - half.low < p.high - p.low
     assert measure(Recurrent()).bits_per_byte is None

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from llmcourse.compression import LayerPass, LayerUpdate, Pass, Report
 from llmcourse.data import load_model
 from llmcourse.jobs import find_recipe, load_recipe, run_job
-from llmcourse.report import render_report
+from llmcourse.report import levels, print_table, render_report, told_levels
 from llmcourse.settings import BadInput
 
 QUIET = lambda line: None
@@ -71,6 +71,21 @@ def test_the_table_has_the_five_models_with_intervals_and_real_bytes(finished):
     assert rows["GPTQ 4-bit"]["bytes_disk"] == (out / "packed.safetensors").stat().st_size
     assert rows["GPTQ 3-bit"]["bytes_disk"] < rows["GPTQ 4-bit"]["bytes_disk"] < rows["dense"]["bytes_disk"] / 3
     assert {(p["a"], p["b"]) for p in job["pairs"]} == {("GPTQ 4-bit", "RTN 4-bit"), ("GPTQ 3-bit", "RTN 3-bit")}
+
+
+def test_the_levels_of_the_intervals_are_told_and_no_verdict_is_built_on_an_unknown_one(finished, capsys):
+    assert levels(0.95) == "95 %" and levels(0.94449, 0.951, 0.946) == "94.4 to 95.1 %"
+    assert levels(0.95, None) == "unknown, too few units"
+    _, job, _, _ = finished
+    measured = [r["level"] for r in job["rows"]]
+    assert all(level is None or 0.8 < level < 0.95 for level in measured) and job["rows"][0]["ratio_level"] is None
+    assert told_levels(job).startswith(f"How often such intervals hold the truth: perplexity {levels(*measured)}, × ")
+    pair = job["pairs"][0] | {"low": 0.7, "high": 0.8}
+    for level, words in ((0.93, "level 93 %): GPTQ 4-bit is better"), (None, "units): GPTQ 4-bit cannot be told")):
+        changed = job | {"pairs": [pair | {"level": level}]}
+        print_table(changed)
+        assert words in " ".join(capsys.readouterr().out.split())
+        assert ("is better on these tokens" in render_report(changed, "<svg></svg>")) == (level is not None)
 
 
 def test_the_model_loads_back_and_has_the_perplexity_of_the_report(finished, corpus):
