@@ -184,11 +184,15 @@ def open_storage(where: str | Path, *, wait: float = 20.0) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     if "://" in str(where):
+        kind = str(where).split("://")[0]  # all that is shown of a URL: it may hold a password
         try:
             return RDBStorage(str(where))
-        except Exception as e:  # a driver that is missing, a server that does not answer, a wrong password
-            # a URL may hold a password: only its kind is shown
-            kind = str(where).split("://")[0]
+        except ImportError as e:
+            driver = getattr(e.__cause__ or e, "name", None)
+            raise BadInput(
+                f"storage is a {kind!r} URL; allowed: one whose driver is installed (there is no module {driver!r})."
+            ) from None
+        except Exception as e:  # a server that does not answer, a wrong password, an unknown kind
             raise BadInput(
                 f"storage is a {kind!r} URL; allowed: a database that answers ({type(e).__name__})."
             ) from None
@@ -433,14 +437,9 @@ def sweep(
     Raises:
         BadInput: before any work: a recipe or text that cannot work, a storage that is locked or of another study.
     """
-    from filelock import FileLock
-    from transformers import AutoTokenizer
-
     from llmcourse.jobs import digests_of_code
-    from llmcourse.pretraining import _encoded, _texts
+    from llmcourse.pretraining import _texts
     from llmcourse.runlog import RunLog
-    from llmcourse.store import atomic_folder
-    from llmcourse.tokenizer import BPE
 
     settings, out = settings or load_settings(), Path(out).expanduser()
     recipe, base = load_sweep_recipe(path, settings)
@@ -457,18 +456,39 @@ def sweep(
     require(ours, "out", str(out), "a folder of an earlier run of this recipe, or an empty one")
     out.mkdir(parents=True, exist_ok=True)
     study = open_study(storage or journal, recipe.name, marks, pruner=recipe.pruner)
-    with FileLock(out / ".tokenizer.lock"):
-        if not (out / "tokenizer").is_dir():
-            bpe = BPE.train(texts.train, base.vocab_size)
-            with atomic_folder(out / "tokenizer") as partial:
-                bpe.save_pretrained(partial)
-    data = _encoded(base, AutoTokenizer.from_pretrained(out / "tokenizer"), settings)
+    data = _tokens(out, base, texts, _digest([marks["data"], dataclasses.asdict(base), marks["code"]]), settings)
     log = RunLog(out / "runs.jsonl")
     objective = _objective(recipe, base, data, settings, out, log)
     with _shown(study, recipe, say, live) as seen:
         how = {"sampler": recipe.sampler, "seed": recipe.seed, "lease": recipe.lease}
         run_trials(study, objective, recipe.trials, say=say, seen=seen, **how)
     return study
+
+
+def _tokens(out: Path, base: Any, texts: Any, mark: str, settings: Settings) -> Any:
+    """The text as `TokenData`: one worker makes tokenizer and tokens, all others and all later starts read them.
+
+    Args:
+        mark: of everything that the tokens depend on; a folder of other or damaged tokens is not read but made anew.
+    """
+    import torch
+    from filelock import FileLock
+    from transformers import AutoTokenizer
+
+    from llmcourse.data import TokenData
+    from llmcourse.pretraining import _encoded
+    from llmcourse.store import atomic_folder, manifest_faults, write_manifest
+    from llmcourse.tokenizer import BPE
+
+    folder = out / f"text-{mark}"
+    with FileLock(out / ".text.lock"):
+        if manifest_faults(folder):
+            with atomic_folder(folder, replace=True) as partial:
+                BPE.train(texts.train, base.vocab_size).save_pretrained(partial / "tokenizer")
+                data = _encoded(base, AutoTokenizer.from_pretrained(partial / "tokenizer"), settings)
+                torch.save(vars(data), partial / "tokens.pt")
+                write_manifest(partial)
+    return TokenData(**torch.load(folder / "tokens.pt", weights_only=True))
 
 
 def _objective(recipe: SweepRecipe, base: Any, data: Any, settings: Settings, out: Path, log: Any) -> Callable:
@@ -489,12 +509,14 @@ def _objective(recipe: SweepRecipe, base: Any, data: Any, settings: Settings, ou
         changed = configured(recipe, base, params)
 
         class Watch(Observer):
+            told = 0  # looks; a second try begins with those of the first
+
             def after_step(self, run):
-                done, every = run.result.steps, changed.train.eval_every
-                if run.result.val and run.result.val[-1][0] == done:
-                    trial.report(run.result.val[-1][1], step=-(-done // every))
-                    if done < changed.train.steps and trial.should_prune():
-                        raise optuna.TrialPruned
+                new, self.told = run.result.val[self.told :], len(run.result.val)
+                for done, loss in new:
+                    trial.report(loss, step=-(-done // changed.train.eval_every))
+                if new and run.result.steps < changed.train.steps and trial.should_prune():
+                    raise optuna.TrialPruned
 
         folder = out / "trials" / f"{root:04d}"  # a second try goes on from the checkpoint of the first
         torch.manual_seed(changed.train.seed)

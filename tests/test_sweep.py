@@ -191,6 +191,35 @@ def test_a_database_that_does_not_answer_and_its_password(tmp_path):
     assert "secret" not in str(e.value) and "nosuchdatabase" in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "url, driver",
+    [
+        ("postgresql+psycopg2://user:secret@host/x", "psycopg2"),
+        ("postgresql+pg8000://user:secret@host/x", "pg8000"),
+        ("mysql+pymysql://user:secret@host/x", "pymysql"),
+    ],
+)
+def test_a_database_whose_driver_is_missing(monkeypatch, url, driver):
+    monkeypatch.setitem(sys.modules, driver, None)
+    with pytest.raises(BadInput) as e:
+        study_at(url)
+    assert f"no module '{driver}'" in str(e.value) and "secret" not in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_url_goes_to_the_database_storage_as_it_is(tmp_path, monkeypatch):
+    seen, url = [], "postgresql://user:secret@host:5432/x"
+
+    class Server(optuna.storages.RDBStorage):
+        def __init__(self, url):
+            seen.append(url)
+            super().__init__(f"sqlite:///{tmp_path / 'server.db'}")
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Server)
+    for n in (1, 2):
+        run_trials(study_at(url), objective, n)
+    assert seen == [url, url] and len(finished(study_at(url))) == 2
+
+
 def test_a_journal_with_half_a_line_goes_on(tmp_path):
     path = tmp_path / "a"
     run_trials(study_at(path), objective, 2)
@@ -301,6 +330,53 @@ def test_a_sweep_from_start_to_log(tmp_path, settings, tiny):
     (tmp_path / "full" / "x").touch()
     with pytest.raises(BadInput, match="out is"):
         sweep(path, tmp_path / "full", settings=settings)
+
+
+def test_a_worker_that_is_killed_between_two_checkpoints(tmp_path, settings, tiny, monkeypatch):
+    """The trial goes on from its last checkpoint in another process, to the same bits; nothing is lost or double."""
+    from llmcourse import training
+
+    killed = subprocess.run([sys.executable, str(WORKER), "--dies", "1", "5", str(tiny), str(tmp_path / "out")])
+    assert killed.returncode == -signal.SIGKILL
+    assert len(RunLog(tmp_path / "out" / "runs.jsonl").read().rows) == 1 and (tmp_path / "out/trials/0001").is_dir()
+    begun, train = [], training.train
+
+    class First(training.Observer):
+        def after_step(self, run):
+            begun.append((self.trial, run.result.steps))
+
+    def watched(*args, out, observers, **how):
+        first = First()
+        first.trial = int(out.name)
+        return train(*args, out=out, observers=[*observers, first], **how)
+
+    monkeypatch.setattr(training, "train", watched)
+    study = sweep(tiny, tmp_path / "out", settings=settings, say=lambda line: None)
+    assert begun[0] == (1, 5)  # checkpoints are written after every second step
+    assert sorted(finished(study)) == [0, 1, 3] and [t.state.name for t in study.get_trials()].count("FAIL") == 1
+    rows = {r["about"]["root"]: r for r in RunLog(tmp_path / "out" / "runs.jsonl").read().rows}
+    assert sorted(rows) == [0, 1, 3] and not list((tmp_path / "out" / "trials").iterdir())
+    sweep(tiny, tmp_path / "whole", settings=settings, say=lambda line: None)
+    for row in RunLog(tmp_path / "whole" / "runs.jsonl").read().rows[:2]:
+        again = rows[row["about"]["root"]]
+        assert (again["config"], again["metrics"]) == (row["config"], row["metrics"])
+
+
+def test_the_text_is_encoded_once(tmp_path, settings, tiny, monkeypatch):
+    from llmcourse import pretraining
+
+    tiny.write_text(tiny.read_text().replace("trials = 3", "trials = 1"))
+    calls, encoded = [], pretraining._encoded
+    monkeypatch.setattr(pretraining, "_encoded", lambda *a: calls.append(a) or encoded(*a))
+    start = lambda: sweep(tiny, tmp_path / "out", settings=settings, say=lambda line: None)
+    start(), start()
+    assert len(calls) == 1
+    (tokens,) = (tmp_path / "out").glob("text-*/tokens.pt")
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    start()
+    assert len(calls) == 2  # a flipped bit is found, and the tokens are made anew
 
 
 # ---------------------------------------------------------------------------------------------- the log
