@@ -36,6 +36,9 @@ _PUBLIC = {
     "Structured": "pruning",
     "RTN": "quantization",
     "GPTQ": "quantization",
+    "AWQ": "activations",
+    "SmoothQuant": "activations",
+    "DynamicInt8": "activations",
     "save_student": "packed",
     "load_student": "packed",
 }
