@@ -5,8 +5,8 @@ __all__ = ['REPORT_INPUTS', 'Stat', 'AbsMax', 'RootMeanSquare', 'Hessian', 'laye
            'Mask', 'FakeQuant', 'ActQuant', 'round_input', 'LayerUpdate', 'SiteUpdate', 'mask_of', 'qparams_of',
            'write_back', 'Call', 'capture', 'Seen', 'watch', 'LayerReport', 'Report', 'Context', 'Pass', 'chosen_sites',
            'check_sites', 'LayerPass', 'fold_scale', 'treat', 'parametrizations', 'parametrize_like', 'walk',
-           'check_passes', 'compress', 'Noise', 'RoundingNoise', 'Passport', 'count_parameters', 'disk_bytes',
-           'flops_per_token', 'latency', 'passport']
+           'check_passes', 'check_order', 'compress', 'Noise', 'RoundingNoise', 'Passport', 'count_parameters',
+           'disk_bytes', 'flops_per_token', 'latency', 'passport']
 
 # %% ../nbs/11_compression.ipynb #88eb1395
 import copy
@@ -644,6 +644,8 @@ class LayerPass(Pass):
     """
 
     stats: ClassVar[tuple[type, ...]] = ()
+    on_grid: ClassVar[bool | None] = None
+    """True: weights come to lie on few values; False: off them; None: known only afterwards"""
     layers: str = "*"
     n_calib: int = 128
     seq_len: int = 512
@@ -863,7 +865,27 @@ def _prepared(model: nn.Module, methods: Sequence[Pass]) -> tuple[nn.Module, Ada
         p.check(student, adapter)
         if p.reshapes:
             break
+    check_order(methods, adapter)
     return student, adapter
+
+
+def check_order(methods: Sequence[Pass], adapter: Adapter) -> None:
+    """Raise BadInput if a pass would move weights that are rounded by then."""
+    rounded: dict[str, str] = {}
+    for p in methods:
+        if p.reshapes:
+            break
+        if not isinstance(p, LayerPass) or p.on_grid is None:
+            continue
+        for i in range(len(adapter.blocks())):
+            pairs = [pair for site in chosen_sites(p, adapter, i) for pair in site.layers.items()]
+            for name, layer in pairs:
+                if p.on_grid:
+                    rounded[name] = repr(p.name)
+                elif name in rounded or qparams_of(layer) is not None:
+                    after = rounded.get(name, "earlier passes on this model")
+                    what = f"after {after}: it would undo the rounding of {name!r}"
+                    require(False, "passes", f"{p.name!r} {what}", "prune first, quantize last")
 
 
 def _folder_of(
@@ -930,6 +952,7 @@ class Noise(LayerPass):
     """Null control: Gaussian noise with the relative energy ‖ΔW‖² / ‖W‖² = `energy`."""
 
     name = "noise"
+    on_grid = False
     energy: float = 0.01
 
     def __post_init__(self):
@@ -951,6 +974,7 @@ class RoundingNoise(LayerPass):
     """
 
     name = "rounding-noise"
+    on_grid = False
     bits: int = 4
     group_size: int = 64
 

@@ -88,6 +88,7 @@ class Pruner(LayerPass):
         per: where that share is taken: `row`, out of every row; `layer`, out of every matrix.
     """
 
+    on_grid = False
     places: ClassVar[tuple[str, ...]] = ("row", "layer")
     sparsity: float | None = None
     pattern: str | None = None

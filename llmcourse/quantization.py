@@ -381,6 +381,7 @@ class RTN(LayerPass):
     """
 
     name = "rtn"
+    on_grid = True
     bits: int = 4
     group_size: int | str = 64
     symmetric: bool = False

@@ -11,8 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
+from llmcourse.activations import AWQ, DynamicInt8, SmoothQuant
 from llmcourse.adapters import adapter_for
-from llmcourse.compression import Context, Hessian, Noise, RootMeanSquare, compress, mask_of
+from llmcourse.compression import (
+    Context,
+    Hessian,
+    Noise,
+    RootMeanSquare,
+    RoundingNoise,
+    check_passes,
+    compress,
+    mask_of,
+)
 from llmcourse.data import TokenData
 from llmcourse.packed import load_student, save_student
 from llmcourse.pruning import (
@@ -30,7 +40,7 @@ from llmcourse.pruning import (
     sparsegpt,
     sparsegpt_reference,
 )
-from llmcourse.quantization import RTN
+from llmcourse.quantization import GPTQ, RTN
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
 
@@ -220,6 +230,35 @@ def test_what_is_quantized_is_not_cut(data: TokenData) -> None:
     model = build("llama")
     with pytest.raises(BadInput, match="carries FakeQuant, whose scale is no mask; allowed: take out channels first"):
         compress(model, [RTN(bits=4, group_size=16), Structured(choose="magnitude")], data, RT)
+
+
+ROUNDERS = [RTN, GPTQ, AWQ, SmoothQuant, DynamicInt8]
+LATER = [*PRUNERS, Noise, RoundingNoise]
+
+
+@pytest.fixture(scope="module")
+def rounded_once():
+    model = build("llama")
+    return model, compress(model, [RTN(group_size=8, layers="*.mlp.*")], None, RT)[0]
+
+
+@pytest.mark.parametrize("first", ROUNDERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("later", LATER, ids=lambda kind: kind.__name__)
+def test_what_would_undo_a_rounding_is_refused_before_any_work(first, later, rounded_once, data, monkeypatch) -> None:
+    some = {"layers": "*.mlp.*"}
+    grid = {"group_size": 8} if first not in (SmoothQuant, DynamicInt8) else {}
+    size = {"group_size": 8} if later is RoundingNoise else {}
+    quantize, prune = first(**grid, **SMALL, **some), later(**size, **SMALL, **some)
+    model, done = rounded_once
+    elsewhere = later(**size, **SMALL, layers="*.self_attn.*")
+    check_passes(model, [prune, quantize])
+    check_passes(model, [quantize, elsewhere])
+    check_passes(done, [elsewhere])
+    monkeypatch.setattr("llmcourse.compression.walk", lambda *args: pytest.fail("work was begun"))
+    with pytest.raises(BadInput, match=f"{prune.name}' after '{quantize.name}'.*prune first, quantize last"):
+        compress(model, [quantize, prune], data, RT)
+    with pytest.raises(BadInput, match=r"earlier passes.*prune first, quantize last"):
+        compress(done, [prune], data, RT)
 
 
 def test_channels_that_do_nothing_go_first(data: TokenData) -> None:
