@@ -22,7 +22,8 @@ def render_report(job: dict, figure_svg: str) -> str:
     )
     svg = figure_svg[figure_svg.index("<svg") :]  # without the XML head, which HTML does not know
     verdict = {what: speed_verdict(job, what) for what in ("read", "write")}
-    about = {"verdict": verdict, "control": CONTROL, "levels": levels, "told": told_levels(job)}
+    about = {"verdict": verdict, "control": CONTROL, "told": told_levels(job)}
+    about |= {"levels": levels, "pair_verdict": pair_verdict}
     return env.get_template("report.html.j2").render(job=job, figure=svg, **about)
 
 
@@ -51,6 +52,15 @@ def told_levels(job: dict) -> str:
     own = levels(*(r["level"] for r in job["rows"]))
     ratios = levels(*(r["ratio_level"] for r in job["rows"] if r["name"] != DENSE))
     return f"How often such intervals hold the truth: perplexity {own}, × dense {ratios}."
+
+
+def pair_verdict(pair: dict) -> str:
+    """What the interval of two arms' ratio says: a sentence."""
+    if pair["level"] is None:
+        return "Too few documents carry the difference: they cannot be told apart."
+    if pair["low"] <= 1 <= pair["high"]:
+        return "The interval contains 1: on these tokens they cannot be told apart."
+    return f"{pair['a']} is {'better' if pair['high'] < 1 else 'worse'} on these tokens."
 
 
 def print_table(job: dict) -> None:
@@ -90,15 +100,7 @@ def print_table(job: dict) -> None:
                 f"{r['name']}: {r['treated']:.1%} of the parameters treated" + (f"; left: {left}" if left else "")
             )
     for p in job["pairs"]:
-        known = p["level"] is not None
-        verdict = (
-            "is better"
-            if known and p["high"] < 1
-            else "is worse"
-            if known and p["low"] > 1
-            else "cannot be told from the other"
-        )
         console.print(
             f"{p['a']} against {p['b']}: perplexity × {p['ratio']:.3f} (interval {p['low']:.3f} to "
-            f"{p['high']:.3f}, level {levels(p['level'])}): {p['a']} {verdict} on these tokens."
+            f"{p['high']:.3f}, level {levels(p['level'])}). {pair_verdict(p)}"
         )

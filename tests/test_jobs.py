@@ -80,12 +80,23 @@ def test_the_levels_of_the_intervals_are_told_and_no_verdict_is_built_on_an_unkn
     measured = [r["level"] for r in job["rows"]]
     assert all(level is None or 0.8 < level < 0.95 for level in measured) and job["rows"][0]["ratio_level"] is None
     assert told_levels(job).startswith(f"How often such intervals hold the truth: perplexity {levels(*measured)}, × ")
-    pair = job["pairs"][0] | {"low": 0.7, "high": 0.8}
-    for level, words in ((0.93, "level 93 %): GPTQ 4-bit is better"), (None, "units): GPTQ 4-bit cannot be told")):
-        changed = job | {"pairs": [pair | {"level": level}]}
-        print_table(changed)
-        assert words in " ".join(capsys.readouterr().out.split())
-        assert ("is better on these tokens" in render_report(changed, "<svg></svg>")) == (level is not None)
+    few, none = (
+        "Too few documents carry the difference: they cannot",
+        "The interval contains 1: on these tokens they cannot",
+    )
+    for level, low, high, says in (
+        (0.93, 0.7, 0.8, "GPTQ 4-bit is better"),
+        (0.93, 1.1, 1.2, "GPTQ 4-bit is worse"),
+        (0.93, 0.9, 1.2, none),
+        (0.93, 0.9, 1.0, none),
+        (0.93, 1.0, 1.2, none),
+        (None, 0.7, 0.8, few),
+    ):
+        pair = job["pairs"][0] | {"low": low, "high": high, "level": level}
+        print_table(job | {"pairs": [pair]})
+        told = f"(interval {low:.3f} to {high:.3f}, level {levels(level)}). {says}"
+        assert told in " ".join(capsys.readouterr().out.split())
+        assert told in " ".join(render_report(job | {"pairs": [pair]}, "<svg></svg>").split())
 
 
 def test_the_model_loads_back_and_has_the_perplexity_of_the_report(finished, corpus):
@@ -807,6 +818,8 @@ def test_every_shipped_recipe_is_valid():
     from llmcourse.settings import load_settings
 
     settings = load_settings(ROOT / "settings.ini", env={})
-    for path in (ROOT / "recipes").glob("*.toml"):
+    paths = list((ROOT / "recipes").glob("*.toml"))
+    assert paths
+    for path in paths:
         for arm in load_recipe(path).arms:
-            arm.build(settings)
+            assert len(arm.build(settings)) == len(arm.passes) > 0

@@ -170,4 +170,5 @@ def test_a_good_folder_is_loaded(tiny_model, tmp_path, how):
 @pytest.mark.model
 def test_the_models_of_the_catalog_have_exactly_their_tensors(home):
     for name in ("bert-tiny", "minilm", "course-3m"):
-        load_model(name)
+        model, _, card = load_model(name)
+        assert card.name == name and all(p.isfinite().all() for p in model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -31,6 +32,13 @@ def wheel(tmp_path_factory) -> Path:
     )
     (built,) = (copy / "dist").glob("*.whl")
     return built
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "transformers", "nbformat"])
+def test_make_compiles_the_packages_ahead(name):
+    """Where PYTHONDONTWRITEBYTECODE is set, every process would compile them again: seconds each time."""
+    source = importlib.util.find_spec(name).origin
+    assert Path(importlib.util.cache_from_source(source)).is_file()
 
 
 def test_the_wheel_holds_the_package_and_the_course(wheel):
