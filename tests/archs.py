@@ -6,6 +6,8 @@ import torch
 import transformers
 from torch import nn
 
+from llmcourse.data import TokenData
+
 SIZES = dict(
     vocab_size=96,
     hidden_size=32,
@@ -163,3 +165,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def random_text() -> TokenData:
+    """Random tokens of the tiny models, 400 in each part."""
+    dice = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(SIZES["vocab_size"], (n,), generator=dice)
+    parts = {part: draw(400) for part in ("train", "val", "test", "calib")}
+    sizes = {part: torch.ones_like(ids) for part, ids in parts.items()}
+    return TokenData(**parts, bytes=sizes, separator=0, name="random", tokenizer="none")

@@ -11,6 +11,28 @@ from conftest import ROOT
 from llmcourse.practice import checking
 
 
+def right_answers(sheet: str | None = None) -> tuple[list[tuple[str, object]], Callable]:
+    """An empty list of (exercise, answer), and a decorator that puts one more right answer to an exercise there.
+
+    Without a sheet the decorator takes full names, such as "metrics.clipped".
+    """
+    answers: list[tuple[str, object]] = []
+
+    def right(id: str) -> Callable:
+        def keep(answer: object) -> object:
+            answers.append((id if sheet is None else f"{sheet}.{id}", answer))
+            return answer
+
+        return keep
+
+    return answers, right
+
+
+def names(answers: list[tuple[str, object]]) -> list[str]:
+    """A name for each test of a right answer."""
+    return [f"{id.split('.')[1]}-{getattr(answer, '__name__', answer)}" for id, answer in answers]
+
+
 def assert_passes(id: str, answer: Callable) -> None:
     """A right answer passes, of whatever kind it is."""
     ex = checking.find(id)

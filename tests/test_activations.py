@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from archs import CAUSAL, OURS, build, ids, logits
+from archs import CAUSAL, OURS, build, ids, logits, random_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -37,11 +37,7 @@ FAMILIES = [n for n in [*OURS, *CAUSAL] if n not in ("falcon", "jetmoe", "llama4
 
 @pytest.fixture(scope="module")
 def data() -> TokenData:
-    dice = torch.Generator().manual_seed(1)
-    draw = lambda n: torch.randint(96, (n,), generator=dice)
-    parts = {part: draw(400) for part in ("train", "val", "test", "calib")}
-    sizes = {part: torch.ones_like(ids) for part, ids in parts.items()}
-    return TokenData(**parts, bytes=sizes, separator=0, name="random", tokenizer="none")
+    return random_text()
 
 
 class Identity(SmoothQuant):

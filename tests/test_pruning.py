@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from archs import build, ids, logits
+from archs import build, ids, logits, random_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import parametrize
@@ -51,11 +51,7 @@ PRUNERS = [Magnitude, RandomMask, Wanda, SparseGPT, Gradient]
 
 @pytest.fixture(scope="module")
 def data() -> TokenData:
-    dice = torch.Generator().manual_seed(1)
-    draw = lambda n: torch.randint(96, (n,), generator=dice)
-    parts = {part: draw(400) for part in ("train", "val", "test", "calib")}
-    sizes = {part: torch.ones_like(ids) for part, ids in parts.items()}
-    return TokenData(**parts, bytes=sizes, separator=0, name="random", tokenizer="none")
+    return random_text()
 
 
 def layer(seed: int, O: int = 12, I: int = 32, n: int = 200) -> tuple[torch.Tensor, torch.Tensor]:

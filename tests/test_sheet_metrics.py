@@ -10,21 +10,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from sheet_rules import assert_passes
+from sheet_rules import assert_passes, right_answers
 
 from llmcourse.practice import checking
 
-RIGHT: list[tuple[str, object]] = []
-
-
-def right(id: str):
-    """Decorator: one more right answer to an exercise."""
-
-    def keep(answer):
-        RIGHT.append((id, answer))
-        return answer
-
-    return keep
+RIGHT, right = right_answers()
 
 
 def grams(words, n):

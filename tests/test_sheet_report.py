@@ -9,21 +9,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from sheet_rules import assert_as_it_was, assert_passes, broken_code
+from sheet_rules import assert_as_it_was, assert_passes, broken_code, right_answers
 
 from llmcourse.practice import checking
 
-RIGHT: list[tuple[str, object]] = []
-
-
-def right(id: str):
-    """Decorator: one more right answer to an exercise."""
-
-    def keep(answer):
-        RIGHT.append((f"report.{id}", answer))
-        return answer
-
-    return keep
+RIGHT, right = right_answers("report")
 
 
 @right("runs_needed")

@@ -9,21 +9,11 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
-from sheet_rules import assert_as_it_was, assert_passes, broken_code
+from sheet_rules import assert_as_it_was, assert_passes, broken_code, names, right_answers
 
 from llmcourse.practice import checking
 
-RIGHT: list[tuple[str, object]] = []
-
-
-def right(id: str):
-    """Decorator: one more right answer to an exercise."""
-
-    def keep(answer):
-        RIGHT.append((f"accuracy.{id}", answer))
-        return answer
-
-    return keep
+RIGHT, right = right_answers("accuracy")
 
 
 @right("acc_norm_bytes")
@@ -192,10 +182,6 @@ def order_p_numpy(canonical, shuffled):
     if x.size == 0 or np.isnan(x).any() or np.isnan(canonical):
         raise ValueError("nan")
     return float((np.count_nonzero(x <= canonical) + 1) / (x.size + 1))
-
-
-def names(answers):
-    return [f"{id.split('.')[1]}-{answer.__name__}" for id, answer in answers]
 
 
 @pytest.mark.parametrize("id, answer", RIGHT, ids=names(RIGHT))

@@ -13,23 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sheet_rules import assert_known, assert_passes, broken_code
+from sheet_rules import assert_known, assert_passes, broken_code, names, right_answers
 from torch import nn
 
 from llmcourse.practice import checking
 
 ROOT = Path(__file__).resolve().parent.parent
-RIGHT: list[tuple[str, object]] = []
-
-
-def right(id: str):
-    """Decorator: one more right answer to an exercise."""
-
-    def keep(answer):
-        RIGHT.append((id, answer))
-        return answer
-
-    return keep
+RIGHT, right = right_answers()
 
 
 # ------------------------------------------------------------------------------------ optimizers
@@ -1099,10 +1089,6 @@ def needed_numpy(ratio, deviation):
 
 
 # ------------------------------------------------------------------------------------------ tests
-
-
-def names(answers):
-    return [f"{id.split('.')[1]}-{getattr(a, '__name__', a)}" for id, a in answers]
 
 
 @pytest.mark.parametrize("id, answer", RIGHT, ids=names(RIGHT))

@@ -10,21 +10,11 @@ from statistics import fmean, mean, variance
 
 import numpy as np
 import pytest
-from sheet_rules import assert_as_it_was, assert_passes, broken_code
+from sheet_rules import assert_as_it_was, assert_passes, broken_code, names, right_answers
 
 from llmcourse.practice import checking
 
-RIGHT: list[tuple[str, object]] = []
-
-
-def right(id: str):
-    """Decorator: one more right answer to an exercise."""
-
-    def keep(answer):
-        RIGHT.append((f"experiments.{id}", answer))
-        return answer
-
-    return keep
+RIGHT, right = right_answers("experiments")
 
 
 @right("effect")
@@ -266,10 +256,6 @@ def error_by_mean_squares(y, texts, draws):
     inner_square, outer_square = max(0.0, total - outer) / (k * (m - 1)), outer / (k - 1)
     text = (outer_square - inner_square) / m
     return (max(text, 0) / texts + inner_square / texts / draws) ** 0.5
-
-
-def names(answers):
-    return [f"{id.split('.')[1]}-{answer.__name__}" for id, answer in answers]
 
 
 @pytest.mark.parametrize("id, answer", RIGHT, ids=names(RIGHT))

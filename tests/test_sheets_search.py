@@ -11,21 +11,11 @@ from statistics import NormalDist, mean, stdev
 
 import numpy as np
 import pytest
-from sheet_rules import assert_as_it_was, assert_passes, broken_code
+from sheet_rules import assert_as_it_was, assert_passes, broken_code, names, right_answers
 
 from llmcourse.practice import checking
 
-RIGHT: list[tuple[str, object]] = []
-
-
-def right(id: str):
-    """Decorator: one more right answer to an exercise."""
-
-    def keep(answer):
-        RIGHT.append((f"search.{id}", answer))
-        return answer
-
-    return keep
+RIGHT, right = right_answers("search")
 
 
 @right("runs_needed")
@@ -190,10 +180,6 @@ def lines_by_regex(content):
         except ValueError:
             broken += [number]
     return whole, broken
-
-
-def names(answers):
-    return [f"{id.split('.')[1]}-{answer.__name__}" for id, answer in answers]
 
 
 @pytest.mark.parametrize("id, answer", RIGHT, ids=names(RIGHT))
