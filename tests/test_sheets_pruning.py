@@ -291,3 +291,15 @@ def test_every_exercise_has_two_other_right_answers():
 @pytest.mark.parametrize("id, code", broken_code("pruning"), ids=[id for id, _ in broken_code("pruning")])
 def test_the_broken_code_of_a_statement_runs_and_fails(id, code):
     assert_as_it_was(id, code)
+
+
+def test_an_own_answer_with_one_of_the_mistakes_is_not_called_the_code_of_the_statement():
+    def magnitude_mask(W, sparsity):  # ties at the threshold go, and that is all
+        return W.abs() > W.abs().flatten().float().quantile(sparsity)
+
+    ex = checking.find("pruning.magnitude_mask")
+    said = checking.judge(ex, checking._run_here(ex, magnitude_mask)).sentence
+    assert (
+        said.startswith("In ") and "your answer gives what the code as it was gives. About that code: Weights" in said
+    )
+    assert "This is the code as it was" not in said

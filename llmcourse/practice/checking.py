@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -109,7 +110,7 @@ def judge(ex: Exercise, outcomes: list[dict], seconds: float = 0.0) -> Result:
     if wrong:
         sentence = ex.wrong_answers[wrong][0]
         if len(explained) < len(shown):
-            sentence = f"In part: {sentence} (This explains {len(explained)} of the {len(shown)} cases that fail.)"
+            sentence = _in_part(sentence, f"{len(explained)} of the {len(shown)} cases that fail")
     c, got = cases[i], outcomes[i]
     given = tuple((n, show(v)) for n, v in [*((c.called(i), v) for i, v in enumerate(c.args)), *c.kwargs.items()])
     want_text, got_text = show_both(expected[i], got, c)
@@ -125,6 +126,21 @@ def judge(ex: Exercise, outcomes: list[dict], seconds: float = 0.0) -> Result:
         line=f"{got['lineno']}: {got.get('line', '')}".rstrip(": ") if got.get("lineno") else "",
         printed=str(got.get("printed", "")),
     )
+
+
+_AS_IT_WAS = re.compile(r"This is the code as it was[.:,] *")
+
+
+def _in_part(sentence: str, cases: str) -> str:
+    """The sentence of a wrong answer that explains only some of the failing `cases`.
+
+    The code of a statement may hold several mistakes. An answer that shares its results in part need not have been made
+    from it, nor hold all of them: then the sentence speaks of that code, and not of the answer.
+    """
+    if not (found := _AS_IT_WAS.match(sentence)):
+        return f"In part: {sentence} (This explains {cases}.)"
+    about = sentence[found.end() :]
+    return f"In {cases} your answer gives what the code as it was gives. About that code: {about}"
 
 
 def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str, list[int]]:
