@@ -4,6 +4,9 @@ BIN := .venv/bin
 # one thread each for two parallel workers: two threads each on two busy cores are many times slower
 JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Packages are compiled when they are first imported. Where Python may not keep that, every process does it again: 7 s
+# each time for PyTorch and transformers.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help course test lab classroom data tour book notebooks export wheel clean
 

@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 def pip(*args: str, quiet: bool = True, check: bool = True) -> subprocess.CompletedProcess:
     if args[0] == "install":
-        args = ("install", "--no-compile", *args[1:])  # `compile_all` does it on all cores
+        args = ("install", "--no-compile", *args[1:])  # the first import of a module does it; most are never imported
     command = [str(PYTHON), "-m", "pip", *args]
     result = subprocess.run(
         command,
@@ -107,17 +107,6 @@ def install_torch() -> None:
     say(f"PyTorch {build}, {time.time() - start:.0f} s")
 
 
-def compile_all() -> None:
-    """Write the bytecode of all packages: where PYTHONDONTWRITEBYTECODE is set, no later import would.
-
-    Every process would then compile again what it imports: 7 s each time for PyTorch and transformers. A file that
-    does not compile (of another Python version, or a template) is no error: nobody imports it.
-    """
-    where = [str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = subprocess.run(where, text=True, capture_output=True, check=True).stdout.strip()
-    subprocess.run([str(PYTHON), "-m", "compileall", "-qq", "-j", "0", packages], stdout=subprocess.DEVNULL)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--extra", required=True, help="lab, dev, …: an extra of pyproject.toml")
@@ -135,7 +124,6 @@ def main() -> None:
     say(f"installing the course with the extra '{extra}' (some minutes the first time)")
     show = sys.stdout.isatty()  # pip's own bars where somebody watches
     pip("install", "--editable", f"{ROOT}[{extra}]", "-c", str(ROOT / "constraints.txt"), quiet=not show)
-    compile_all()
     (VENV / f".{extra}.stamp").write_text(f"{extra}\n")
     say(f"ready, {time.time() - start:.0f} s")
 
