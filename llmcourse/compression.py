@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -97,11 +98,21 @@ class RootMeanSquare(_Running):
 class Hessian(_Running):
     """H = 2/n Σ x xᵀ of the inputs: value (I, I). See the layer error in this chapter."""
 
-    def _of(self, x: Tensor) -> Tensor:
-        return x.T @ x
+    def add(self, x: Tensor) -> None:
+        x = x.float()
+        half = x.shape[1] // 2
+        if self._sum is None:
+            self._sum = x.new_zeros(x.shape[1], x.shape[1])
+        # H is symmetric: three of its four quarters are enough
+        self._sum[:half].addmm_(x[:, :half].T, x)
+        self._sum[half:, half:].addmm_(x[:, half:].T, x[:, half:])
+        self.n += len(x)
 
     def _finish(self, total: Tensor) -> Tensor:
-        return total * (2 / max(self.n, 1))
+        H = total * (2 / max(self.n, 1))
+        half = len(H) // 2
+        H[half:, :half] = H[:half, half:].T
+        return H
 
 
 def layer_error(delta: Tensor, H: Tensor) -> float:
@@ -482,7 +493,7 @@ def watch(
     """Run the sequences through a block and collect the statistics of what each site reads."""
     stats = {site.name: {kind: kind() for kind in kinds} for site in sites}
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-    count = dict.fromkeys(stats, 0)
+    count, visits, once = dict.fromkeys(stats, 0), Counter(), False
 
     def see(site: Site, layer: nn.Module, args: tuple) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])  # (B, T, I) -> (N, I)
@@ -491,13 +502,19 @@ def watch(
         if count[site.name] < REPORT_INPUTS and len(x):
             inputs[site.name].append(x[: REPORT_INPUTS - count[site.name]].clone())
         count[site.name] += len(x)
+        visits[site.name] += 1
+        if once and visits.keys() == stats.keys():
+            raise _Stop  # all have read: a quarter of the block's work is behind its last site
 
     with evaluating(block), ExitStack() as hooks:
         for site in sites:
             reader = next(iter(site.layers.values()))  # they all read the same
             hooks.callback(reader.register_forward_pre_hook(partial(see, site)).remove)
         for x, call in zip(hidden, calls, strict=True):
-            call.run(block, x)
+            visits.clear()
+            with suppress(_Stop):
+                call.run(block, x)
+            once = all(visits[name] == 1 for name in stats)  # as in the sequence before
     found = {}
     for site in sites:
         weight = next(iter(site.layers.values())).weight

@@ -557,3 +557,38 @@ def test_a_passport_is_measured_where_the_model_is(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     card = passport("tiny", model, prefill_tokens=4, repeats=1)
     assert "bfloat16" in card.device and card.prefill.median > 0
+
+
+class Chunked(nn.Module):
+    """A block that calls its second layer once, twice, or (an expert) only for some texts."""
+
+    def __init__(self, visits):
+        super().__init__()
+        self.first, self.second, self.visits, self.after = nn.Linear(6, 5), nn.Linear(5, 6), visits, 0
+
+    def forward(self, x):
+        h = self.first(x)
+        for part in h.chunk(self.visits(x), dim=1) if self.visits(x) else ():
+            self.second(part)
+        self.after += 1
+        return x
+
+
+@pytest.mark.parametrize(
+    "visits, whole",
+    [(lambda x: 1, 1), (lambda x: 2, 5), (lambda x: int(x.sum() > 0), None)],
+    ids=["once", "twice", "an expert"],
+)
+def test_a_pass_ends_early_only_where_nothing_is_lost(visits, whole):
+    """The block's last site may have read all of its input before the block is through, or not."""
+    from llmcourse.adapters import Site
+    from llmcourse.compression import Call, Hessian, watch
+
+    block = Chunked(visits)
+    hidden = [(-1) ** (k // 2) * torch.rand(1, 8, 6, generator=torch.Generator().manual_seed(k)) for k in range(5)]
+    sites = [Site("a", {"first": block.first}), Site("b", {"second": block.second})]
+    seen = watch(block, sites, [Hessian], hidden, [Call((), {})] * 5)
+    assert whole is None or block.after == whole
+    reads = torch.cat([block.first(x) for x in hidden if visits(x)], 1)[0]
+    assert seen["a"].n == 40 and seen["b"].n == len(reads)
+    torch.testing.assert_close(seen["b"].stats[Hessian].value, 2 / len(reads) * reads.T @ reads)
