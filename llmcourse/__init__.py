@@ -39,6 +39,7 @@ _PUBLIC = {
     "AWQ": "activations",
     "SmoothQuant": "activations",
     "DynamicInt8": "activations",
+    "QAT": "qat",
     "save_student": "packed",
     "load_student": "packed",
 }
