@@ -42,7 +42,7 @@ from llmcourse.compression import (
 from llmcourse.data import TokenData, load_model
 from llmcourse.evaluator import weight_bytes
 from llmcourse.packed import load_student, save_student
-from llmcourse.quantization import RTN
+from llmcourse.quantization import RTN, choose_qparams
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
 
@@ -386,6 +386,19 @@ def test_bad_input_is_one_sentence_before_any_work(tiny, data, attempt, sentence
     with pytest.raises(BadInput) as caught:
         attempt(tiny, data)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 8, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_the_fast_rounding_is_the_plain_one(group_size, dtype):
+    for bits in range(2, 9):
+        for symmetric in (False, True):
+            W = torch.randn(5, 24, generator=torch.Generator().manual_seed(bits)).to(dtype)
+            q = choose_qparams(W, bits=bits, group_size=group_size, symmetric=symmetric)
+            for weight in (W, 3 * W):  # inside the grid, and beyond its ends
+                before = weight.clone()
+                plain = q.dequantize(q.quantize(weight.to(q.scale.dtype))).to(dtype)
+                assert torch.equal(q.fake_quantize(weight), plain) and torch.equal(weight, before)
 
 
 def test_passes_are_found_by_the_name_of_their_class():
