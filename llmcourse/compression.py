@@ -202,8 +202,7 @@ class QParams:
         """The same as dequantize(quantize(W)), in W's dtype: the nearest representable values."""
         scale, zero = self.scale[..., None], self.zero[..., None]  # (R, G, 1), none is repeated
         codes = (W.to(scale.dtype).unflatten(1, (-1, self.group_size)) / scale).round_()
-        codes.add_(zero).clamp_(0, self.top).sub_(zero)  # (O, G, group_size)
-        return codes.mul_(scale).flatten(1).to(W.dtype)
+        return codes.add_(zero).clamp_(0, self.top).sub_(zero).mul_(scale).flatten(1).to(W.dtype)
 
     def inside(self, W: Tensor) -> Tensor:
         """True where a weight rounds to a value of its own, False where it is clipped to an end."""
