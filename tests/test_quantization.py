@@ -2,9 +2,12 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, clean_env
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -625,3 +628,16 @@ def test_on_a_gpu(student):
     packed = pack_model(student).cuda()
     torch.testing.assert_close(packed(IDS.cuda()).logits.cpu(), student(IDS).logits, rtol=1e-3, atol=1e-4)
     assert packed.lm_head.source[0] is packed.model.embed_tokens
+
+
+def test_quick_benchmark(home, tmp_path):
+    """One candidate beside the dense model, in processes of their own; the time means nothing here."""
+    out = tmp_path / "compression.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "compression.py"), "--quick", "--out", str(out)]
+    command += ["--methods", "llmcourse: RTN"]
+    subprocess.run(command, env=clean_env(), check=True, capture_output=True, timeout=300)
+    (found,) = json.loads(out.read_text())["models"].values()
+    dense, row = found["rows"].pop("dense"), found["rows"].pop("llmcourse: RTN")
+    assert not found["rows"] and dense["to_dense"] == [1, 1, 1]
+    assert row["perplexity"] / dense["perplexity"] == pytest.approx(row["to_dense"][0], rel=1e-3)
+    assert row["to_dense"][1] < row["to_dense"][0] < row["to_dense"][2] and row["seconds"][0] > 0
