@@ -44,7 +44,7 @@ from llmcourse.compression import (
     write_back,
 )
 from .runtime import evaluating
-from .settings import number, one_of, require, whole
+from .settings import BadInput, number, one_of, require, whole
 
 # %% ../nbs/12_pruning.ipynb #pr000009
 def keep_highest(score: Tensor, sparsity: float) -> Tensor:
@@ -112,8 +112,9 @@ class Pruner(LayerPass):
 
     def check_layer(self, layer: nn.Linear) -> None:
         super().check_layer(layer)
-        free = "one that is not (prune first, quantize last)"
-        require(qparams_of(layer) is None, "weight", "quantized already", free)
+        if qparams_of(layer) is not None:
+            undone = "the layer is quantized already and this pass would undo it"
+            raise BadInput(f"{undone}; allowed: prune first, quantize last.")
         if self.pattern is not None:
             m, columns = n_of_m(self.pattern)[1], layer.weight.shape[1]
             require(columns % m == 0, "pattern", self.pattern, f"m that divides {columns} columns")
@@ -679,7 +680,7 @@ def keep_blocks(adapter: Adapter, keep: list[int]) -> None:
         for module in block.modules():  # a block finds its place in the key-value cache by it
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = i
-    if is_dataclass(model.config):
+    if not hasattr(model.config, "num_hidden_layers"):  # our own
         model.config = replace(model.config, n_layers=len(keep))
         return
     # entries such as layer_types say something about each block

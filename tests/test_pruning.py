@@ -26,7 +26,9 @@ from llmcourse.compression import (
 from llmcourse.data import TokenData
 from llmcourse.packed import load_student, save_student
 from llmcourse.pruning import (
+    Depth,
     Gradient,
+    Gradual,
     Magnitude,
     RandomMask,
     SparseGPT,
@@ -298,7 +300,48 @@ def test_large_weights_that_read_nothing_go_first(data: TokenData) -> None:
     torch.testing.assert_close(logits(student, ids()), logits(model, ids()))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "gemma2", "ours"])
+def test_what_is_left_of_a_shorter_model(name: str, data: TokenData, tmp_path) -> None:
+    """Leaving a block out is passing its input on; with the cache and after loading it is the same."""
+    model, x = build(name), ids()
+    student, (report,) = compress(model, [Depth(blocks=1, choose="random", seed=0)], data, RT)
+    blocks = adapter_for(model).blocks()
+    (gone,) = set(range(len(blocks))) - set(report.config["kept"])
+    first = lambda args, kwargs: args[0] if args else kwargs["hidden_states"]
+    skip = lambda m, args, kwargs, out: (
+        (first(args, kwargs), *out[1:]) if isinstance(out, tuple) else first(args, kwargs)
+    )
+    hook = blocks[gone][1].register_forward_hook(skip, with_kwargs=True)
+    want, full = logits(model, x), logits(student, x)
+    hook.remove()
+    torch.testing.assert_close(full, want)
+    with torch.no_grad():
+        begun = student(x[:, :16], use_cache=True)
+        rest = student(x[:, 16:], past_key_values=begun.past_key_values, use_cache=True)
+    torch.testing.assert_close(rest.logits, full[:, 16:], rtol=1e-4, atol=1e-4)
+    save_student(student, None, tmp_path / "m", rest_dtype=torch.float32)
+    torch.testing.assert_close(logits(load_student(tmp_path / "m").model, x), full, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how", [dict(ramp=0), dict(ramp=4), dict(by="movement", ramp=4), dict(by="random", ramp=0)], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "ours"])
+def test_pruning_while_training(name: str, how: dict, data: TokenData) -> None:
+    model = build(name)
+    before = copy.deepcopy(model.state_dict())
+    method = Gradual(sparsity=0.75, per="layer", steps=6, every=2, batch_size=2, seq_len=16, **how)
+    student, _ = compress(model, [method], data, RT)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    masked = [m for m in student.modules() if mask_of(m) is not None]
+    assert masked and all((m.weight == 0).float().mean() == 0.75 for m in masked)
+    assert torch.isfinite(logits(student, ids())).all()
+
+
 @pytest.mark.parametrize(("make", "says"), [
+    (lambda: Depth(blocks=-1), "blocks is -1"),
+    (lambda: Gradual(ramp=100), "ramp is 100"),
+    (lambda: Gradual(by="movement", ramp=0), "ramp is 0"),
     (lambda: Magnitude(sparsity=1), "sparsity is 1"),
     (lambda: Magnitude(sparsity=-0.1), "sparsity is -0.1"),
     (lambda: Wanda(sparsity=float("nan")), "sparsity is nan"),
