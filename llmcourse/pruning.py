@@ -113,8 +113,7 @@ class Pruner(LayerPass):
     def check_layer(self, layer: nn.Linear) -> None:
         super().check_layer(layer)
         if qparams_of(layer) is not None:
-            undone = "the layer is quantized already and this pass would undo it"
-            raise BadInput(f"{undone}; allowed: prune first, quantize last.")
+            raise BadInput("the layer is quantized already; allowed: prune first, quantize last.")
         if self.pattern is not None:
             m, columns = n_of_m(self.pattern)[1], layer.weight.shape[1]
             require(columns % m == 0, "pattern", self.pattern, f"m that divides {columns} columns")
@@ -174,6 +173,12 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Ten
     return {n: part.view_as(s) for (n, s), part in zip(scores.items(), parts, strict=True)}
 
 
+def chosen_layers(method: LayerPass, adapter: Adapter) -> dict[str, nn.Linear]:
+    """The layers that a pass treats, by their full names."""
+    sites = [s for i in range(len(adapter.blocks())) for s in chosen_sites(method, adapter, i)]
+    return {name: layer for site in sites for name, layer in site.layers.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Given(LayerPass):
     """Masks that were chosen with all layers in view, by the layers' names."""
@@ -185,13 +190,7 @@ class _Given(LayerPass):
         new = {n: LayerUpdate(torch.where(keep[n], W, 0), keep[n]) for n, W in weights.items()}
         return SiteUpdate(new)
 
-
-def chosen_layers(method: LayerPass, adapter: Adapter) -> dict[str, nn.Linear]:
-    """The layers that a pass treats, by their full names."""
-    sites = [s for i in range(len(adapter.blocks())) for s in chosen_sites(method, adapter, i)]
-    return {name: layer for site in sites for name, layer in site.layers.items()}
-
-
+# %% ../nbs/12_pruning.ipynb #pr00wide
 class ModelWide(Pruner):
     """A pruner that scores all layers first, so that it can compare them: `per="model"`."""
 
@@ -221,7 +220,7 @@ class ModelWide(Pruner):
         reports, coverage = tuple(walk(given, ctx)), adapter.coverage(self.layers)
         return model, Report(self.name, self.config, reports, perf_counter() - start, coverage)
 
-
+# %% ../nbs/12_pruning.ipynb #pr0magni
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(ModelWide):
     """The score |w| [han2015]: the cost of a weight if inputs are independent and equally large."""
@@ -652,7 +651,7 @@ class Structured(Pass):
 
 # %% ../nbs/12_pruning.ipynb #pr0deptc1
 def block_influence(adapter: Adapter, ids: Tensor) -> list[float]:
-    """1 − cos(what goes into a block, what comes out), the mean over token ids (n, T); per block."""
+    """For each block 1 − cos(its input, its output), the mean over token ids (n, T)."""
     blocks, total = [block for _, block in adapter.blocks()], []
 
     def see(i: int, block: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
