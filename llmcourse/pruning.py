@@ -39,12 +39,11 @@ from llmcourse.compression import (
     inverse_factor,
     Mask,
     mask_of,
-    qparams_of,
     walk,
     write_back,
 )
 from .runtime import evaluating
-from .settings import BadInput, number, one_of, require, whole
+from .settings import number, one_of, require, whole
 
 # %% ../nbs/12_pruning.ipynb #pr000009
 def keep_highest(score: Tensor, sparsity: float) -> Tensor:
@@ -112,8 +111,6 @@ class Pruner(LayerPass):
 
     def check_layer(self, layer: nn.Linear) -> None:
         super().check_layer(layer)
-        if qparams_of(layer) is not None:
-            raise BadInput("the layer is quantized already; allowed: prune first, quantize last.")
         if self.pattern is not None:
             m, columns = n_of_m(self.pattern)[1], layer.weight.shape[1]
             require(columns % m == 0, "pattern", self.pattern, f"m that divides {columns} columns")
@@ -486,7 +483,7 @@ class Gradual(WhileTraining):
             raw[name], live[name] = loosen(layer)
         old = {name: mask.clone() for name, mask in live.items()}
         moved = {name: torch.zeros_like(W) for name, W in raw.items()}
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
         for step, ids in enumerate(self.batches(ctx)):
             if step % self.every == 0 and step < self.ramp + self.every:
                 share = cubic_sparsity(step, 0, self.ramp, 0.0, self.share)
@@ -498,7 +495,8 @@ class Gradual(WhileTraining):
             loss.backward()
             with torch.no_grad():
                 for name, W in raw.items():
-                    moved[name] -= W * W.grad  # also of the weights that are gone: they may return
+                    if self.by == "movement":  # also of weights that are gone: they may return
+                        moved[name].addcmul_(W, W.grad, value=-1)
                     W.grad *= live[name]  # but they do not learn
             optimizer.step()
         for name, layer in layers.items():

@@ -35,6 +35,7 @@ from llmcourse.pruning import (
     Structured,
     Wanda,
     contribution,
+    cubic_sparsity,
     global_masks,
     importance,
     keep_highest,
@@ -336,6 +337,40 @@ def test_pruning_while_training(name: str, how: dict, data: TokenData) -> None:
     masked = [m for m in student.modules() if mask_of(m) is not None]
     assert masked and all((m.weight == 0).float().mean() == 0.75 for m in masked)
     assert torch.isfinite(logits(student, ids())).all()
+
+
+def test_movement_is_the_sum_of_minus_weight_times_gradient(data: TokenData, monkeypatch) -> None:
+    """Against a plain loop of AdamW; and a weight that is gone goes on collecting, so that it may return."""
+    model, name, seen = build("llama"), "model.layers.1.mlp.up_proj", []
+    how = dict(by="movement", layers=name, per="layer", steps=4, ramp=3, every=1, batch_size=2, seq_len=16, lr=1e-2)
+    scores_now = Gradual.scores_now
+
+    def record(self, raw, moved):
+        seen.append(moved[name].clone())
+        return scores_now(self, raw, moved)
+
+    monkeypatch.setattr(Gradual, "scores_now", record)
+    method = Gradual(sparsity=0.0, **how)
+    compress(model, [method], data, RT)
+    plain, want = copy.deepcopy(model), 0
+    layer, optimizer = plain.get_submodule(name), torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    for batch in list(method.batches(Context(adapter_for(model), data, RT)))[:3]:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(plain(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        want = want - layer.weight.detach() * layer.weight.grad
+        optimizer.step()
+    torch.testing.assert_close(seen[3], want, rtol=1e-3, atol=1e-7)
+    seen.clear()
+    compress(model, [Gradual(sparsity=0.75, **how)], data, RT)
+    gone = ~keep_highest(seen[2].flatten(), cubic_sparsity(2, 0, 3, 0.0, 0.75)).view_as(seen[2])
+    assert (seen[3][gone] != seen[2][gone]).float().mean() > 0.9
+
+
+def test_the_cubic_schedule() -> None:
+    shares = [cubic_sparsity(t, 4, 12, 0.125, 0.625) for t in range(20)]
+    assert shares[:5] == [0.125] * 5 and shares[12:] == [0.625] * 8
+    assert shares[8] == 0.625 - 0.5 / 8 and shares == sorted(shares)
+    assert [cubic_sparsity(t, 3, 3, 0.0, 0.5) for t in (2, 3)] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(("make", "says"), [
