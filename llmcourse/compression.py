@@ -913,7 +913,8 @@ def _folder_of(
     """Folder for the blocks of pass k, named by a digest of all that the result depends on."""
     about = str(student), str(student.config), type(p).__qualname__, p.config, rt and rt.describe()
     digest = hashlib.sha256(repr(about).encode())
-    for tensor in (*student.state_dict().values(), *(() if data is None else (data.calib,))):
+    text = () if data is None else (getattr(data, part) for part in {"calib": 0, **p.needs})
+    for tensor in (*student.state_dict().values(), *text):
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     folder = root / f"{k}-{digest.hexdigest()[:16]}"

@@ -605,3 +605,18 @@ def test_a_pass_ends_early_only_where_nothing_is_lost(visits, whole):
     reads = torch.cat([block.first(x) for x in hidden if visits(x)], 1)[0]
     assert seen["a"].n == 40 and seen["b"].n == len(reads)
     torch.testing.assert_close(seen["b"].stats[Hessian].value, 2 / len(reads) * reads.T @ reads)
+
+
+def test_the_folder_of_a_pass_is_named_by_every_part_that_it_reads(tmp_path):
+    """A pass that trains must not take up the blocks that it made of another training text."""
+    from types import SimpleNamespace
+
+    from llmcourse.compression import _folder_of
+
+    model = torch.nn.Linear(2, 2)
+    model.config = "small"
+    ids = torch.arange(4)
+    text = lambda train, val: SimpleNamespace(calib=ids, train=train, val=val)
+    needs = SimpleNamespace(needs={"train": 4}, config={})
+    folder = lambda data: _folder_of(tmp_path, 0, needs, model, data, None)
+    assert folder(text(ids, ids)) == folder(text(ids, ids + 1)) != folder(text(ids + 1, ids))
