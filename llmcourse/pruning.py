@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['keep_highest', 'gone_first', 'keep_n_of_m', 'n_of_m', 'Pruner', 'Wanda', 'RandomMask', 'global_masks',
            'chosen_layers', 'ModelWide', 'Magnitude', 'sparsegpt_reference', 'sparsegpt', 'SparseGPT', 'Gradient',
-           'cubic_sparsity', 'StraightMask', 'loosen', 'WhileTraining', 'Gradual', 'importance', 'shrink_config',
-           'contribution', 'dims_of_blocks', 'Structured', 'block_influence', 'keep_blocks', 'Depth']
+           'importance', 'shrink_config', 'contribution', 'dims_of_blocks', 'Structured', 'block_influence',
+           'keep_blocks', 'Depth', 'cubic_sparsity', 'StraightMask', 'loosen', 'WhileTraining', 'Gradual']
 
 # %% ../nbs/12_pruning.ipynb #pr000005
 import math
@@ -390,131 +390,6 @@ class Gradient(ModelWide):
             w.requires_grad_(old)
         return dict(zip(layers, total, strict=True))
 
-# %% ../nbs/12_pruning.ipynb #pr0gradc1
-def cubic_sparsity(step: int, start: int, end: int, initial: float, final: float) -> float:
-    """The share of zeros at a step: fast at first, slow at the end [zhu2018prune].
-
-    `end` equal to `start`: all at once.
-    """
-    if end <= start:
-        return final if step >= start else initial
-    part = min(max((step - start) / (end - start), 0), 1)
-    return final + (initial - final) * (1 - part) ** 3
-
-
-class StraightMask(Mask):
-    """A mask that may still change: zeros forward, and backward the gradient of every weight."""
-
-    def forward(self, W: Tensor) -> Tensor:
-        # the constant that is added is -W where the mask is 0, and 0 elsewhere: both exact
-        return W + (torch.where(self.mask, W, 0) - W).detach()
-
-
-def loosen(layer: nn.Linear) -> tuple[nn.Parameter, Tensor]:
-    """Give a layer a mask that may change. Returns its raw weight and that mask, both in use."""
-    W, mask = layer.weight.detach().clone(), mask_of(layer)
-    mask = torch.ones_like(W, dtype=torch.bool) if mask is None else mask
-    write_back(layer, LayerUpdate(W, mask))
-    chain = layer.parametrizations.weight
-    chain[0] = StraightMask(mask)
-    return chain.original, chain[0].mask
-
-# %% ../nbs/12_pruning.ipynb #pr0gradc2
-@dataclass(frozen=True, kw_only=True)
-class WhileTraining(ModelWide):
-    """The settings of a pruning that trains.
-
-    Attributes:
-        by: score: `magnitude`, `movement` [sanh2020movement], or `random`, the null control.
-        steps: of AdamW, on slices of the training text; every parameter of the model learns.
-        ramp: steps until the whole share is gone; 0: in one shot, and then fine-tuning.
-        every: steps from one change of the masks to the next.
-        lr, batch_size, seq_len, seed: of the training.
-    """
-
-    by: str = "magnitude"
-    steps: int = 100
-    ramp: int = 60
-    every: int = 5
-    lr: float = 1e-3
-    batch_size: int = 4
-    seq_len: int = 128
-
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("by", self.by, ("magnitude", "movement", "random"))
-        for name, least in (("steps", 1), ("every", 1), ("batch_size", 1), ("seq_len", 2)):
-            whole(name, getattr(self, name), least)
-        last = (self.steps - 1) // self.every * self.every
-        allowed = f"a whole number from 0 to {last}, the last step that changes the masks"
-        require(0 <= whole("ramp", self.ramp, 0) <= last, "ramp", self.ramp, allowed)
-        moves = self.by != "movement" or self.ramp > 0
-        require(moves, "ramp", self.ramp, "at least 1 by movement: at first nothing has moved")
-        number("lr", self.lr, 0)
-
-    @property
-    def needs(self) -> Mapping[str, int]:
-        return {"train": self.batch_size * self.seq_len}
-
-    def check(self, model: nn.Module, adapter: Adapter) -> None:
-        super().check(model, adapter)
-        limit = adapter.positions() or self.seq_len
-        require(self.seq_len <= limit, "seq_len", self.seq_len, f"at most {limit} positions")
-
-    def batches(self, ctx: Context) -> Iterator[Tensor]:
-        """For each step some slices of the training text: token ids (B, T)."""
-        text, dice = ctx.data.train, torch.Generator().manual_seed(self.seed)
-        for _ in range(self.steps):
-            at = torch.randint(len(text) - self.seq_len + 1, (self.batch_size,), generator=dice)
-            yield ctx.rt.move(torch.stack([text[a : a + self.seq_len] for a in at.tolist()]))
-
-# %% ../nbs/12_pruning.ipynb #pr0gradc3
-@dataclass(frozen=True, kw_only=True)
-class Gradual(WhileTraining):
-    """Prune while training: the share rises by a cubic schedule, and what stays learns."""
-
-    name = "gradual"
-
-    def run(self, model: nn.Module, ctx: Context) -> tuple[nn.Module, Report]:
-        start, layers = perf_counter(), chosen_layers(self, ctx.adapter)
-        model.requires_grad_(True)
-        raw, live = {}, {}
-        for name, layer in layers.items():
-            raw[name], live[name] = loosen(layer)
-        old = {name: mask.clone() for name, mask in live.items()}
-        moved = {name: torch.zeros_like(W) for name, W in raw.items()}
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
-        for step, ids in enumerate(self.batches(ctx)):
-            if step % self.every == 0 and step < self.ramp + self.every:
-                share = cubic_sparsity(step, 0, self.ramp, 0.0, self.share)
-                for name, mask in self.masks(self.scores_now(raw, moved), old, share).items():
-                    live[name].copy_(mask)
-            logits = ctx.adapter.logits(ids)[:, :-1].flatten(0, 1).float()  # (B · (T - 1), V)
-            loss = F.cross_entropy(logits, ids[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            with torch.no_grad():
-                for name, W in raw.items():
-                    if self.by == "movement":  # also of weights that are gone: they may return
-                        moved[name].addcmul_(W, W.grad, value=-1)
-                    W.grad *= live[name]  # but they do not learn
-            optimizer.step()
-        for name, layer in layers.items():
-            write_back(layer, LayerUpdate(layer.weight.detach().clone(), live[name]))
-        coverage = ctx.adapter.coverage(self.layers)
-        return model, Report(self.name, self.config, (), perf_counter() - start, coverage)
-
-    def scores_now(
-        self, raw: Mapping[str, Tensor], moved: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        """A score (O, I) for each weight: where it is, or where it has moved."""
-        if self.by == "movement":
-            return moved
-        if self.by == "magnitude":
-            return {name: W.detach().abs() for name, W in raw.items()}
-        dice = torch.Generator().manual_seed(self.seed)  # the same at every step
-        return {name: torch.rand(W.shape, generator=dice).to(W.device) for name, W in raw.items()}
-
 # %% ../nbs/12_pruning.ipynb #pr000029
 def importance(dim: Dim) -> Tensor:
     """Sum of squares of all weights that belong to each index of a dimension: (size,)."""
@@ -734,3 +609,128 @@ class Depth(Pass):
         keep_blocks(ctx.adapter, keep)
         config = self.config | {"kept": keep}
         return model, Report(self.name, config, (), perf_counter() - start)
+
+# %% ../nbs/12_pruning.ipynb #pr0gradc1
+def cubic_sparsity(step: int, start: int, end: int, initial: float, final: float) -> float:
+    """The share of zeros at a step: fast at first, slow at the end [zhu2018prune].
+
+    `end` equal to `start`: all at once.
+    """
+    if end <= start:
+        return final if step >= start else initial
+    part = min(max((step - start) / (end - start), 0), 1)
+    return final + (initial - final) * (1 - part) ** 3
+
+
+class StraightMask(Mask):
+    """A mask that may still change: zeros forward, and backward the gradient of every weight."""
+
+    def forward(self, W: Tensor) -> Tensor:
+        # the constant that is added is -W where the mask is 0, and 0 elsewhere: both exact
+        return W + (torch.where(self.mask, W, 0) - W).detach()
+
+
+def loosen(layer: nn.Linear) -> tuple[nn.Parameter, Tensor]:
+    """Give a layer a mask that may change. Returns its raw weight and that mask, both in use."""
+    W, mask = layer.weight.detach().clone(), mask_of(layer)
+    mask = torch.ones_like(W, dtype=torch.bool) if mask is None else mask
+    write_back(layer, LayerUpdate(W, mask))
+    chain = layer.parametrizations.weight
+    chain[0] = StraightMask(mask)
+    return chain.original, chain[0].mask
+
+# %% ../nbs/12_pruning.ipynb #pr0gradc2
+@dataclass(frozen=True, kw_only=True)
+class WhileTraining(ModelWide):
+    """The settings of a pruning that trains.
+
+    Attributes:
+        by: score: `magnitude`, `movement` [sanh2020movement], or `random`, the null control.
+        steps: of AdamW, on slices of the training text; every parameter of the model learns.
+        ramp: steps until the whole share is gone; 0: in one shot, and then fine-tuning.
+        every: steps from one change of the masks to the next.
+        lr, batch_size, seq_len, seed: of the training.
+    """
+
+    by: str = "magnitude"
+    steps: int = 100
+    ramp: int = 60
+    every: int = 5
+    lr: float = 1e-3
+    batch_size: int = 4
+    seq_len: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("by", self.by, ("magnitude", "movement", "random"))
+        for name, least in (("steps", 1), ("every", 1), ("batch_size", 1), ("seq_len", 2)):
+            whole(name, getattr(self, name), least)
+        last = (self.steps - 1) // self.every * self.every
+        allowed = f"a whole number from 0 to {last}, the last step that changes the masks"
+        require(0 <= whole("ramp", self.ramp, 0) <= last, "ramp", self.ramp, allowed)
+        moves = self.by != "movement" or self.ramp > 0
+        require(moves, "ramp", self.ramp, "at least 1 by movement: at first nothing has moved")
+        number("lr", self.lr, 0)
+
+    @property
+    def needs(self) -> Mapping[str, int]:
+        return {"train": self.batch_size * self.seq_len}
+
+    def check(self, model: nn.Module, adapter: Adapter) -> None:
+        super().check(model, adapter)
+        limit = adapter.positions() or self.seq_len
+        require(self.seq_len <= limit, "seq_len", self.seq_len, f"at most {limit} positions")
+
+    def batches(self, ctx: Context) -> Iterator[Tensor]:
+        """For each step some slices of the training text: token ids (B, T)."""
+        text, dice = ctx.data.train, torch.Generator().manual_seed(self.seed)
+        for _ in range(self.steps):
+            at = torch.randint(len(text) - self.seq_len + 1, (self.batch_size,), generator=dice)
+            yield ctx.rt.move(torch.stack([text[a : a + self.seq_len] for a in at.tolist()]))
+
+# %% ../nbs/12_pruning.ipynb #pr0gradc3
+@dataclass(frozen=True, kw_only=True)
+class Gradual(WhileTraining):
+    """Prune while training: the share rises by a cubic schedule, and what stays learns."""
+
+    name = "gradual"
+
+    def run(self, model: nn.Module, ctx: Context) -> tuple[nn.Module, Report]:
+        start, layers = perf_counter(), chosen_layers(self, ctx.adapter)
+        model.requires_grad_(True)
+        raw, live = {}, {}
+        for name, layer in layers.items():
+            raw[name], live[name] = loosen(layer)
+        old = {name: mask.clone() for name, mask in live.items()}
+        moved = {name: torch.zeros_like(W) for name, W in raw.items()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
+        for step, ids in enumerate(self.batches(ctx)):
+            if step % self.every == 0 and step < self.ramp + self.every:
+                share = cubic_sparsity(step, 0, self.ramp, 0.0, self.share)
+                for name, mask in self.masks(self.scores_now(raw, moved), old, share).items():
+                    live[name].copy_(mask)
+            logits = ctx.adapter.logits(ids)[:, :-1].flatten(0, 1).float()  # (B · (T - 1), V)
+            loss = F.cross_entropy(logits, ids[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for name, W in raw.items():
+                    if self.by == "movement":  # also of weights that are gone: they may return
+                        moved[name].addcmul_(W, W.grad, value=-1)
+                    W.grad *= live[name]  # but they do not learn
+            optimizer.step()
+        for name, layer in layers.items():
+            write_back(layer, LayerUpdate(layer.weight.detach().clone(), live[name]))
+        coverage = ctx.adapter.coverage(self.layers)
+        return model, Report(self.name, self.config, (), perf_counter() - start, coverage)
+
+    def scores_now(
+        self, raw: Mapping[str, Tensor], moved: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """A score (O, I) for each weight: where it is, or where it has moved."""
+        if self.by == "movement":
+            return moved
+        if self.by == "magnitude":
+            return {name: W.detach().abs() for name, W in raw.items()}
+        dice = torch.Generator().manual_seed(self.seed)  # the same at every step
+        return {name: torch.rand(W.shape, generator=dice).to(W.device) for name, W in raw.items()}
