@@ -145,6 +145,15 @@ def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return getattr(out, "logits", out)
 
 
+def random_text() -> TokenData:
+    """Random tokens of the tiny models, 400 in each part."""
+    dice = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(SIZES["vocab_size"], (n,), generator=dice)
+    parts = {part: draw(400) for part in ("train", "val", "test", "calib")}
+    sizes = {part: torch.ones_like(ids) for part, ids in parts.items()}
+    return TokenData(**parts, bytes=sizes, separator=0, name="random", tokenizer="none")
+
+
 def main() -> None:
     """Print the table of architectures: which adapter, which share of the matrices it treats, what it leaves."""
     from llmcourse.adapters import coverage
@@ -165,12 +174,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-def random_text() -> TokenData:
-    """Random tokens of the tiny models, 400 in each part."""
-    dice = torch.Generator().manual_seed(1)
-    draw = lambda n: torch.randint(SIZES["vocab_size"], (n,), generator=dice)
-    parts = {part: draw(400) for part in ("train", "val", "test", "calib")}
-    sizes = {part: torch.ones_like(ids) for part, ids in parts.items()}
-    return TokenData(**parts, bytes=sizes, separator=0, name="random", tokenizer="none")
