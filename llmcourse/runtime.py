@@ -6,6 +6,7 @@ __all__ = ['DTYPES', 'machine_epsilon', 'Runtime', 'choose', 'to_device', 'seed_
 
 # %% ../nbs/00_runtime.ipynb #754bd46b
 import contextlib
+import ctypes
 import gc
 import os
 import random
@@ -259,14 +260,23 @@ def compare(
     return results
 
 # %% ../nbs/00_runtime.ipynb #ad756a50
+def _give_back() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def peak_memory(fn: Callable[[], Any], rt: Runtime, *, every: float = 0.002) -> int:
     """Bytes that `fn()` had in use at its peak, above the level before the call.
 
     On CUDA this is exact (the allocator's own count). On a CPU the resident set is sampled every so
-    many seconds, so it is a lower bound with the granularity of pages.
+    many seconds, so it is a lower bound with the granularity of pages. What was freed before is
+    first given back to the system where the C library can do that (glibc): an allocation that finds
+    room in pages that are still resident would seem to cost nothing.
     """
     number("every", every, above=0)
     gc.collect()
+    _give_back()
     if rt.device.type == "cuda":
         rt.synchronize()
         torch.cuda.reset_peak_memory_stats(rt.device)

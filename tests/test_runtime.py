@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections import namedtuple
 
 import pytest
@@ -54,6 +55,17 @@ def test_a_comparison_is_a_ratio_of_medians():
 def test_the_peak_and_its_control():
     wanted = 40 * 10**6
     assert 0.9 * wanted < runtime.peak_memory(lambda: torch.ones(wanted // 4), CPU) < 1.5 * wanted
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can give freed pages back")
+def test_the_peak_counts_memory_that_was_freed_before_and_is_used_again():
+    torch.ones(5 * 10**6)  # once so much is freed, glibc takes what is smaller from its heap
+    freed = [torch.ones(10**6) for _ in range(20)]
+    above = torch.ones(10**6)  # keeps the heap from shrinking when what lies below it is freed
+    del freed
+    wanted = 40 * 10**6
+    assert 0.9 * wanted < runtime.peak_memory(lambda: torch.ones(wanted // 4), CPU) < 1.5 * wanted
+    del above
 
 
 @pytest.mark.parametrize(
