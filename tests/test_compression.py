@@ -352,12 +352,13 @@ def test_leaving_the_grid_is_refused():
         write_back(layer, LayerUpdate(layer.weight.detach()))
 
 
+@pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_bad_weights_are_named_before_anything_changes(tiny, data, poison):
+def test_bad_weights_are_named_before_anything_changes(tiny, data, poison, block):
     broken = copy.deepcopy(tiny)
-    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = poison
+    broken.model.layers[block].mlp.up_proj.weight.data[0, 0] = poison
     first = broken.model.layers[0].self_attn.q_proj.weight.clone()
-    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.up_proj.*NaN or infinite"):
+    with pytest.raises(BadInput, match=rf"model\.layers\.{block}\.mlp\.up_proj.*NaN or infinite"):
         compress(broken, [Noise(energy=0.1)], data, RT)
     assert torch.equal(first, broken.model.layers[0].self_attn.q_proj.weight)
 
