@@ -34,6 +34,8 @@ _PUBLIC = {
     "Wanda": "pruning",
     "SparseGPT": "pruning",
     "Structured": "pruning",
+    "Distill": "distillation",
+    "KeepBlocks": "distillation",
     "RTN": "quantization",
     "GPTQ": "quantization",
     "AWQ": "activations",

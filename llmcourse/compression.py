@@ -594,6 +594,8 @@ class Pass:
     name: ClassVar[str] = ""
     reshapes: ClassVar[bool] = False
     """whether the model gets other shapes: later passes are then checked when their turn comes"""
+    any_shape: ClassVar[bool] = False
+    """whether its check asks nothing of those shapes, so that it need not wait for them"""
     registry: ClassVar[dict[str, type["Pass"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -882,10 +884,11 @@ def _prepared(model: nn.Module, methods: Sequence[Pass]) -> tuple[nn.Module, Ada
     adapter.prepare()
     with evaluating(student):
         capture(adapter, adapter.few_tokens())  # a model that the walk cannot follow is refused
+    reshaped = False
     for p in methods:
-        p.check(student, adapter)
-        if p.reshapes:
-            break
+        if not reshaped or p.any_shape:
+            p.check(student, adapter)
+        reshaped |= p.reshapes
     check_order(methods, adapter)
     return student, adapter
 

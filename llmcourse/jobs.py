@@ -76,10 +76,13 @@ def _inputs(
     from llmcourse.readers import data_source
 
     texts = {name: digests(data_source(name, settings=settings)) for name in {settings.data, calib} - {"python"}}
+    teachers = {p["teacher"] for arm in recipe.arms for p in arm.passes if isinstance(p.get("teacher"), str)}
+    folders = {name: model_folder(name, settings) for name in sorted(teachers)}
     return {
         "recipe": asdict(recipe),
         "model": model if folder is None or model in CATALOG else folder.name,
         "files of the model": digests(folder) if folder else {},
+        "files of the teachers": {name: digests(path) if path else {} for name, path in folders.items()},
         "data": settings.data,
         "calib": calib,
         "files of the data": texts,

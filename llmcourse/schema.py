@@ -31,6 +31,8 @@ _ALLOWED = {
     "dict_type": "a table",
     "missing": "a list with more entries",
     "too_long": "a list with fewer entries",
+    "dataclass_type": "a table",
+    "unexpected_keyword_argument": "no key of this name",
 }
 
 
@@ -101,13 +103,18 @@ def _sentence(errors: list[dict], table: Any, where: str, names: list[str]) -> s
             path, value = ((*path, step), value[step]) if inside else (path, value)
         return path, value
 
+    # what only a program can give (a module) is not offered to somebody who writes a table
+    errors = [e for e in errors if e["type"] != "needs_python_object"] or errors
     errors = sorted(errors, key=lambda e: e["type"] != "extra_forbidden")  # a slip in a key also makes one missing
     first = errors[0]
     path, value = found(first["loc"])
     if first["type"] == "extra_forbidden":
         return f"key in {where} is {str(first['loc'][-1])!r}; allowed: {', '.join(names)}."
-    if first["type"] == "missing" and not path:
-        return f"key in {where} is '{first['loc'][0]} (missing)'; allowed: a table with {first['loc'][0]}."
+    if first["type"] == "value_error":  # a range inside a table within the table
+        return f"{'.'.join(map(str, path))} in {where}: {first['ctx']['error']}"
+    if first["type"] == "missing" and (not path or isinstance(value, Mapping)):
+        name, inside = first["loc"][-1], "".join(f"{step} of " for step in path)
+        return f"key in {inside}{where} is '{name} (missing)'; allowed: a table with {name}."
     here = [e for e in errors if found(e["loc"])[0] == path]
     allowed = dict.fromkeys(
         e["ctx"]["expected"] if e["type"] == "literal_error" else _ALLOWED.get(e["type"], e["msg"].lower())

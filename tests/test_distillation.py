@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,17 +16,24 @@ from llmcourse.data import TokenData
 from llmcourse.distillation import (
     DIVERGENCES,
     Distill,
+    KeepBlocks,
+    Shuffled,
+    Stored,
     attention_losses,
+    continued,
     distillation_loss,
     hidden_losses,
     keep_top,
+    on_policy_loss,
     soft_losses,
     spread,
+    states_of,
     student_of,
 )
 from llmcourse.model import GPT, GPTConfig
-from llmcourse.pruning import Magnitude
+from llmcourse.pruning import Magnitude, Structured
 from llmcourse.runtime import Runtime
+from llmcourse.schema import parse
 from llmcourse.settings import BadInput
 from llmcourse.training import IGNORE, Observer, TrainConfig, causal_lm_loss, train
 
@@ -208,6 +217,26 @@ class TestLoss:
         with pytest.raises(BadInput, match="causal"):
             distillation_loss(small(causal=False))
 
+    def test_hidden_states(self):
+        model, teacher = small(), small(1)
+        pairs = [(0, 1), (3, 2)]
+        found = distillation_loss(teacher, alpha=0, hidden=0.7, pairs=pairs)(model, rows())
+        _, mine = states_of(model, [0, 3], rows()[:, :-1])
+        _, theirs = states_of(teacher, [1, 2], rows()[:, :-1])
+        extra = sum((s - t).square().mean(-1) / t.square().mean() for s, t in zip(mine, theirs)).flatten() / 2
+        torch.testing.assert_close(found, causal_lm_loss(model, rows()) + 0.7 * extra)
+
+    @pytest.mark.parametrize(
+        "more", [dict(hidden=1.0), dict(pairs=[(0, 0)]), dict(hidden=1.0, pairs=[(0, 4)]), dict(hidden=-1.0)], ids=str
+    )
+    def test_pairs_refused(self, more):
+        with pytest.raises(BadInput, match=r"pairs|hidden"):
+            distillation_loss(small(), **more)
+
+    def test_a_block_that_the_student_does_not_have(self):
+        with pytest.raises(BadInput, match="block is 4; allowed: a whole number from 0 to 3"):
+            distillation_loss(small(1, n_layers=6), hidden=1.0, pairs=[(4, 5)])(small(), rows())
+
     def test_resumes_to_the_same_bits_and_knows_its_teacher(self, data, tmp_path):
         whole, parts = small(), small()
         train(whole, data, CFG, loss_fn=distillation_loss(small(1)))
@@ -227,6 +256,54 @@ class TestLoss:
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
         with pytest.raises(BadInput):
             train(small(), data, cfg, loss_fn=distillation_loss(small(2)), out=tmp_path)
+
+
+class TestTeachers:
+    def test_stored_is_asked_once(self):
+        teacher, calls = small(1), []
+        teacher.register_forward_hook(lambda *_: calls.append(1))
+        stored, model = Stored(teacher), small()
+        first = distillation_loss(stored)(model, rows())
+        assert torch.equal(first, distillation_loss(stored)(model, rows())) and len(calls) == 1
+        torch.testing.assert_close(first, distillation_loss(teacher)(model, rows()))
+        more = torch.cat((rows(5), rows()))  # three rows are new
+        torch.testing.assert_close(stored(more), teacher(more))
+
+    def test_shuffled_keeps_the_distributions(self):
+        teacher = small(1)
+        torch.manual_seed(0)
+        mixed, right = Shuffled(teacher)(rows()).flatten(0, 1), teacher(rows()).flatten(0, 1)
+        assert not torch.equal(mixed, right)
+        order = torch.cdist(mixed, right).argmin(1)
+        assert sorted(order.tolist()) == list(range(len(right))) and torch.equal(mixed, right[order])
+
+    @pytest.mark.parametrize("arch", ["gpt", "llama"])
+    def test_continued(self, arch):
+        model, prompt = (small(), rows()) if arch == "gpt" else (build("llama"), ids()[:, :5])
+        torch.manual_seed(0)
+        found = continued(model, prompt, 6)
+        assert found.shape == (len(prompt), prompt.shape[1] + 6)
+        assert torch.equal(found[:, : prompt.shape[1]], prompt)
+
+    def test_continued_draws_from_the_model(self):
+        """The first new token has the model's probabilities: five standard errors."""
+        model = build("llama")
+        prompt = ids()[:1, :5].expand(2000, 5)
+        p = logits(model, prompt[:1])[0, -1].softmax(-1)
+        torch.manual_seed(0)
+        share = continued(model, prompt, 1)[:, -1].bincount(minlength=len(p)) / 2000
+        assert ((share - p).abs() <= 5 * (p * (1 - p) / 2000).sqrt() + 1e-3).all()
+
+    def test_on_policy_counts_the_students_tokens_only(self):
+        model, teacher = small(), small(1)
+        loss = on_policy_loss(teacher, prompt=3, new=4, kind="reverse")
+        torch.manual_seed(0)
+        found = loss(model, rows())
+        torch.manual_seed(0)
+        text = continued(model, rows()[:, :3], 4)
+        q, p = model(text[:, :-1]), teacher(text[:, :-1])
+        assert found.shape == (3 * 4,) and found.requires_grad
+        torch.testing.assert_close(found, soft_losses(q, p, kind="reverse")[:, 2:].flatten())
 
 
 class TestStudent:
@@ -279,6 +356,88 @@ class TestPass:
         assert all(torch.equal(before[k], v) for k, v in dense.state_dict().items())
         assert [r.name for r in reports] == ["magnitude", "distill"]
 
-    def test_another_vocabulary_is_refused_before_any_work(self, data):
-        with pytest.raises(BadInput, match="vocabulary"):
-            compress(small(), [Distill(teacher=small(vocab_size=31), train=CFG)], data, RT)
+    def test_the_config_holds_everything(self, data):
+        config = Distill(teacher=small(1), train=CFG).config
+        assert config["teacher"] == "GPT" and config["train"]["steps"] == 3 and config["alpha"] == 0.5
+        same, other = (Distill(teacher=small(k), train=CFG).config for k in (1, 2))
+        assert same == config and other["sha256 of the teacher"] != config["sha256 of the teacher"]
+
+    def test_a_folder_is_the_same_as_its_module(self, data, tmp_path):
+        teacher = build("llama")
+        teacher.save_pretrained(tmp_path)
+        tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}}}
+        (tmp_path / "tokenizer.json").write_text(
+            json.dumps(tokenizer | {"model": tokenizer["model"] | {"unk_token": "a"}})
+        )
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        made = [Distill(teacher=t, train=CFG) for t in (str(tmp_path), teacher)]
+        a, b = (compress(student_of(teacher, [0, 2]), [p], data, RT) for p in made)
+        assert all(torch.equal(x, y) for x, y in zip(a[0].parameters(), b[0].parameters()))
+        key = "sha256 of the teacher"
+        assert a[1][0].config[key] == b[1][0].config[key] and a[1][0].config["teacher"] == str(tmp_path)
+
+    def test_a_recipe(self, data):
+        table = {"teacher": "course-3m", "train": {"steps": 2, "batch_size": 1, "lr": 0.1}, "alpha": 1.0}
+        assert parse(Distill, table, "arm").train == TrainConfig(steps=2, batch_size=1, lr=0.1)
+        assert parse(KeepBlocks, {"kept": [0, 2]}, "arm") == KeepBlocks(kept=(0, 2))
+
+    BAD = [
+        ({"train": {"steps": 0, "batch_size": 1, "lr": 0.1}}, "train in arm: steps is 0"),
+        ({"train": {"steps": 2, "batch_size": 1}}, "key in train of arm is 'lr (missing)'"),
+        ({"train": {"steps": 2, "batch_size": 1, "lr": 0.1, "x": 1}}, "train.x in arm is 1; allowed: no key"),
+        ({"train": 3}, "train in arm is 3; allowed: a table"),
+        ({"teacher": 3}, "teacher in arm is 3; allowed: a text"),
+        ({"alpha": 2.0}, "arm: alpha is 2.0"),
+        ({"epochs": 0}, "arm: epochs is 0"),
+    ]
+
+    @pytest.mark.parametrize(("bad", "words"), BAD, ids=lambda x: x if isinstance(x, str) else "")
+    def test_a_bad_recipe_gets_one_sentence(self, bad, words):
+        good = {"teacher": "course-3m", "train": {"steps": 2, "batch_size": 1, "lr": 0.1}}
+        with pytest.raises(BadInput) as e:
+            parse(Distill, good | bad, "arm")
+        assert words in str(e.value)
+
+    @pytest.mark.parametrize(("kept", "expected"), [(2, [0, 3]), ((0, 1, 3), [0, 1, 3])], ids=str)
+    def test_keep_blocks(self, data, kept, expected):
+        dense = small()
+        student, _ = compress(dense, [KeepBlocks(kept=kept)], data, RT)
+        torch.testing.assert_close(student(rows()), student_of(dense, expected)(rows()), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("kept", [0, 5, (), (0, 0), (1, 4), (2, 1), (-1, 0)], ids=str)
+    def test_keep_blocks_refused(self, data, kept):
+        with pytest.raises(BadInput, match="kept"):
+            compress(small(), [KeepBlocks(kept=kept)], data, RT)
+
+    def test_epochs_read_less_text(self, data):
+        once, twice = (Distill(teacher=small(), train=CFG, epochs=n).needs["train"] for n in (1, 2))
+        assert (once, twice) == (12 * 16 + 1, 6 * 16 + 1)
+
+    def test_too_little_text_is_refused_before_any_work(self, data):
+        much = TrainConfig(steps=100, batch_size=4, seq_len=16, lr=1e-2)
+        with pytest.raises(BadInput, match=r"tokens of data\.train"):
+            compress(small(), [Distill(teacher=small(1), train=much)], data, RT)
+
+    def test_longer_rows_than_the_positions(self, data):
+        cfg = TrainConfig(steps=1, batch_size=1, seq_len=64, lr=1e-2)
+        with pytest.raises(BadInput, match="seq_len is 64; allowed: at most 32, the positions of the student"):
+            compress(small(), [Distill(teacher=small(1), train=cfg)], data, RT)
+
+    def test_a_checkpoint_of_another_text_is_not_taken_up(self, data, tmp_path):
+        """The folder's name holds the training text, too."""
+        p = Distill(teacher=small(1), train=CFG)
+        other = replace(data, train=data.train.flip(0))
+        a, _ = compress(small(), [p], data, RT, checkpoint=tmp_path)
+        b, _ = compress(small(), [p], other, RT, checkpoint=tmp_path)
+        again, _ = compress(small(), [p], data, RT, checkpoint=tmp_path)
+        same = lambda x, y: all(torch.equal(s, t) for s, t in zip(x.parameters(), y.parameters()))
+        assert same(a, again) and not same(a, b) and len(list(tmp_path.iterdir())) == 2
+
+    @pytest.mark.parametrize(
+        "before", [[], [KeepBlocks(kept=2)], [Structured(choose="random")]], ids=["", "keep", "cut"]
+    )
+    def test_another_vocabulary_is_refused_before_any_work(self, data, before, monkeypatch):
+        for kind in (KeepBlocks, Structured):
+            monkeypatch.setattr(kind, "run", lambda *_: pytest.fail("the pass before it has run"))
+        with pytest.raises(BadInput, match="vocabulary of the teacher is 31; allowed: 32 tokens"):
+            compress(small(), [*before, Distill(teacher=small(vocab_size=31), train=CFG)], data, RT)
