@@ -70,6 +70,11 @@ ex = exercise(
         "kl_div wants the student's log probabilities first; its default reduction divides by N · V; and a factor is missing.",
         "Write the sum yourself: p · (ln p - ln q) with two log_softmax, sum over the last axis, mean over the rows, times tau squared; detach the teacher.",
     ),
+    equivalent={
+        "log_q = (student / tau).log_softmax(1)": "axis 1 of (N, V) is the last one",
+        "log_p = (teacher.detach() / tau).log_softmax(1)": "axis 1 of (N, V) is the last one",
+        "return tau**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()": "axis 1 of (N, V) is the last one",
+    },
 )
 
 
@@ -197,7 +202,11 @@ ex = exercise(
         "Choose the rows that count before anything is computed: student[labels != -100].",
         "With the counted rows only, both parts are plain means; then alpha times soft plus (1 - alpha) times hard.",
     ),
-    equivalent={"counted = labels > -100": "labels are token ids or -100", "counted = labels >= 0": "the same"},
+    equivalent={
+        "log_q, log_p = student[counted].log_softmax(1), teacher[counted].detach().log_softmax(-1)": "axis 1 of (N, V) is the last one",
+        "log_q, log_p = student[counted].log_softmax(-1), teacher[counted].detach().log_softmax(1)": "axis 1 of (N, V) is the last one",
+        "soft = (log_p.exp() * (log_p - log_q)).sum(1).mean()": "axis 1 of (N, V) is the last one",
+    },
 )
 
 
@@ -316,6 +325,12 @@ ex = exercise(
     equivalent={
         "p = p.expand(students.shape)": "no two divergences of the cases are closer than float32",
         "q = students": "no two divergences of the cases are closer than float32",
+        "p = p.double()": "broadcasting does the same",
+        "pass # p = p.double().expand(students.shape)": "broadcasting does the same, and q makes it double",
+        "p = p.float().expand(students.shape)": "no two divergences of the cases are closer than float32",
+        "q = students.float()": "no two divergences of the cases are closer than float32",
+        "return torch.where(a > 0, a * (a / b).log(), 0).sum(1)": "axis 1 of (n, V) is the last one",
+        "return torch.where(a > 0, a * (a / b).log(), 0).mean(-1)": "a sum over V, divided by V, is least for the same student",
     },
 )
 
@@ -336,6 +351,7 @@ def _():
         case("equal ones", two_peaks, bumps[[0, 1, 0, 1]]),
         case("all are infinite", p, tensor([[0.0, 1.0, 0.0], [0.0, 0.5, 0.5]])),
         case("one student", p, tensor([narrow])),
+        case("one of them gives nothing to a token", tensor([0.5, 0.3, 0.2]), tensor([[0.1, 0.3, 0.6], [0.55, 0.45, 0.0]])),
         case("random", draw(6, seed=5).softmax(-1), draw(7, 6, seed=6).softmax(-1)),
         case("random again", draw(6, seed=7).softmax(-1), (2 * draw(7, 6, seed=8)).softmax(-1)),
         case("half precision", tensor([0.5, 0.25, 0.25], torch.float16), tensor([[0.25, 0.5, 0.25], [0.75, 0.125, 0.125]], torch.float16)),
@@ -417,6 +433,13 @@ ex = exercise(
         "The softmax over the kept logits alone sums to one, and it is the same as dividing by what was kept.",
         "topk gives values and places; scatter the softmax of the values into zeros at those places.",
     ),
+    equivalent={
+        "if k != int(k) or not 1 <= k <= logits.shape[1] or not tau > 0:": "axis 1 of (N, V) is the last one",
+        "values, places = (logits / tau).topk(int(k), dim=1)": "axis 1 of (N, V) is the last one",
+        "values, places = (logits / tau).topk(int(k))": "topk takes the last axis if none is named",
+        "return torch.zeros_like(logits).scatter(1, places, values.softmax(-1))": "axis 1 of (N, V) is the last one",
+        "return torch.zeros_like(logits).scatter(-1, places, values.softmax(1))": "axis 1 of (N, V) is the last one",
+    },
 )
 
 
@@ -722,7 +745,7 @@ def smoothing_for(entropy: float, V: int) -> float:
 
     def softness(epsilon):
         label, other = 1 - epsilon + epsilon / V, epsilon / V
-        return -label * math.log(label) - (V - 1) * (other * math.log(other) if other > 0 else 0.0)
+        return -label * math.log(label) - (V - 1) * other * math.log(other)
 
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -746,7 +769,7 @@ ex = exercise(
     equivalent={
         "for _ in range(61):": "more halvings than a float has digits",
         "for _ in range(59):": "more halvings than are asked for",
-        "return low": "the two are equal to six digits",
+        "low, high = 0.0, 2.0": "its middle is 1, the largest of all; from there on it is the same search",
         "low, high = (middle, high) if softness(middle) <= entropy else (low, middle)": "the two ends meet at the same number",
     },
 )
