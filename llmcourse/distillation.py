@@ -95,7 +95,7 @@ def check_soft(temperature: float, kind: str, beta: float, top_k: int | None) ->
     number("beta", beta, above=0, below=1)
     if top_k is not None:
         whole("top_k", top_k, 1)
-        allowed = "None with this kind: where the teacher's probability is 0, only forward is finite"
+        allowed = "None with this kind: where the teacher gives 0, only forward is finite"
         require(kind != "reverse", "top_k", top_k, allowed)
 
 # %% ../nbs/13_distillation.ipynb #ds000010
