@@ -377,7 +377,7 @@ def _():
         case("the last column, counted from the end", W, H, [0, -1]).raises(ValueError),
         case("more of them than there are", W, H, [0, 1, 2, 3, 4]).raises(ValueError),
     ]
-    yield from (c.through(alone).tolerance(rtol=1e-8, atol=1e-9) for c in made)
+    yield from (c.tolerance(rtol=1e-8, atol=1e-9) for c in made)
 
 
 def _refit(W, H, stay, of):
@@ -518,7 +518,7 @@ def _():
         case("no site", [], x),
         case("no input", [one, three], x[:0]).raises(ValueError),
     ]
-    yield from (c.through(alone) for c in made)
+    yield from made
 
 
 def _walk(sites, x, passed=lambda old, new, x: new, of=lambda x, k, first: x, after=torch.relu):
@@ -865,7 +865,7 @@ def _():
         case("rounding is undone by pruning", W, [(A, None, False), (B, first, True), (C, second, False)]).raises(ValueError),
         case("undone, and rounded again", W, [(A, None, True), (B, None, False), (C, None, True)]).raises(ValueError),
     ]
-    yield from (c.through(alone) for c in made)
+    yield from made
 
 
 @ex.wrong("This is the code as it was: an update without a mask throws the old mask away, and the zeros are filled again. (And 0 · inf is nan, and nothing protects a rounding.)")
@@ -1026,7 +1026,7 @@ def _():
         case("groups of nothing", W, hat, dice, 0).raises(ValueError),
         case("groups of less than nothing", W, hat, dice, -2).raises(ValueError),
     ]
-    yield from (c.through(alone).tolerance(rtol=1e-4, atol=1e-5) for c in made)
+    yield from (c.tolerance(rtol=1e-4, atol=1e-5) for c in made)
 
 
 def _noise(W, W_hat, dice, group_size, of):
@@ -1177,7 +1177,7 @@ def _():
         case("a document is missing", *(lambda m, n, t, d: (m, n[:, 1:], t, d))(*draw(13))).raises(ValueError),
         case("one noisy model, and a document too many", *(lambda m, n, t, d: (m[:1], n, t[:1], 0 * d))(*draw(14, S=1))).raises(ValueError),
     ]
-    yield from (c.through(alone).tolerance(rtol=1e-7, atol=1e-9) for c in made)
+    yield from (c.tolerance(rtol=1e-7, atol=1e-9) for c in made)
 
 
 def _three(point, drawn):
@@ -1657,7 +1657,7 @@ def _():
         case("more than ten", _folder(*map(str, range(12))), "a1", 12),
         case("number ten is missing", {k: v for k, v in _folder(*map(str, range(12))).items() if "10" not in k}, "a1", 12),
     ]
-    yield from (c.through(alone) for c in made)
+    yield from made
 
 
 def _whole(text, job, digest=True, owner=True):
