@@ -9,7 +9,7 @@ __all__ = ['DIVERGENCES', 'kl', 'divergence', 'soft_losses', 'keep_top', 'check_
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from time import perf_counter
 from typing import Any, ClassVar
@@ -302,7 +302,7 @@ def student_of(teacher: nn.Module, kept: Sequence[int]) -> nn.Module:
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = i
-    if is_dataclass(student.config):
+    if not hasattr(student.config, "num_hidden_layers"):  # ours; theirs are dataclasses too
         student.config = replace(student.config, n_layers=len(kept))
         return student
     if getattr(student.config, "layer_types", None):

@@ -331,6 +331,7 @@ class TestStudent:
         teacher = build(arch)
         student = student_of(teacher, [0, 2])
         assert logits(student, ids()).isfinite().all()
+        assert student.config.num_hidden_layers == 2 and teacher.config.num_hidden_layers > 2
         new = student.generate(ids()[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
         assert new.shape == (1, 7)
         assert torch.equal(logits(student_of(teacher, [0, 1, 2]), ids()), logits(teacher, ids()))
