@@ -41,7 +41,10 @@ _PUBLIC = {
     "AWQ": "activations",
     "SmoothQuant": "activations",
     "DynamicInt8": "activations",
-    "QAT": "qat",
+    "QAT": "lowbit",
+    "NF4": "lowbit",
+    "Ternary": "lowbit",
+    "Binary": "lowbit",
     "save_student": "packed",
     "load_student": "packed",
 }
