@@ -226,6 +226,9 @@ def pack_model(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()  # so that no layer works out which of its weights would learn
 def _pack_in_place(model: nn.Module) -> None:
+    turned = next((name for name, m in model.named_modules() if hasattr(m, "input_rotation")), None)
+    allowed = "layers that read their input as it is (a folder has no place for what RotateInputs adds)"
+    require(turned is None, f"layer {turned}", "one that turns its input when the model runs", allowed)
     quantized = _quantized(model)
     users: dict[int, list[tuple[str, nn.Module]]] = {key: [] for key in quantized}
     for name, module in model.named_modules():
