@@ -45,6 +45,9 @@ _PUBLIC = {
     "NF4": "lowbit",
     "Ternary": "lowbit",
     "Binary": "lowbit",
+    "Rotate": "rotation",
+    "CacheFormat": "rotation",
+    "quantized_cache": "rotation",
     "save_student": "packed",
     "load_student": "packed",
 }
