@@ -94,11 +94,13 @@ def bibliography() -> dict:
     return dict(parse_string(text, "bibtex").entries)
 
 
+@functools.cache
 def plain(text: str) -> str:
     """BibTeX's text without braces and escapes."""
+    from pybtex.backends.plaintext import Backend  # `render_as("text")` would look for it among all packages each time
     from pybtex.richtext import Text
 
-    return Text.from_latex(text).render_as("text").strip()
+    return Text.from_latex(text).render(Backend()).strip()
 
 
 def surnames(key: str) -> list[str]:
