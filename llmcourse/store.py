@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import io
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest import mock
 
 from llmcourse.settings import BadInput, require
 
@@ -86,13 +88,17 @@ class Asset:
 
 def _gguf_to_safetensors(source: Path, target: Path) -> None:
     """Dequantize the packaged GGUF file once, to float32 safetensors that load in seconds."""
+    import gguf
     import torch
     import transformers
 
     (gguf_file,) = source.glob("*.gguf")
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file.name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf_file.name)
+    # transformers reads the header three times, and makes the table of names anew for each module: half of the time
+    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with mock.patch.multiple(gguf, **once):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file.name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf_file.name)
     # transformers remembers that the file was quantized and would refuse to save the plain weights
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
