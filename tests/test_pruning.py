@@ -204,6 +204,15 @@ def test_structured_models_shrink_and_load_back(name: str, dim: str, choose: str
     torch.testing.assert_close(logits(back, ids()), logits(student, ids()), rtol=1e-4, atol=1e-5)
 
 
+def test_a_number_of_heads_that_the_configuration_refuses_is_refused_before_the_work(data: TokenData) -> None:
+    """transformers wants the width to be a multiple of the heads: 32 is none of 3."""
+    model = build("llama, tied, one head for all")
+    with pytest.raises(BadInput, match=r"heads that stay is 3; allowed: as many as LlamaConfig allows \(.*32.*3"):
+        compress(model, [Structured(dim="heads", sparsity=0.25, choose="random")], data, RT)
+    student, _ = compress(model, [Structured(dim="heads", sparsity=0.5, choose="random")], data, RT)
+    assert student.config.num_attention_heads == 2 and model.config.num_attention_heads == 4
+
+
 CUTS = [(name, "channels") for name in ("llama", "gemma2", "gpt2", "phi3", "ours")]
 
 

@@ -1,4 +1,8 @@
-"""Write the package from the notebooks, and remove modules whose notebook is gone (nbdev leaves them behind)."""
+"""Write the package from the notebooks, and remove modules whose notebook is gone (nbdev leaves them behind).
+
+A notebook with `#| default_exp: x` begins the module x; one that says `#| export: x` in its cells adds to it, so that
+two chapters can write one module. The order of the names is the order of writing: 12 begins, 12b adds.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,12 @@ def main() -> None:
         if module.name != "_modidx.py" and module.read_text(encoding="utf8").startswith(HEAD):
             module.unlink()
     for notebook in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
-        if re.search(r"#\|\s*default_exp", notebook.read_text(encoding="utf8")):
+        if re.search(r"#\|\s*(default_exp|export: *(?!true)\w)", notebook.read_text(encoding="utf8")):
             nb_export(notebook, lib_path=package)
+    for module in package.rglob("*.py"):  # nbdev ends a module that was added to without a line break
+        text = module.read_text(encoding="utf8")
+        if text.startswith(HEAD) and not text.endswith("\n"):
+            module.write_text(text + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":
