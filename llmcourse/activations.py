@@ -17,6 +17,7 @@ from llmcourse.compression import (
     ActQuant,
     Hessian,
     LayerUpdate,
+    QParams,
     RootMeanSquare,
     SiteUpdate,
     Stat,
@@ -96,13 +97,12 @@ class Scaled(RTN):
         allowed = "false: within a block the last site has to be treated first"
         require(not self.true_sequential, "true_sequential", self.true_sequential, allowed)
 
-    def check(self, model: nn.Module, adapter: Adapter) -> None:
-        super().check(model, adapter)
+    def changes(self, adapter: Adapter) -> dict[str, nn.Module]:
         blocks = range(len(adapter.blocks()))
-        for site in (s for i in blocks for s in chosen_sites(self, adapter, i)):
-            rounded = site.source is not None and qparams_of(site.source) is not None
-            what = f"the module before {site.name}"
-            require(not rounded, what, "quantized already", "one that no pass has rounded")
+        sites = [site for i in blocks for site in chosen_sites(self, adapter, i)]
+        folded = {id(s.source) for s in sites if s.source is not None and self.scales(s)}
+        into = {name: m for name, m in adapter.model.named_modules() if id(m) in folded}
+        return self.treats(adapter) | into
 
     def scale(
         self, weights: Mapping, stats: Mapping, masks: Mapping, tie: Callable
@@ -220,6 +220,7 @@ class DynamicInt8(RTN):
     """
 
     name = "dynamic-int8"
+    leaves = ("rounding", "rounded input")
     bits: int = 8
     group_size: int | str = "channel"
     symmetric: bool = True
@@ -236,7 +237,7 @@ class DynamicInt8(RTN):
 def _is_int8(layer: nn.Module) -> bool:
     q, act = qparams_of(layer), getattr(layer, "input_quant", None)
     return (
-        isinstance(layer, nn.Linear) and q is not None and act is not None
+        isinstance(layer, nn.Linear) and isinstance(q, QParams) and act is not None
         and q.bits == act.bits == 8 and q.symmetric and q.scale.shape == (layer.out_features, 1)
         and act.scale is None and act.divide is None
     )  # fmt: skip

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from llmcourse.compression import (
+    Codebook,
     Context,
     LayerPass,
     LayerReport,
     LayerUpdate,
-    QParams,
     Report,
     Stat,
-    chosen_sites,
     mask_of,
     write_back,
 )
@@ -153,22 +152,17 @@ def to_codebook(
     limit = f"finite, at most {torch.finfo(scale_dtype).max:g}"
     require(fits, "largest weight", largest.max().item(), limit)
     scale = torch.where(scale == 0, 1.0, scale)  # a group of zeros
-    between = (values[1:] + values[:-1]) / 2  # where the nearest value changes
-    codes = torch.bucketize(groups / scale[..., None], between.to(groups))
-    return codes.flatten(1).to(torch.uint8), scale
+    return Codebook(scale, values.to(scale), groups.shape[2]).quantize(W), scale
 
 
 def from_codebook(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
     """What codes (O, I) with scales (O, G) stand for: (O, I)."""
-    groups = values.to(scale)[codes.long()].unflatten(1, (scale.shape[1], -1))  # (O, G, width)
-    return (groups * scale[..., None]).flatten(1)
+    return Codebook(scale, values.to(scale), codes.shape[1] // scale.shape[1]).dequantize(codes)
 
 # %% ../nbs/14c_lowbit.ipynb #qc000022
 @dataclass(frozen=True, kw_only=True)
 class NF4(LayerPass):
     """Every weight becomes one of 16 values times its group's largest [dettmers2023qlora].
-
-    The packed files of this course know grids only: these weights are stored as dense ones.
 
     Attributes:
         group_size: `channel`, or how many neighboring columns of a row share a scale.
@@ -176,7 +170,8 @@ class NF4(LayerPass):
     """
 
     name = "nf4"
-    on_grid = True
+    leaves = ("rounding",)
+    spoils = {"rounding": "one rounding for each layer"}
     group_size: int | str = 64
     values: str = "normal"
 
@@ -190,12 +185,17 @@ class NF4(LayerPass):
         super().check_layer(layer)
         group_width(self.group_size, layer.weight.shape[1])
 
+    def table(self) -> Tensor:
+        """The 16 values, ascending."""
+        return normal_float() if self.values == "normal" else uniform_values()
+
     def solve(self, W: Tensor, stats: Mapping[type, Stat], mask: Tensor | None) -> LayerUpdate:
         if mask is not None:
             W = torch.where(mask.bool(), W, 0)  # 0 is one of the values
-        values = (normal_float() if self.values == "normal" else uniform_values()).to(W.device)
+        values = self.table().to(W.device)
         codes, scale = to_codebook(W, values, group_size=self.group_size)
-        return LayerUpdate(from_codebook(codes, scale, values), mask)
+        table = Codebook(scale, values, group_width(self.group_size, W.shape[1]))
+        return LayerUpdate(table.dequantize(codes), mask, table)
 
 # %% ../nbs/14c_lowbit.ipynb #qc000030
 def binary(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,8 +231,10 @@ def ternary_best(groups: Tensor) -> tuple[Tensor, Tensor]:
 RULES = {"twn": ternary_twn, "absmean": ternary_absmean, "best": ternary_best, "binary": binary}
 
 # %% ../nbs/14c_lowbit.ipynb #qc000032
-def to_levels(W: Tensor, *, rule: str, group_size: int | str = "channel") -> tuple[Tensor, QParams]:
-    """Weights (O, I) on their two or three values, and the 2-bit grid that contains these."""
+def to_levels(
+    W: Tensor, *, rule: str, group_size: int | str = "channel"
+) -> tuple[Tensor, Codebook]:
+    """Weights (O, I) on their two or three values, and the table of levels with its scales."""
     one_of("rule", rule, tuple(RULES))
     (O, I), flat = W.shape, group_size == "tensor"
     width = group_width(group_size, I)
@@ -241,9 +243,8 @@ def to_levels(W: Tensor, *, rule: str, group_size: int | str = "channel") -> tup
     scale = scale.to(torch.float16).to(W)  # as it is stored
     require(bool(scale.isfinite().all()), "largest scale", "infinite", "at most 65504 in float16")
     shown, scale = (levels * scale).reshape(O, I), scale[..., 0]  # (O, I), (R, G)
-    scale = torch.where(scale == 0, 1.0, scale)  # a group of zeros
-    middle = torch.full_like(scale, 2)  # codes 1, 2, 3 stand for -s, 0, s; nothing has code 0
-    return shown, QParams(scale, middle, bits=2, group_size=width, symmetric=True)
+    found = (-1.0, 1.0) if rule == "binary" else (-1.0, 0.0, 1.0)
+    return shown, Codebook(scale, torch.tensor(found).to(scale), width)
 
 # %% ../nbs/14c_lowbit.ipynb #qc000040
 def pack_trits(levels: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ class Shown(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Ternary(Trained):
-    """Weights -s, 0 and s with a scale s for each row or group, stored as codes of 2 bits.
+    """Weights -s, 0 and s with a scale s for each row or group.
 
     Attributes:
         group_size: `tensor`, `channel`, or the columns that share a scale.
@@ -281,7 +282,8 @@ class Ternary(Trained):
     """
 
     name = "ternary"
-    on_grid = True
+    leaves = ("rounding",)
+    spoils: ClassVar[Mapping[str, str]] = {"rounding": "one rounding for each layer"}
     least_steps = 0
     rules: ClassVar[tuple[str, ...]] = ("twn", "absmean", "best")
     group_size: int | str = "channel"
@@ -311,21 +313,18 @@ class Binary(Ternary):
     """Weights -s and s with s = mean |w|; attributes as in `Ternary`."""
 
     name = "binary"
+    spoils: ClassVar[Mapping[str, str]] = Ternary.spoils | {
+        "mask": "layers without a mask, because 0 is neither of the two values"
+    }
     rules = ("binary",)
     rule: str = "binary"
 
-    def check_layer(self, layer: nn.Linear) -> None:
-        super().check_layer(layer)
-        allowed = "a layer without a mask, because 0 is neither of the two values"
-        require(mask_of(layer) is None, "weight", "masked", allowed)
 
 # %% ../nbs/14c_lowbit.ipynb #qc000033
 def train_levels(method: Ternary, model: nn.Module, ctx: Context) -> tuple[nn.Module, Report]:
     """Train with the levels in the forward pass, then round the raw weights once and for all."""
     start, done = perf_counter(), []
-    blocks = range(len(ctx.adapter.blocks()))
-    sites = [site for i in blocks for site in chosen_sites(method, ctx.adapter, i)]
-    layers = {name: layer for site in sites for name, layer in site.layers.items()}
+    layers = method.treats(ctx.adapter)
     dense = {name: layer.weight.detach().float().clone() for name, layer in layers.items()}
     rounded = lambda W: method.solve(W.float(), {}, None).weight.to(W)
     for layer in layers.values():

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,16 @@ from torch.nn.utils import parametrize
 
 from llmcourse.adapters.base import is_plain_linear
 from llmcourse.adapters.separate import is_separated, separate
-from llmcourse.compression import ActQuant, Mask, QParams, parametrizations, parametrize_like, qparams_of, round_input
+from llmcourse.compression import (
+    ActQuant,
+    Codebook,
+    Mask,
+    QParams,
+    parametrizations,
+    parametrize_like,
+    qparams_of,
+    round_input,
+)
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.quantization import pack, pack_bits, unpack, unpack_bits
 from llmcourse.runtime import evaluating
@@ -30,12 +39,14 @@ from llmcourse.settings import BadInput, one_of, require, whole
 from llmcourse.store import MANIFEST, manifest_faults, scratch_folder, write_manifest
 
 __all__ = [
+    "CodebookLinear",
     "LoadedStudent",
     "PackedEmbedding",
     "PackedHead",
     "PackedLinear",
     "dequantize_model",
     "load_student",
+    "pack_digits",
     "pack_model",
     "save_student",
     "stored_bytes",
@@ -43,22 +54,26 @@ __all__ = [
 
 
 class _Packed(nn.Module):
-    """Packed codes (R, bytes), scales (S, G) float16 and zero points (S, bytes); what both packed layers share."""
+    """What all packed layers share: packed codes (R, bytes), scales (S, G) float16, and the bytes that they take.
 
-    def __init__(self, rows: int, columns: int, *, bits: int, group_size: int, symmetric: bool, scale_rows: int):
+    Args:
+        rows, columns: of the weight.
+        row_bytes: bytes of the codes of a row.
+        group_size: columns that share a scale.
+        scale_rows: 1, or one for each row.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ("rows", "columns", "group_size", "scale_rows")
+
+    def __init__(self, rows: int, columns: int, *, row_bytes: int, group_size: int, scale_rows: int):
         super().__init__()
-        whole("bits", bits, 2, 8)
         require(scale_rows in (1, rows), "scale_rows", scale_rows, f"1 or {rows}")
-        self.rows, self.columns, self.bits, self.symmetric = rows, columns, bits, symmetric
+        self.rows, self.columns = rows, columns
         divides = columns % whole("group_size", group_size, 1) == 0
         require(divides, "group_size", group_size, f"a divisor of the {columns} columns")
         self.group_size, self.scale_rows = group_size, scale_rows
-        groups = columns // self.group_size
-        self.register_buffer("codes", torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(scale_rows, groups, dtype=torch.float16))
-        self.register_buffer(
-            "zero", None if symmetric else torch.empty(scale_rows, -(-groups * bits // 8), dtype=torch.uint8)
-        )
+        self.register_buffer("codes", torch.empty(rows, row_bytes, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(scale_rows, columns // group_size, dtype=torch.float16))
         # Empty and not stored: remembers the floating-point format of the model around it.
         self.register_buffer("like", torch.empty(0), persistent=False)
 
@@ -71,29 +86,20 @@ class _Packed(nn.Module):
                 self._buffers[name] = old[name].to(self._buffers[name].device)
         return self
 
-    def _fill(self, W: Tensor, qparams: QParams) -> None:
+    def _fill(self, W: Tensor, qparams: QParams | Codebook) -> None:
         scale = qparams.scale.to(torch.float16)
         exact = torch.equal(scale.to(qparams.scale.dtype), qparams.scale)
         require(exact, "scale", "not exact in float16", "scales made with scale_dtype=torch.float16")
-        self.codes, self.scale = pack(qparams.quantize(W.to(qparams.scale.dtype)), self.bits), scale
-        if not self.symmetric:
-            self.zero = pack(qparams.zero.to(torch.uint8), self.bits)
+        self.codes, self.scale = self._packed(qparams.quantize(W.to(qparams.scale.dtype))), scale
         self.like = torch.empty(0, dtype=W.dtype, device=W.device)
 
-    def _zero_points(self) -> Tensor:
-        """Zero points (S, G) in float32."""
-        if self.symmetric:
-            return torch.full(self.scale.shape, float(2 ** (self.bits - 1)), device=self.scale.device)
-        return unpack(self.zero, self.bits, self.scale.shape[1]).float()
-
-    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Packed rows (…, bytes) with their scales and zero points (…, G) → weights (…, I) in float32."""
-        groups = unpack(codes, self.bits, self.columns).unflatten(-1, (-1, self.group_size)).float()
-        return ((groups - zero[..., None]) * scale.float()[..., None]).flatten(-2)
+    def _packed(self, codes: Tensor) -> Tensor:
+        """Codes (R, I) uint8 → packed rows (R, bytes)."""
+        raise NotImplementedError
 
     def dequantized(self) -> Tensor:
         """The weights (R, I) in float32; equal, to the last bit, to what fake quantization computes."""
-        return self._values(self.codes, self.scale, self._zero_points())
+        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
@@ -113,25 +119,124 @@ class _Packed(nn.Module):
 
     def layout(self) -> dict[str, Any]:
         """What is needed to make an empty layer of this shape again."""
-        names = ("rows", "columns", "bits", "group_size", "symmetric", "scale_rows")
         bias = {"bias": True} if getattr(self, "bias", None) is not None else {}
-        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in names}, **bias}
+        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in self.fields}, **bias}
 
     def extra_repr(self) -> str:
-        size = f"{self.rows}, {self.columns}, bits={self.bits}, group_size={self.group_size}"
-        return f"{size}, symmetric={self.symmetric}, nbytes={self.nbytes}"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*self.fields, "nbytes"))
 
 
-def _storage(q: QParams) -> dict[str, Any]:
-    return {"bits": q.bits, "group_size": q.group_size, "symmetric": q.symmetric, "scale_rows": q.scale.shape[0]}
+class _OnGrid(_Packed):
+    """Weights on evenly spaced values: a stream of bits in each row, and zero points (S, bytes).
+
+    Args:
+        bits, symmetric: as in `QParams`.
+        how: as in `_Packed`.
+    """
+
+    fields = (*_Packed.fields, "bits", "symmetric")
+
+    def __init__(self, rows: int, columns: int, *, bits: int, symmetric: bool, **how: int):
+        row_bytes = -(-columns * whole("bits", bits, 2, 8) // 8)
+        super().__init__(rows, columns, row_bytes=row_bytes, **how)
+        self.bits, self.symmetric = bits, symmetric
+        zero_bytes = -(-self.scale.shape[1] * bits // 8)
+        self.register_buffer("zero", None if symmetric else torch.empty(self.scale_rows, zero_bytes, dtype=torch.uint8))
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        return pack(codes, self.bits)
+
+    def _fill(self, W: Tensor, qparams: QParams) -> None:
+        super()._fill(W, qparams)
+        if not self.symmetric:
+            self.zero = pack(qparams.zero.to(torch.uint8), self.bits)
+
+    def _zero_points(self) -> Tensor:
+        """Zero points (S, G) in float32."""
+        if self.symmetric:
+            return torch.full(self.scale.shape, float(2 ** (self.bits - 1)), device=self.scale.device)
+        return unpack(self.zero, self.bits, self.scale.shape[1]).float()
+
+    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Packed rows (…, bytes) with their scales and zero points (…, G) → weights (…, I) in float32."""
+        groups = unpack(codes, self.bits, self.columns).unflatten(-1, (-1, self.group_size)).float()
+        return ((groups - zero[..., None]) * scale.float()[..., None]).flatten(-2)
+
+    def dequantized(self) -> Tensor:
+        return self._values(self.codes, self.scale, self._zero_points())
 
 
-class PackedLinear(_Packed):
+def digits_per_byte(levels: int) -> int:
+    """How many codes fit in a byte, each with so many possible values: 8 of 2, 5 of 3, 2 of 16, 1 of 256."""
+    return max(n for n in range(1, 9) if levels**n <= 256)
+
+
+def pack_digits(codes: Tensor, levels: int) -> Tensor:
+    """Codes (…, n) below `levels` → bytes (…, ⌈n / digits_per_byte⌉): the digits of a number, the lowest first.
+
+    For 16 levels the bytes are those of `pack` with 4 bits, for 3 those of `pack_trits`, for 2 those of `pack_bits`.
+    """
+    n = digits_per_byte(levels)
+    digits = F.pad(codes, (0, -codes.shape[-1] % n)).unflatten(-1, (-1, n)).int()  # (…, bytes, n)
+    return (digits * levels ** torch.arange(n, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+class _OnTable(_Packed):
+    """Weights on the values of a table: as many codes in a byte as fit, and the table (K,) float32.
+
+    One rule for all sizes. Two values take a bit each. Three take 1.6: the 2 bits that a grid would need make the file
+    a quarter larger, and reading them is not faster, because a byte is looked up in a table of its digits either way.
+
+    Args:
+        levels: K, 2 to 256.
+        how: as in `_Packed`.
+    """
+
+    fields = (*_Packed.fields, "levels")
+
+    def __init__(self, rows: int, columns: int, *, levels: int, **how: int):
+        row_bytes = -(-columns // digits_per_byte(whole("levels", levels, 2, 256)))
+        super().__init__(rows, columns, row_bytes=row_bytes, **how)
+        self.levels = levels
+        self.register_buffer("values", torch.empty(levels))
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        return pack_digits(codes, self.levels)
+
+    def _fill(self, W: Tensor, qparams: Codebook) -> None:
+        super()._fill(W, qparams)
+        self.values = qparams.values.float()
+
+    def dequantized(self) -> Tensor:
+        n = digits_per_byte(self.levels)
+        byte = torch.arange(256, device=self.codes.device)[:, None]
+        digits = byte // self.levels ** torch.arange(n, device=byte.device) % self.levels  # (256, n)
+        table, codes = self.values[digits], self.codes.int()
+        if n == 2:  # two float32 are fetched as one number of 8 bytes, in a third of the time
+            pairs = table.view(torch.int64).flatten().index_select(0, codes.flatten())
+            found = pairs.view(torch.float32).view(self.rows, -1)
+        else:
+            found = F.embedding(codes, table).flatten(1)  # (R, bytes, n) -> (R, bytes · n)
+        groups = found[:, : self.columns].unflatten(1, (-1, self.group_size))
+        return (groups * self.scale.float()[..., None]).flatten(1)
+
+    def check(self) -> None:
+        """Raise BadInput if the table is none."""
+        good = bool(self.values.isfinite().all() and (self.values.diff() > 0).all())
+        require(good, "table of values", self.values.tolist()[:4], f"{self.levels} finite numbers that ascend")
+
+
+def _storage(q: QParams | Codebook) -> dict[str, Any]:
+    own = {"bits": q.bits, "symmetric": q.symmetric} if isinstance(q, QParams) else {"levels": len(q.values)}
+    return own | {"group_size": q.group_size, "scale_rows": q.scale.shape[0]}
+
+
+class _Linear(_Packed):
     """A linear layer with packed weights: y = x Wᵀ + b, W made anew in each forward in the format of x.
 
     Args:
         rows, columns: O and I of the weight (O, I).
-        storage: bits, group_size, symmetric and scale_rows, as in `QParams`.
+        storage: how the weights are stored: what `layout` returns, but for the kind.
     """
 
     def __init__(self, rows: int, columns: int, *, bias: bool = False, **storage: Any):
@@ -140,7 +245,7 @@ class PackedLinear(_Packed):
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
 
     @classmethod
-    def from_weight(cls, W: Tensor, qparams: QParams, bias: Tensor | None = None) -> PackedLinear:
+    def from_weight(cls, W: Tensor, qparams: QParams | Codebook, bias: Tensor | None = None) -> Self:
         """Pack W (O, I), which is representable with these parameters."""
         layer = cls(*W.shape, **_storage(qparams), bias=bias is not None)
         layer._fill(W, qparams)
@@ -152,7 +257,15 @@ class PackedLinear(_Packed):
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
-class PackedEmbedding(_Packed):
+class PackedLinear(_Linear, _OnGrid):
+    """A linear layer whose weights lie on a grid (`QParams`) and are kept as its codes."""
+
+
+class CodebookLinear(_Linear, _OnTable):
+    """A linear layer whose weights are values of a table times a scale (`Codebook`), kept as indices into it."""
+
+
+class PackedEmbedding(_OnGrid):
     """An embedding with packed rows; only the rows that are asked for are unpacked."""
 
     def __init__(self, rows: int, columns: int, **storage: Any):
@@ -201,14 +314,14 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def _quantized(model: nn.Module) -> dict[int, QParams]:
-    """id of a raw weight → the quantization parameters of its layer."""
+def _quantized(model: nn.Module) -> dict[int, QParams | Codebook]:
+    """id of a raw weight → the values that its layer lies on."""
     return {id(_raw_weight(m)): q for m in model.modules() if (q := qparams_of(m)) is not None}
 
 
 @torch.no_grad()
 def pack_model(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every fake-quantized layer keeps its weights packed. The outputs are the same.
+    """A copy of the model in which every rounded layer keeps its weights packed. The outputs are the same.
 
     Raises:
         BadInput: nothing is fake-quantized, or a quantized weight belongs to something that cannot be packed.
@@ -239,13 +352,15 @@ def _pack_in_place(model: nn.Module) -> None:
         owner = None
         for name, module in found:
             bias = getattr(module, "bias", None)
-            if _is_plain_embedding(module) and owner is None:
+            table = isinstance(quantized[key], Codebook)
+            if _is_plain_embedding(module) and owner is None and not table:
                 owner = new = PackedEmbedding.from_weight(module.weight, quantized[key])
             elif is_plain_linear(module) and len(found) == 1:
-                new = PackedLinear.from_weight(module.weight, quantized[key], bias)
+                kind = CodebookLinear if table else PackedLinear
+                new = kind.from_weight(module.weight, quantized[key], bias)
             else:
                 tied = is_plain_linear(module) and isinstance(owner, PackedEmbedding) and bias is None
-                allowed = "nn.Linear, nn.Embedding, or an nn.Embedding tied to an output layer without bias"
+                allowed = "nn.Linear, or on a grid nn.Embedding, also one tied to an output layer without bias"
                 require(tied, f"quantized layer {name}", type(module).__name__, allowed)
                 new = PackedHead(owner)
             if (act := getattr(module, "input_quant", None)) is not None:
@@ -261,7 +376,8 @@ def _is_plain_embedding(module: nn.Module) -> bool:
 # ---------------------------------------------------------------------------------------------- bytes
 
 _PARTS = ("codes", "scales", "zero points", "masks", "embedding", "dense linears", "other")
-_PACKED_BUFFERS = {"codes": "codes", "scale": "scales", "zero": "zero points"}
+# a table of values is counted with the scales that it is multiplied by
+_PACKED_BUFFERS = {"codes": "codes", "scale": "scales", "values": "scales", "zero": "zero points"}
 
 
 def _stored(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
@@ -275,7 +391,7 @@ def _stored(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
             seen.add(id(tensor))
             if isinstance(module, (PackedEmbedding, nn.Embedding)):
                 part = "embedding"
-            elif isinstance(module, PackedLinear) and key in _PACKED_BUFFERS:
+            elif isinstance(module, _Linear) and key in _PACKED_BUFFERS:
                 part = _PACKED_BUFFERS[key]
             elif isinstance(module, Mask):
                 part = "masks"
@@ -310,9 +426,10 @@ def stored_bytes(model: nn.Module, rest_dtype: torch.dtype | None = None) -> dic
 
 # ---------------------------------------------------------------------------------------------- folders
 
-_METHOD, _VERSION, _WEIGHTS = "llmcourse", 2, "packed.safetensors"
+_METHOD, _VERSION, _WEIGHTS = "llmcourse", 3, "packed.safetensors"
+_READ = (2, _VERSION)  # version 2 knows no tables of values: its folders are read as they are
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_KINDS = {"PackedLinear": PackedLinear, "PackedEmbedding": PackedEmbedding}
+_KINDS = {kind.__name__: kind for kind in (PackedLinear, CodebookLinear, PackedEmbedding)}
 
 
 class LoadedStudent(NamedTuple):
@@ -456,7 +573,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     about = config.get("quantization_config") if isinstance(config, dict) else None
     require(isinstance(about, dict), "quantization_config", about, "an entry in config.json, as save_student writes it")
     require(about.get("quant_method") == _METHOD, "quant_method", about.get("quant_method"), repr(_METHOD))
-    require(about.get("version") == _VERSION, "quantization_config version", about.get("version"), str(_VERSION))
+    one_of("quantization_config version", about.get("version"), _READ)
     return config
 
 
@@ -477,13 +594,22 @@ def _empty_model(config: dict[str, Any], about: dict[str, Any], dtype: torch.dty
             separate(model)
     heads_last = sorted(about["layers"].items(), key=lambda item: item[1]["kind"] == "PackedHead")
     for name, layout in heads_last:
-        layout = dict(layout)
-        kind = layout.pop("kind")
-        one_of(f"kind of {name}", kind, (*_KINDS, "PackedHead"))
-        new = PackedHead(model.get_submodule(layout["of"])) if kind == "PackedHead" else _KINDS[kind](**layout)
-        _replace(model, name, new)
+        _replace(model, name, _empty_layer(model, name, dict(layout)))
     parametrize_like(model, about["parametrized"])
     return model
+
+
+def _empty_layer(model: nn.Module, name: str, layout: dict[str, Any]) -> nn.Module:
+    """A layer as `layout` describes it, or the reason why there is none of that kind."""
+    kind = layout.pop("kind", None)
+    one_of(f"kind of {name}", kind, (*_KINDS, "PackedHead"))
+    try:
+        return PackedHead(model.get_submodule(layout["of"])) if kind == "PackedHead" else _KINDS[kind](**layout)
+    except (TypeError, KeyError, AttributeError):  # a key too many or too few, or something that is no number
+        allowed = "what save_student writes for a layer of that kind"
+        raise BadInput(f"layout of {name} is {layout!r}; allowed: {allowed}.") from None
+    except BadInput as e:
+        raise BadInput(f"layer {name!r}: {e}") from None
 
 
 @torch.no_grad()
@@ -521,9 +647,14 @@ def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32, dequ
         fits = value.shape == expected
         require(fits, f"shape of {name}", tuple(value.shape), f"{tuple(expected)}, as config.json says")
         tensor.copy_(value)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, _Packed):
             module.like = module.like.to(dtype)
+        if isinstance(module, _OnTable):
+            try:
+                module.check()
+            except BadInput as e:
+                raise BadInput(f"layer {name!r} in {_WEIGHTS}: {e}") from None
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()

@@ -81,7 +81,8 @@ class Pruner(LayerPass):
         per: where that share is taken: `row`, out of every row; `layer`, out of every matrix.
     """
 
-    on_grid = False
+    leaves = ("mask",)
+    spoils = {"rounding": "prune first, quantize last"}
     places: ClassVar[tuple[str, ...]] = ("row", "layer")
     sparsity: float | None = None
     pattern: str | None = None
@@ -204,7 +205,8 @@ class ModelWide(Pruner):
         old = {name: mask_of(layer) for name, layer in layers.items()}
         masks = self.masks(self.scores(ctx, layers), old, self.share)
         given = _Given(layers=self.layers, masks=masks, seq_len=self.seq_len, seed=self.seed)
-        reports, coverage = tuple(walk(given, ctx)), adapter.coverage(self.layers)
+        reports = tuple(walk(given, ctx, self.name or type(self).__name__))
+        coverage = adapter.coverage(self.layers)
         return model, Report(self.name, self.config, reports, perf_counter() - start, coverage)
 
 # %% ../nbs/12_pruning.ipynb #pr0magni
@@ -492,6 +494,9 @@ class Structured(Pass):
 
     name = "structured"
     reshapes = True
+    spoils = dict.fromkeys(
+        ("rounding", "rounded input", "turned input"), "take out channels and heads first"
+    )
     dim: str = "channels"
     sparsity: float = 0.25
     choose: str = "contribution"
@@ -510,6 +515,10 @@ class Structured(Pass):
     @property
     def needs(self) -> Mapping[str, int]:
         return {"calib": self.n_calib * self.seq_len} if self.choose == "contribution" else {}
+
+    def changes(self, adapter: Adapter) -> dict[str, nn.Module]:
+        cut = {id(part.module) for d in dims_of_blocks(adapter, self.dim) for part in d.parts}
+        return {name: m for name, m in adapter.model.named_modules() if id(m) in cut}
 
     def check(self, model: nn.Module, adapter: Adapter) -> None:
         dim = dims_of_blocks(adapter, self.dim)[0]

@@ -381,7 +381,8 @@ class RTN(LayerPass):
     """
 
     name = "rtn"
-    on_grid = True
+    leaves = ("rounding",)
+    spoils = {"rounding": "one rounding for each layer"}
     bits: int = 4
     group_size: int | str = 64
     symmetric: bool = False
@@ -428,6 +429,8 @@ class EmbeddingRTN(Pass):
     """Round the token embedding, and with it a tied output layer; attributes as in `RTN`."""
 
     name = "rtn-embedding"
+    leaves = ("rounding",)
+    spoils = dict.fromkeys(("rounding", "mask"), "an embedding that no pass has treated")
     bits: int = 8
     group_size: int | str = "channel"
     symmetric: bool = True
@@ -435,6 +438,10 @@ class EmbeddingRTN(Pass):
     def __post_init__(self):
         whole("bits", self.bits, 2, 8)
         one_of("symmetric", self.symmetric, (True, False))
+
+    def treats(self, adapter: Adapter) -> dict[str, nn.Module]:
+        table = adapter.model.get_input_embeddings()
+        return {name: m for name, m in adapter.model.named_modules() if m is table}
 
     def check(self, model: nn.Module, adapter: Adapter | None = None) -> None:
         found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None

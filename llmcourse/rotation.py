@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import Adapter, adapter_for
-from .compression import Context, LayerPass, Pass, Report, chosen_sites
+from .compression import CARRIED, Context, LayerPass, Pass, Report, chosen_sites
 from .model import GPT, KVCache, LayerCache
 from .quantization import pack, unpack
 from .runtime import evaluating
@@ -131,7 +131,8 @@ def find_stream(adapter: Adapter) -> Stream:
     inside = {id(m) for _, block in adapter.blocks() for m in block.modules()}
     outside = [m for m in model.modules() if id(m) not in inside]
     tables = [m for m in outside if isinstance(m, nn.Embedding)]
-    last = [m for m in outside if getattr(m, "weight", None) is not None and m.weight.ndim == 1]
+    vectors = lambda m: isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1
+    last = [m for m in outside if vectors(m)]
     readers, writers = [], []
     for i, (block, _) in enumerate(adapter.blocks()):
         sites = adapter.sites(i)
@@ -220,14 +221,19 @@ class Rotate(Pass):
     """
 
     name = "rotate"
-    on_grid: ClassVar[bool] = False
-    layers: ClassVar[str] = "*"
+    spoils: ClassVar[dict[str, str]] = dict.fromkeys(CARRIED, "rotate first")
     kind: str = "hadamard"
     seed: int = 0
 
     def __post_init__(self):
         one_of("kind", self.kind, KINDS)
         whole("seed", self.seed, 0)
+
+    def changes(self, adapter: Adapter) -> dict[str, nn.Module]:
+        stream = find_stream(adapter)
+        readers = [layer for _, layers in stream.readers for layer in layers]
+        turned = {id(m) for m in (*stream.tables, *readers, *stream.writers)}
+        return {name: m for name, m in adapter.model.named_modules() if id(m) in turned}
 
     def check(self, model: nn.Module, adapter: Adapter) -> None:
         width = find_stream(adapter).tables[0].weight.shape[1]
@@ -268,7 +274,8 @@ class RotateInputs(LayerPass):
         kind, seed: as in `Rotation`.
     """
 
-    on_grid = False
+    leaves = ("turned input",)
+    spoils = dict.fromkeys(CARRIED, "rotate first, and once")
     kind: str = "hadamard"
 
     def __post_init__(self):
@@ -277,9 +284,6 @@ class RotateInputs(LayerPass):
 
     def check_layer(self, layer: nn.Linear) -> None:
         super().check_layer(layer)
-        treated = parametrize.is_parametrized(layer) or hasattr(layer, "input_quant")
-        require(not treated, "layer", "pruned or rounded already", "rotate first")
-        require(not hasattr(layer, "input_rotation"), "layer", "rotated already", "once")
         Rotation(layer.in_features, kind=self.kind, seed=self.seed)
 
     @torch.no_grad()

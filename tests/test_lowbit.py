@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from llmcourse.compression import QParams, compress, mask_of, qparams_of
+from llmcourse.compression import Codebook, compress, mask_of, qparams_of
 from llmcourse.evaluation import perplexity
 from llmcourse.lowbit import (
     NF4,
@@ -239,16 +239,20 @@ def test_a_group_of_zeros_and_numbers_that_do_not_fit():
         to_codebook(W, normal_float(), group_size=3)
 
 
-def test_nf4_treats_every_layer_and_is_not_packed(dense):
+def test_nf4_treats_every_layer_and_nothing_may_move_it_afterwards(dense):
     found, (report,) = compress(dense, [NF4(group_size=8)], None, None)
     assert len(report.layers) == len(quantized(compress(dense, [RTN(group_size=8)], None, None)[0]))
     for layer in report.layers:
         groups = found.get_submodule(layer.name).weight.unflatten(1, (-1, 8))
         assert max(len(g.unique()) for g in groups.flatten(0, 1)) <= 16 and 0 < layer.weight_error < 0.02
-    with pytest.raises(BadInput, match="at least one weight is fake-quantized"):
-        pack_model(found)
-    with pytest.raises(BadInput, match="prune first"):
-        compress(dense, [NF4(group_size=8), Magnitude(sparsity=0.5)], None, None)
+    for wrong in (
+        lambda: compress(dense, [NF4(group_size=8), Magnitude(sparsity=0.5)], None, None),
+        lambda: compress(found, [Magnitude(sparsity=0.5)], None, None),
+    ):
+        with pytest.raises(BadInput, match="prune first"):
+            wrong()
+    with pytest.raises(BadInput, match="one rounding for each layer"):
+        compress(found, [NF4(group_size=8)], None, None)
 
 
 # ---------------------------------------------------------------- two and three values
@@ -297,14 +301,13 @@ def test_on_normal_weights_the_threshold_is_nearly_the_best():
 
 @pytest.mark.parametrize("group_size", ["tensor", "channel", 8])
 @pytest.mark.parametrize("rule", ["twn", "absmean", "best", "binary"])
-def test_levels_are_codes_of_two_bits(rule, group_size):
+def test_levels_are_codes_of_a_table(rule, group_size):
     W = normal(6, 16)
     W[2] = 0
     shown, q = to_levels(W, rule=rule, group_size=group_size)
-    assert isinstance(q, QParams) and torch.equal(q.dequantize(q.quantize(shown)), shown)
+    assert isinstance(q, Codebook) and torch.equal(q.dequantize(q.quantize(shown)), shown)
+    assert torch.equal(q.fake_quantize(shown), shown) and len(q.values) == (2 if rule == "binary" else 3)
     assert torch.equal(q.scale.half().float(), q.scale)
-    codes = q.quantize(shown)
-    assert set(codes.unique().tolist()) <= {1, 2, 3}
     if group_size != "tensor":
         assert (shown[2] == 0).all()
 

@@ -84,3 +84,5 @@ def test_a_recipe_runs_and_its_model_is_read_back(small, tmp_path, name, arm):
         dense, ours, theirs = (m(ids).logits for m in (model, student, again))
     assert sum(stored.values()) > 0 and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     assert torch.isfinite(ours).all() and not torch.allclose(ours, dense, rtol=1e-4, atol=1e-5)
+    if name in ("nf4", "binary", "ternary"):  # nothing of what was rounded is stored dense
+        assert stored["dense linears"] == 0 < stored["codes"], stored
