@@ -34,6 +34,7 @@ from llmcourse.compression import (
 )
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.quantization import pack, pack_bits, unpack, unpack_bits
+from llmcourse.rotation import Rotation, turn_input
 from llmcourse.runtime import evaluating
 from llmcourse.settings import BadInput, one_of, require, whole
 from llmcourse.store import MANIFEST, manifest_faults, scratch_folder, write_manifest
@@ -258,7 +259,18 @@ class _Linear(_Packed):
 
 
 class PackedLinear(_Linear, _OnGrid):
-    """A linear layer whose weights lie on a grid (`QParams`) and are kept as its codes."""
+    """A linear layer whose weights lie on a grid (`QParams`) and are kept as its codes.
+
+    With 4 bits, on a GPU with Triton, one kernel unpacks and multiplies where its shapes allow it (`kernels.fits`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits == 4 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            from llmcourse import kernels  # imports Triton, which takes longer than all of this module
+
+            if kernels.fits(x, self.group_size):
+                return kernels.w4a16(x, self.codes, self.scale, self.zero, group_size=self.group_size, bias=self.bias)
+        return super().forward(x)
 
 
 class CodebookLinear(_Linear, _OnTable):
@@ -339,9 +351,6 @@ def pack_model(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()  # so that no layer works out which of its weights would learn
 def _pack_in_place(model: nn.Module) -> None:
-    turned = next((name for name, m in model.named_modules() if hasattr(m, "input_rotation")), None)
-    allowed = "layers that read their input as it is (a folder has no place for what RotateInputs adds)"
-    require(turned is None, f"layer {turned}", "one that turns its input when the model runs", allowed)
     quantized = _quantized(model)
     users: dict[int, list[tuple[str, nn.Module]]] = {key: [] for key in quantized}
     for name, module in model.named_modules():
@@ -363,9 +372,16 @@ def _pack_in_place(model: nn.Module) -> None:
                 allowed = "nn.Linear, or on a grid nn.Embedding, also one tied to an output layer without bias"
                 require(tied, f"quantized layer {name}", type(module).__name__, allowed)
                 new = PackedHead(owner)
-            if (act := getattr(module, "input_quant", None)) is not None:
-                round_input(new, act)
+            _read_as(new, module)
             _replace(model, name, new.train(module.training))
+
+
+def _read_as(new: nn.Module, old: nn.Module) -> None:
+    """Let a layer turn and round its input as the one does in whose place it comes."""
+    if (turn := getattr(old, "input_rotation", None)) is not None:
+        turn_input(new, turn)
+    if (act := getattr(old, "input_quant", None)) is not None:
+        round_input(new, act)
 
 
 def _is_plain_embedding(module: nn.Module) -> bool:
@@ -402,12 +418,17 @@ def _stored(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     return out
 
 
+def _is_bits(owner: nn.Module, name: str) -> bool:
+    """Whether a tensor has two values, and a bit of the file is enough for each: masks and random signs."""
+    return isinstance(owner, Mask) or (isinstance(owner, Rotation) and name.endswith(".signs"))
+
+
 def _as_stored(model: nn.Module, name: str, tensor: Tensor, rest_dtype: torch.dtype) -> Tensor:
-    """The form in which a tensor is written: masks as bits, what is not packed in `rest_dtype`."""
+    """The form in which a tensor is written: masks and signs as bits, what is not packed in `rest_dtype`."""
     owner = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(owner, Mask):
-        return pack_bits(tensor.detach().cpu().flatten().to(torch.uint8), 1)
-    exact = isinstance(owner, (_Packed, ActQuant))
+    if _is_bits(owner, name):
+        return pack_bits((tensor.detach().cpu().flatten() > 0).to(torch.uint8), 1)
+    exact = isinstance(owner, (_Packed, ActQuant, Rotation))
     return tensor.detach().to("cpu", tensor.dtype if exact or not tensor.is_floating_point() else rest_dtype)
 
 
@@ -494,7 +515,8 @@ def _layout(model: nn.Module) -> dict[str, Any]:
         elif isinstance(module, PackedHead):
             packed[name] = {"kind": "PackedHead", "of": names[id(module.source[0])]}
     about = {"quant_method": _METHOD, "version": _VERSION, "separated": is_separated(model)}
-    return about | {"layers": packed, "parametrized": parametrizations(model)}
+    turned = {n: m.input_rotation.kind for n, m in model.named_modules() if hasattr(m, "input_rotation")}
+    return about | {"layers": packed, "parametrized": parametrizations(model), "turned": turned}
 
 
 def _write(model: nn.Module, tokenizer: Any, config: dict, folder: Path, rest_dtype: torch.dtype) -> None:
@@ -595,6 +617,14 @@ def _empty_model(config: dict[str, Any], about: dict[str, Any], dtype: torch.dty
     heads_last = sorted(about["layers"].items(), key=lambda item: item[1]["kind"] == "PackedHead")
     for name, layout in heads_last:
         _replace(model, name, _empty_layer(model, name, dict(layout)))
+    for name, kind in about.get("turned", {}).items():  # before what rounds the turned input
+        try:
+            layer = model.get_submodule(name)
+            turn_input(layer, Rotation.empty(layer.in_features, kind))
+        except AttributeError:
+            raise BadInput(f"turned layer is {name!r}; allowed: the name of a linear layer of the model.") from None
+        except BadInput as e:
+            raise BadInput(f"turned input of {name!r}: {e}") from None
     parametrize_like(model, about["parametrized"])
     return model
 
@@ -641,9 +671,11 @@ def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32, dequ
     require(not odd, f"tensors in {_WEIGHTS}", partner, "exactly those that config.json describes")
     for name, tensor in stored.items():
         value, expected = tensors.pop(name), tensor.shape
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), Mask):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if _is_bits(owner, name):
             bits = 8 * value.numel() >= tensor.numel() > 8 * (value.numel() - 1)
             value = unpack_bits(value, 1, tensor.numel()).view(tensor.shape) if bits else value
+            value = value if isinstance(owner, Mask) or not bits else 2.0 * value - 1  # 0, 1 -> -1, 1
         fits = value.shape == expected
         require(fits, f"shape of {name}", tuple(value.shape), f"{tuple(expected)}, as config.json says")
         tensor.copy_(value)
@@ -681,7 +713,6 @@ def dequantize_model(model: nn.Module, *, dtype: torch.dtype = torch.float32) ->
         else:
             new = nn.Linear(source.columns, source.rows, bias=False, device="meta")
             new.weight, new.bias = weight, getattr(module, "bias", None)
-        if (act := getattr(module, "input_quant", None)) is not None:
-            round_input(new, act)
+        _read_as(new, module)
         _replace(dense, name, new.train(module.training))
     return dense

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'hadamard', 'fast_hadamard', 'Rotation', 'Stream', 'find_stream', 'rotate_stream', 'untie', 'Rotate',
-           'RotateInputs', 'Groups', 'quantize_groups', 'dequantize_groups', 'CacheFormat', 'Rounder', 'Store',
-           'length_of', 'nbytes_of', 'crop', 'change_batch', 'stores_for', 'QuantizedKVCache', 'quantized_cache',
-           'ThroughCache']
+           'turn_input', 'RotateInputs', 'Groups', 'quantize_groups', 'dequantize_groups', 'CacheFormat', 'Rounder',
+           'Store', 'length_of', 'nbytes_of', 'crop', 'change_batch', 'stores_for', 'QuantizedKVCache',
+           'quantized_cache', 'ThroughCache']
 
 # %% ../nbs/14d_rotation.ipynb #qd000006
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import Adapter, adapter_for
-from .compression import CARRIED, Context, LayerPass, Pass, Report, chosen_sites
+from .compression import CARRIED, Context, LayerPass, Pass, Report
 from .model import GPT, KVCache, LayerCache
 from .quantization import pack, unpack
 from .runtime import evaluating
@@ -99,6 +99,15 @@ class Rotation(nn.Module):
             R = R * T.diagonal().sign()  # without this the draw is not uniform (Mezzadri, 2007)
         for name, tensor in (("signs", signs), ("order", order), ("matrix", R)):
             self.register_buffer(name, tensor)
+
+    @classmethod
+    def empty(cls, n: int, kind: str) -> "Rotation":
+        """One whose numbers are still to be read from a file: nothing is drawn."""
+        turn = cls(n, kind="hadamard" if kind == "hadamard" else "none")
+        turn.kind = one_of("kind", kind, KINDS)
+        turn.order = torch.arange(n) if kind == "permutation" else None
+        turn.matrix = torch.eye(n, dtype=torch.float64) if kind == "orthogonal" else None
+        return turn
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "none":
@@ -263,17 +272,25 @@ def _turn_input(layer: nn.Module, args: tuple) -> tuple:
     return (layer.input_rotation(args[0]), *args[1:])
 
 
+def turn_input(layer: nn.Module, turn: Rotation) -> None:
+    """Let the layer read `turn(x)` from now on; before what rounds its input."""
+    layer.input_rotation = turn
+    layer.register_forward_pre_hook(_turn_input)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RotateInputs(LayerPass):
     """Let layers turn what they read, when the model runs, and turn their weights once.
 
-    Not registered: a folder of `save_student` has no place for it. For experiments.
+    A folder of `save_student` holds the signs (a bit for each input) or the order; with
+    `orthogonal` it holds the matrix, which is larger than the layer: that kind is for experiments.
 
     Attributes:
         layers: globs of full names.
         kind, seed: as in `Rotation`.
     """
 
+    name = "rotate-inputs"
     leaves = ("turned input",)
     spoils = dict.fromkeys(CARRIED, "rotate first, and once")
     kind: str = "hadamard"
@@ -289,15 +306,12 @@ class RotateInputs(LayerPass):
     @torch.no_grad()
     def run(self, model: nn.Module, ctx: Context) -> tuple[nn.Module, Report]:
         start = perf_counter()
-        for i in range(len(ctx.adapter.blocks())):
-            for site in chosen_sites(self, ctx.adapter, i):
-                for layer in site.layers.values():
-                    turn = Rotation(layer.in_features, kind=self.kind, seed=self.seed)
-                    layer.weight.copy_(turn(layer.weight.cpu().double()))  # (O, I): W R
-                    layer.input_rotation = turn.to(layer.weight.device)
-                    layer.register_forward_pre_hook(_turn_input)
+        for layer in self.treats(ctx.adapter).values():
+            turn = Rotation(layer.in_features, kind=self.kind, seed=self.seed)
+            layer.weight.copy_(turn(layer.weight.cpu().double()))  # (O, I): W R
+            turn_input(layer, turn.to(layer.weight.device))
         coverage = ctx.adapter.coverage(self.layers)
-        return model, Report(type(self).__name__, self.config, (), perf_counter() - start, coverage)
+        return model, Report(self.name, self.config, (), perf_counter() - start, coverage)
 
 # %% ../nbs/14d_rotation.ipynb #qd000047
 class Groups(NamedTuple):

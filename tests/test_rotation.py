@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import scipy.linalg
@@ -12,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmcourse.activations import DynamicInt8
+from llmcourse.activations import AWQ, DynamicInt8
 from llmcourse.adapters import adapter_for
 from llmcourse.compression import Pass, compress
+from llmcourse.lowbit import NF4
 from llmcourse.model import GPT, GPTConfig, KVCache
-from llmcourse.packed import load_student, save_student
-from llmcourse.pruning import Wanda
+from llmcourse.packed import load_student, pack_model, save_student, stored_bytes
+from llmcourse.pruning import Magnitude, Wanda
 from llmcourse.quantization import RTN
 from llmcourse.rotation import (
     CacheFormat,
@@ -36,6 +38,7 @@ from llmcourse.rotation import (
 )
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
+from llmcourse.store import write_manifest
 
 RT = Runtime.auto("cpu", "float32")
 ACCEPTED = {
@@ -198,7 +201,7 @@ def test_inputs_turn_in_every_family(name: str) -> None:
     assert moved and not any(hasattr(m, "input_rotation") for m in model.modules())
 
 
-def test_what_comes_after_sees_the_turned_input(tmp_path) -> None:
+def test_what_comes_after_sees_the_turned_input() -> None:
     data = random_text()
     turned, _ = compress(
         build("llama"), [RotateInputs(kind="orthogonal", layers="*.down_proj"), DynamicInt8()], data, RT
@@ -209,9 +212,62 @@ def test_what_comes_after_sees_the_turned_input(tmp_path) -> None:
     layer.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     layer(x)
     assert (seen[0] != 0).sum() > 20  # one input is spread over all, and only then rounded
-    with pytest.raises(BadInput, match="RotateInputs adds"):  # refused, not forgotten
-        save_student(turned, None, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+
+
+INSIDE = {"ours": "*.attn.o,*.ffn.down", "gpt2": "*.attn.c_proj,*.mlp.c_proj"}
+
+
+@pytest.mark.parametrize("name", ["llama", "ours", "gpt2", "llama, biases"])
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "permutation", "none"])
+@pytest.mark.parametrize("then", ["", "rtn", "int8", "nf4", "mask"])
+def test_a_folder_turns_what_its_layers_read(name: str, kind: str, then: str, tmp_path) -> None:
+    after = {"rtn": RTN(bits=4, group_size=8), "int8": DynamicInt8(), "nf4": NF4(group_size=8),
+             "mask": Magnitude(sparsity=0.5)}  # fmt: skip
+    inside = INSIDE.get(name, "*.o_proj,*.down_proj")
+    passes = [RotateInputs(kind=kind, seed=3, layers=inside), *([after[then]] if then else [])]
+    student, _ = compress(build(name), passes, None, None)
+    expected, sizes = logits(student, ids()), save_student(student, None, tmp_path / "x", rest_dtype=torch.float32)
+    back = load_student(tmp_path / "x").model
+    assert torch.equal(logits(back, ids()), expected)
+    assert torch.equal(logits(load_student(tmp_path / "x", dequantize=True).model, ids()), expected)
+    assert sizes == stored_bytes(student if then in ("", "mask") else pack_model(student), torch.float32)
+    turned = [m for m in back.modules() if hasattr(m, "input_rotation")]
+    assert len(turned) == 6 and all(m.input_rotation.kind == kind for m in turned)
+    if kind == "hadamard":  # a bit for each input
+        from safetensors.torch import load_file
+
+        kept = {n: t for n, t in load_file(tmp_path / "x" / "packed.safetensors").items() if "input_rotation" in n}
+        assert sorted(t.nbytes for t in kept.values()) == sorted(-(-m.in_features // 8) for m in turned)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: t.update({next(iter(t)): "fourier"}), "kind is 'fourier'; allowed: "),
+    (lambda t: t.update({"model.layers.7.mlp.down_proj": "hadamard"}), "allowed: the name of a linear layer"),
+    (lambda t: t.pop(next(iter(t))), "has no partner"),
+    (lambda t: t.update({next(iter(t)): "orthogonal"}), "has no partner"),
+])  # fmt: skip
+def test_a_turn_that_is_unknown_or_damaged_is_one_sentence(change, words: str, tmp_path) -> None:
+    student, _ = compress(build("llama"), [RotateInputs(layers="*.o_proj,*.down_proj")], None, None)
+    save_student(student, None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf8"))
+    change(config["quantization_config"]["turned"])
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf8")
+    write_manifest(tmp_path)
+    with pytest.raises(BadInput) as caught:
+        load_student(tmp_path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_scale_is_not_folded_through_a_turn() -> None:
+    """AWQ's scale is for the turned input: dividing what the module before puts out would be another column."""
+    data, dense = random_text(), build("llama")
+    turned, _ = compress(dense, [RotateInputs(kind="orthogonal", layers="*.down_proj")], data, RT)
+    fine = AWQ(bits=8, group_size=8, n_calib=2, seq_len=16, clip=False)
+    student, _ = compress(turned, [fine], data, RT)
+    assert student.model.layers[0].mlp.down_proj.input_quant.divide is not None
+    reference, _ = compress(dense, [fine], data, RT)
+    gap = lambda m: float((logits(m, ids()) - logits(dense, ids())).norm() / logits(dense, ids()).norm())
+    assert gap(student) < 3 * gap(reference) < 0.2
 
 
 def test_passes_that_do_not_fit_together_are_refused_before_any_work() -> None:
@@ -221,8 +277,8 @@ def test_passes_that_do_not_fit_together_are_refused_before_any_work() -> None:
         for second in (Rotate(), RotateInputs(kind="orthogonal")):
             with pytest.raises(BadInput, match=r"rotate first|quantize last"):
                 compress(done, [second], data, RT)
-    with pytest.raises(BadInput, match="quantize last"):
-        compress(dense, [RTN(bits=4, group_size=16), Rotate()], data, RT)
+            with pytest.raises(BadInput, match="rotate first"):
+                compress(dense, [first, second], data, RT)
 
 
 @pytest.mark.parametrize(("make", "words"), [
@@ -399,5 +455,5 @@ def test_models_that_do_not_fit_are_refused() -> None:
     quantized_cache(build("llama"), CacheFormat(group_size=5, values="channel"))  # tokens in groups: any number
 
 
-def test_the_pass_is_found_by_its_name_and_the_online_one_is_not() -> None:
-    assert Pass.registry["rotate"] is Rotate and RotateInputs not in Pass.registry.values()
+def test_both_passes_are_found_by_their_names() -> None:
+    assert Pass.registry["rotate"] is Rotate and Pass.registry["rotate-inputs"] is RotateInputs

@@ -1,0 +1,139 @@
+"""The Triton kernel for 4-bit weights against plain PyTorch: in the interpreter, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from llmcourse import kernels
+from llmcourse.packed import PackedLinear
+from llmcourse.quantization import rtn
+from llmcourse.settings import BadInput
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+# rows of x; outputs, which no block divides; inputs and the columns that share a scale
+ROWS = (1, 3, 17)
+SHAPES = ((40, 128, 32), (72, 192, 64), (64, 256, 128), (5, 96, 96))
+GRIDS = ("asymmetric", "symmetric", "one scale")
+
+
+def layer_of(O, I, group, grid, dtype, bias=False, device="cpu"):
+    """A packed layer of 4 bits with weights that differ from row to row."""
+    dice = torch.Generator().manual_seed(O + I)
+    W = torch.randn(O, I, generator=dice) * torch.logspace(-1, 0, O)[:, None] + 0.05
+    how = dict(group_size="tensor" if grid == "one scale" else group, symmetric=grid == "symmetric")
+    update = rtn(W, bits=4, **how)
+    b = torch.randn(O, generator=dice).to(dtype) if bias else None
+    return PackedLinear.from_weight(update.weight, update.qparams, b).to(device).to(dtype)
+
+
+def inputs(rows, I, dtype, device="cpu"):
+    return torch.randn(rows, I, generator=torch.Generator().manual_seed(rows)).to(device, dtype)
+
+
+def compare(rows, O, I, group, grid, dtype, bias=False, device="cpu"):
+    """The kernel, its reference and the portable path of the layer, on the same numbers."""
+    layer, x = layer_of(O, I, group, grid, dtype, bias, device), inputs(rows, I, dtype, device)
+    how = dict(group_size=layer.group_size, bias=layer.bias)
+    ours = kernels.w4a16(x, layer.codes, layer.scale, layer.zero, **how)
+    theirs = kernels.w4a16_reference(x, layer.codes, layer.scale, layer.zero, **how)
+    portable = super(PackedLinear, layer).forward(x)
+    assert torch.equal(theirs, portable), "the reference is the portable path"
+    # sums of I products, kept in float32, in another order; in 16 bits one rounding at the end on top
+    close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(ours, theirs, **close)
+    assert ours.shape == (rows, O) and ours.dtype == dtype and float(theirs.abs().max()) > 0.1
+    return layer, x, ours
+
+
+def in_the_interpreter() -> None:
+    """All cases; run in a process of its own, because Triton decides when it is imported."""
+    torch.set_num_threads(1)
+    assert kernels.INTERPRETED
+    tried = 0
+    for rows, (O, I, group), grid in itertools.product(ROWS, SHAPES, GRIDS):
+        dtype = (torch.float32, torch.float16)[tried % 2]
+        compare(rows, O, I, group, grid, dtype, bias=tried % 3 == 0)
+        tried += 1
+    compare(70, 40, 64, 32, "asymmetric", torch.float32)  # more rows than one block
+    for dtype in (torch.float32, torch.float16):  # all three groups in both formats
+        for O, I, group in SHAPES[:3]:
+            compare(3, O, I, group, "asymmetric", dtype)
+    # the layer takes the kernel where it fits, and only there
+    layer, x, ours = compare(3, 40, 128, 32, "asymmetric", torch.float32)
+    calls, kernel = [], kernels.w4a16
+    kernels.w4a16 = lambda *args, **how: calls.append(1) or kernel(*args, **how)
+    with torch.no_grad():
+        assert torch.equal(layer(x), ours) and torch.equal(layer(x.view(3, 1, 128)), ours.view(3, 1, 40))
+        assert len(calls) == 2
+        layer(inputs(kernels.MOST_ROWS + 1, 128, torch.float32))  # many rows
+        layer_of(40, 120, 24, "asymmetric", torch.float32)(inputs(3, 120, torch.float32))  # groups of 24
+        layer(torch.empty(0, 128))
+    learning = inputs(3, 128, torch.float32).requires_grad_()
+    layer(learning).sum().backward()  # no backward pass in the kernel
+    assert len(calls) == 2 and learning.grad is not None
+    assert kernel(torch.empty(0, 128), layer.codes, layer.scale, layer.zero, group_size=32).shape == (0, 40)
+    print(tried, "cases")
+
+
+@needs_triton
+def test_the_kernel_computes_what_its_reference_does():
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", *sys.path)))
+    code = "import test_kernels; test_kernels.in_the_interpreter()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{len(ROWS) * len(SHAPES) * len(GRIDS)} cases" in done.stdout
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_on_a_gpu(dtype):
+    for rows, (O, I, group), grid in itertools.product((*ROWS, 70), SHAPES, GRIDS):
+        if dtype != torch.bfloat16:
+            compare(rows, O, I, group, grid, dtype, bias=rows == 3, device="cuda")
+        elif rows == 17:
+            layer, x = layer_of(O, I, group, grid, dtype, device="cuda"), inputs(rows, I, dtype, "cuda")
+            how = dict(group_size=layer.group_size)
+            ours, theirs = (f(x, layer.codes, layer.scale, layer.zero, **how)
+                            for f in (kernels.w4a16, kernels.w4a16_reference))  # fmt: skip
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    layer, x, ours = compare(3, 40, 128, 32, "asymmetric", torch.float32, device="cuda")
+    with torch.no_grad():
+        assert kernels.fits(x, 32) and torch.equal(layer(x), ours)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_reference_is_the_portable_path_everywhere(grid, dtype):
+    for rows, (O, I, group) in itertools.product(ROWS, SHAPES):
+        layer, x = layer_of(O, I, group, grid, dtype, bias=True), inputs(rows, I, dtype)
+        found = kernels.w4a16_reference(x, layer.codes, layer.scale, layer.zero,
+                                        group_size=layer.group_size, bias=layer.bias)  # fmt: skip
+        assert torch.equal(found, layer(x))
+
+
+def test_on_a_processor_nothing_changes():
+    layer, x = layer_of(40, 128, 32, "asymmetric", torch.float32), inputs(3, 128, torch.float32)
+    assert not kernels.fits(x, 32)
+    assert torch.equal(layer(x), super(PackedLinear, layer).forward(x))
+
+
+def test_what_the_kernel_cannot_do_is_one_sentence(monkeypatch):
+    layer, x = layer_of(40, 120, 24, "asymmetric", torch.float32), inputs(3, 120, torch.float32)
+    with pytest.raises(BadInput) as caught:
+        kernels.w4a16(x, layer.codes, layer.scale, layer.zero, group_size=24)
+    words = "group_size is 24; allowed: a multiple of 32" if kernels.triton else "triton is 'not installed'; allowed: "
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(BadInput, match="triton is 'not installed'; allowed: the extra"):
+        kernels.w4a16(x, layer.codes, layer.scale, layer.zero, group_size=24)
