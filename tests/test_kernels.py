@@ -85,6 +85,8 @@ def in_the_interpreter() -> None:
 
 @needs_triton
 def test_the_kernel_computes_what_its_reference_does():
+    if tuple(map(int, kernels.triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton before 3.7 does not multiply matrices with numpy 2.4")
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", *sys.path)))
     code = "import test_kernels; test_kernels.in_the_interpreter()"
