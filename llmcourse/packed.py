@@ -46,6 +46,7 @@ __all__ = [
     "PackedHead",
     "PackedLinear",
     "dequantize_model",
+    "digits_per_byte",
     "load_student",
     "pack_digits",
     "pack_model",
