@@ -4,8 +4,8 @@
 __all__ = ['REPORT_INPUTS', 'CARRIED', 'Stat', 'AbsMax', 'RootMeanSquare', 'Hessian', 'layer_error', 'damped', 'inverse_factor',
            'QParams', 'Codebook', 'Mask', 'FakeQuant', 'ActQuant', 'round_input', 'LayerUpdate', 'SiteUpdate',
            'mask_of', 'qparams_of', 'write_back', 'Call', 'capture', 'Seen', 'watch', 'LayerReport', 'Report',
-           'Context', 'Pass', 'carried', 'chosen_sites', 'check_sites', 'LayerPass', 'fold_scale', 'treat',
-           'parametrizations', 'parametrize_like', 'walk', 'check_passes', 'check_order', 'compress', 'Noise',
+           'Context', 'Pass', 'carried', 'chosen_sites', 'chosen_layers', 'check_sites', 'LayerPass', 'fold_scale',
+           'treat', 'parametrizations', 'parametrize_like', 'walk', 'check_passes', 'check_order', 'compress', 'Noise',
            'RoundingNoise', 'Passport', 'count_parameters', 'disk_bytes', 'flops_per_token', 'latency', 'passport']
 
 # %% ../nbs/11_compression.ipynb #88eb1395
@@ -667,7 +667,7 @@ class Pass:
         return {}
 
     def changes(self, adapter: Adapter) -> dict[str, nn.Module]:
-        """The layers whose numbers it changes: those that it treats, unless a subclass says more."""
+        """The layers whose numbers it changes: those that it treats, and what a subclass adds."""
         return self.treats(adapter)
 
     def check(self, model: nn.Module, adapter: Adapter) -> None:
@@ -699,6 +699,12 @@ def chosen_sites(method: "LayerPass", adapter: Adapter, index: int) -> list[Site
             source = {} if whole_site and not turned else {"prev": None, "shared": None}
             kept.append(replace(site, layers=layers, **source))
     return kept
+
+
+def chosen_layers(method: "LayerPass", adapter: Adapter) -> dict[str, nn.Linear]:
+    """The layers that a pass treats, by their full names."""
+    sites = [s for i in range(len(adapter.blocks())) for s in chosen_sites(method, adapter, i)]
+    return {name: layer for site in sites for name, layer in site.layers.items()}
 
 
 def check_sites(method: "LayerPass", adapter: Adapter) -> None:
@@ -773,9 +779,7 @@ class LayerPass(Pass):
             raise BadInput("weights are NaN or infinite; allowed: finite weights.")
 
     def treats(self, adapter: Adapter) -> dict[str, nn.Module]:
-        blocks = range(len(adapter.blocks()))
-        sites = [site for i in blocks for site in chosen_sites(self, adapter, i)]
-        return {name: layer for site in sites for name, layer in site.layers.items()}
+        return chosen_layers(self, adapter)
 
     def check(self, model: nn.Module, adapter: Adapter) -> None:
         check_sites(self, adapter)
