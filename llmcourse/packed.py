@@ -200,7 +200,7 @@ class _OnTable(_Packed):
         row_bytes = -(-columns // digits_per_byte(whole("levels", levels, 2, 256)))
         super().__init__(rows, columns, row_bytes=row_bytes, **how)
         self.levels = levels
-        self.register_buffer("values", torch.empty(levels))
+        self.register_buffer("values", torch.empty(levels, dtype=torch.float32))
 
     def _packed(self, codes: Tensor) -> Tensor:
         return pack_digits(codes, self.levels)
@@ -616,8 +616,9 @@ def _empty_model(config: dict[str, Any], about: dict[str, Any], dtype: torch.dty
         if about.get("separated"):
             separate(model)
     heads_last = sorted(about["layers"].items(), key=lambda item: item[1]["kind"] == "PackedHead")
-    for name, layout in heads_last:
-        _replace(model, name, _empty_layer(model, name, dict(layout)))
+    with _default_dtype(dtype):  # a bias has the format of the model around
+        for name, layout in heads_last:
+            _replace(model, name, _empty_layer(model, name, dict(layout)))
     for name, kind in about.get("turned", {}).items():  # before what rounds the turned input
         try:
             layer = model.get_submodule(name)
