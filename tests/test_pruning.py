@@ -236,7 +236,7 @@ def test_what_is_cut_keeps_its_masks(name: str, first, dim: str, data: TokenData
 
 def test_what_is_quantized_is_not_cut(data: TokenData) -> None:
     model = build("llama")
-    with pytest.raises(BadInput, match="undo the rounding of .*; allowed: take out channels and heads first"):
+    with pytest.raises(BadInput, match=r"undo the rounding of .*; allowed: take out channels and heads first"):
         compress(model, [RTN(bits=4, group_size=16), Structured(choose="magnitude")], data, RT)
     done, _ = compress(model, [RTN(bits=4, group_size=16)], data, RT)
     with pytest.raises(BadInput, match="carries FakeQuant, whose scale is no mask; allowed: take out channels first"):
