@@ -100,6 +100,22 @@ def _run(model: str | None, recipe: str, out: Path, calib: str | None, layers: s
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder that `llmcourse compress` wrote.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gguf or onnx: what the program that loads it reads.")],
+    out: Out,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Lose nothing: take more bytes, or refuse (gguf with zero points).")
+    ] = False,
+) -> None:
+    """Write a compressed model in a form that other programs load, and read it back."""
+    from llmcourse.portable import export_folder
+
+    _say(str(export_folder(folder, out, to=to, exact=exact)))
+    _say(f"Written: {out}")
+
+
+@app.command()
 def evaluate(
     model: Model,
     data: Data = None,

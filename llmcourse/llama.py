@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmcourse.model import GPT, GPTConfig
     from llmcourse.runtime import Runtime
 
-__all__ = ["LlamaFiles", "read_config", "read_weights", "write_llama"]
+__all__ = ["LlamaFiles", "check_llama", "llama_config", "read_config", "read_weights", "their_name", "write_llama"]
 
 # transformers' names of the weights -> ours, applied in this order; the parts of a layer end in "_proj"
 _NAMES = (
@@ -136,20 +136,10 @@ def check_llama(config: GPTConfig) -> None:
         require(value == allowed, name, value, f"{allowed!r}, to be saved as a Llama checkpoint")
 
 
-def write_llama(model: GPT, folder: str | Path) -> None:
-    """Write config.json and model.safetensors, which `GPT.from_pretrained` and transformers read.
-
-    Raises:
-        BadInput: a shape that the Llama architecture does not have; nothing is written then.
-    """
-    from safetensors.torch import save_file
-
-    c, folder = model.config, Path(folder)
-    check_llama(c)
-    weights = {_their_name(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    if c.tied:
-        del weights["lm_head.weight"]  # the embedding's, and stored once
-    config = {
+def llama_config(model: GPT) -> dict[str, Any]:
+    """The config.json of a `GPT` of Llama's shape, as transformers reads it."""
+    c = model.config
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": c.vocab_size,
@@ -173,12 +163,28 @@ def write_llama(model: GPT, folder: str | Path) -> None:
         "eos_token_id": None if not model.stop else model.stop[0] if len(model.stop) == 1 else list(model.stop),
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
     }
+
+
+def write_llama(model: GPT, folder: str | Path) -> None:
+    """Write config.json and model.safetensors, which `GPT.from_pretrained` and transformers read.
+
+    Raises:
+        BadInput: a shape that the Llama architecture does not have; nothing is written then.
+    """
+    from safetensors.torch import save_file
+
+    c, folder = model.config, Path(folder)
+    check_llama(c)
+    weights = {their_name(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    if c.tied:
+        del weights["lm_head.weight"]  # the embedding's, and stored once
+    config = llama_config(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
     write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _their_name(key: str) -> str:
+def their_name(key: str) -> str:
     """transformers' name of one of our weights."""
     key = key.replace(".attn.", ".self_attn.").replace(".ffn.", ".mlp.")
     for part in _PROJECTIONS:
