@@ -5,7 +5,7 @@ __all__ = ['GGUF_BLOCK', 'LEVELS', 'Grid', 'grid_of', 'stored_parts', 'ct_matrix
            'gguf_blocks', 'gguf_name', 'interleaved', 'onnx_block', 'Graph', 'matmul', 'look_up', 'llama_graph',
            'onnx_model', 'write_onnx', 'OnnxCache', 'OnnxLlama']
 
-# %% ../nbs/15b_export.ipynb #ex000003
+# %% ../nbs/15b_export.ipynb #ex000005
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +24,7 @@ from .packed import PackedEmbedding, PackedHead, PackedLinear, pack_model
 from .quantization import pack, unpack
 from .settings import one_of, require, whole
 
-# %% ../nbs/15b_export.ipynb #ex000004
+# %% ../nbs/15b_export.ipynb #ex000009
 class Grid(NamedTuple):
     """A matrix in a few bits: weight = (codes - zero) * scale, a scale and a zero for each group.
 
@@ -60,15 +60,15 @@ class Grid(NamedTuple):
 
 def grid_of(layer: PackedLinear | PackedEmbedding) -> Grid:
     """The codes of a packed layer, unpacked, with a row of scales for each row of the matrix."""
-    codes = unpack(layer.codes, layer.bits, layer.columns)
-    scale = layer.scale.float()  # (1 or O, G)
+    codes = unpack(layer.codes.cpu(), layer.bits, layer.columns)
+    scale = layer.scale.cpu().float()  # (1 or O, G)
     zero = torch.full_like(scale, 2 ** (layer.bits - 1))
     if not layer.symmetric:
-        zero = unpack(layer.zero, layer.bits, scale.shape[1]).float()
+        zero = unpack(layer.zero.cpu(), layer.bits, scale.shape[1]).float()
     rows = (t.expand(layer.rows, -1) for t in (scale, zero))
     return Grid(codes, *rows, layer.bits, layer.symmetric)
 
-# %% ../nbs/15b_export.ipynb #ex000005
+# %% ../nbs/15b_export.ipynb #ex000010
 def stored_parts(model: nn.Module) -> dict[str, Grid | Tensor]:
     """Everything that a model stores, by its name in transformers: a `Grid`, or a dense tensor.
 
@@ -99,14 +99,14 @@ def stored_parts(model: nn.Module) -> dict[str, Grid | Tensor]:
         for key, value in own.items():
             if value is not None and id(value) not in seen:
                 seen.add(id(value))
-                value = value if isinstance(value, Grid) else value.detach()
+                value = value if isinstance(value, Grid) else value.detach().cpu()
                 parts[f"{name}.{key}".lstrip(".")] = value
     found = any(isinstance(p, Grid) for p in parts.values())
     what = "one with packed layers: quantize it first (llmcourse compress)"
     require(found, "model", type(model).__name__, what)
     return {their_name(k): p for k, p in parts.items()} if isinstance(model, GPT) else parts
 
-# %% ../nbs/15b_export.ipynb #ex000006
+# %% ../nbs/15b_export.ipynb #ex000012
 def ct_matrix(grid: Grid) -> dict[str, Tensor]:
     """The tensors of one linear layer in the form "pack-quantized" of compressed-tensors.
 
@@ -161,7 +161,7 @@ def ct_config(parts: dict[str, Grid | Tensor], linears: Iterable[str]) -> dict[s
     about |= {"quantization_status": "compressed", "config_groups": schemes}
     return about | {"ignore": [name for name in linears if name not in packed]}
 
-# %% ../nbs/15b_export.ipynb #ex000007
+# %% ../nbs/15b_export.ipynb #ex000015
 GGUF_BLOCK = 32  # columns of a block, fixed by the format
 
 
@@ -206,7 +206,7 @@ def _halves(x: Tensor) -> Tensor:
     """(…) float32 -> (…, 2) uint8, the bytes of float16."""
     return x.half()[..., None].contiguous().view(torch.uint8)
 
-# %% ../nbs/15b_export.ipynb #ex000008
+# %% ../nbs/15b_export.ipynb #ex000018
 _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -239,7 +239,7 @@ def interleaved(part: Grid | Tensor, heads: int) -> Grid | Tensor:
         return Grid(*moved, part.bits, part.symmetric)
     return part[order]
 
-# %% ../nbs/15b_export.ipynb #ex000009
+# %% ../nbs/15b_export.ipynb #ex000020
 LEVELS = {"exact": 1, "fast": 4}  # accuracy_level of MatMulNBits: float32, or int8 inputs
 _MS = "com.microsoft"  # where onnxruntime keeps operators that the standard does not have
 
@@ -278,7 +278,7 @@ class Graph:
         self.nodes.append(node)
         return names[0] if outputs == 1 else names
 
-# %% ../nbs/15b_export.ipynb #ex000010
+# %% ../nbs/15b_export.ipynb #ex000021
 def matmul(g: Graph, x: str, name: str, parts: list[Grid | Tensor], level: int) -> str:
     """x (B, T, I) times the matrices that read it, one below the other: (B, T, ΣO).
 
@@ -316,7 +316,7 @@ def look_up(g: Graph, ids: str, table: Grid | Tensor) -> str:
     how = dict(bits=table.bits, block_size=block, gather_axis=0, quantize_axis=1)
     return g.add("GatherBlockQuantized", *inputs, domain=_MS, **how)
 
-# %% ../nbs/15b_export.ipynb #ex000011
+# %% ../nbs/15b_export.ipynb #ex000023
 def llama_graph(parts: dict[str, Grid | Tensor], c: GPTConfig, level: int) -> Graph:
     """The whole model: input_ids (B, T) and a cache -> logits of the last `keep` tokens.
 
@@ -365,7 +365,7 @@ def llama_graph(parts: dict[str, Grid | Tensor], c: GPTConfig, level: int) -> Gr
     g.nodes[-1].output[0] = "logits"
     return g
 
-# %% ../nbs/15b_export.ipynb #ex000012
+# %% ../nbs/15b_export.ipynb #ex000024
 def onnx_model(graph: Graph, c: GPTConfig, where: dict[str, tuple[int, int]], file: str) -> Any:
     """The graph as an ONNX model whose tensors lie in another file.
 
@@ -417,7 +417,7 @@ def write_onnx(parts: dict[str, Grid | Tensor], c: GPTConfig, folder: Path) -> N
         model = onnx_model(graph, c, where, "weights.bin")
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
 
-# %% ../nbs/15b_export.ipynb #ex000013
+# %% ../nbs/15b_export.ipynb #ex000026
 class OnnxCache:
     """Keys and values of `length` tokens for each of `batch` texts: the buffers of one session."""
 
@@ -434,7 +434,7 @@ class OnnxCache:
                 self.binding.bind_ortvalue_input(f"{kind}.{i}", buffer)
                 self.binding.bind_ortvalue_output(f"new_{kind}.{i}", buffer)  # the same memory
 
-
+# %% ../nbs/15b_export.ipynb #ex000027
 class OnnxLlama:
     """A model written by `write_onnx`, run by onnxruntime: ids (B, T) -> logits (B, T, V).
 

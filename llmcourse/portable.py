@@ -97,6 +97,7 @@ def export_student(model: nn.Module, tokenizer: Any, out: str | Path, *, to: str
     """
     target = _check(out, to)
     from llmcourse.export import stored_parts
+    from llmcourse.modelfolder import library_errors
 
     parts = stored_parts(model)
     writer = {"compressed-tensors": _CompressedTensors, "gguf": _GGUF, "onnx": _ONNX}[to](
@@ -104,7 +105,12 @@ def export_student(model: nn.Module, tokenizer: Any, out: str | Path, *, to: str
     )
     with atomic_folder(target) as partial:
         writer.write(partial)
-        weight_error, logit_error = writer.read_back(partial)
+        try:
+            weight_error, logit_error = writer.read_back(partial)
+        except (BadInput, MemoryError):
+            raise
+        except Exception as e:  # of dozens of kinds, by the program that reads
+            raise library_errors(f"what was written for {to}", e) from e
         write_manifest(partial)
         size = sum(f.stat().st_size for f in partial.iterdir())
     return Exported(to, target, size, dict(writer.forms), weight_error, logit_error, tuple(writer.notes))
@@ -292,7 +298,6 @@ class _CompressedTensors(_Target):
         for name, part in self.parts.items():
             stem = name.removesuffix("weight")
             if f"{stem}weight_packed" in found:
-                assert isinstance(part, Grid)
                 rows, columns = found[f"{stem}weight_shape"].tolist()
                 codes = unwords(found[f"{stem}weight_packed"], part.bits, columns)
                 zero, scale = part.zero, found[f"{stem}weight_scale"].float()

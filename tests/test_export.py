@@ -322,6 +322,16 @@ def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, tokenizer, m
     assert sorted(f.name for f in tmp_path.iterdir()) == ["right"]
 
 
+def test_what_the_other_program_says_becomes_a_sentence(tmp_path, tokenizer, monkeypatch):
+    def broken(self, folder):
+        raise RuntimeError("no such\n operator")
+
+    monkeypatch.setattr(portable._GGUF, "read_back", broken)
+    with pytest.raises(BadInput, match="what was written for gguf could not be loaded: no such operator") as e:
+        export_student(student(llama(), SYMMETRIC), tokenizer, tmp_path / "out", to="gguf")
+    assert one_sentence(str(e.value)) and not list(tmp_path.iterdir())
+
+
 def test_missing_packages_are_named(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(portable.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install 'llmcourse\[export\]' brings onnx"):
