@@ -77,7 +77,7 @@ def stored_parts(model: nn.Module) -> dict[str, Grid | Tensor]:
     Args:
         model: as `compress`, `pack_model` or `load_student` return it. Not changed.
     Raises:
-        BadInput: nothing in it is packed, or a layer rounds or divides what it reads.
+        BadInput: nothing lies on a grid, or a layer rounds or turns what it reads.
     """
     rounded = any(qparams_of(m) is not None for m in model.modules())
     model = pack_model(model) if rounded else model
@@ -85,15 +85,17 @@ def stored_parts(model: nn.Module) -> dict[str, Grid | Tensor]:
     inside = (parametrize.ParametrizationList, ActQuant)
     hidden = [n for n, m in model.named_modules() if isinstance(m, inside)]
     for name, m in model.named_modules():
-        acts = getattr(m, "input_quant", None) is not None
-        allowed = "layers that read their input as it is: no other program rounds it as ours does"
-        require(not acts, f"layer {name}", "one that rounds or divides what it reads", allowed)
+        acts = [getattr(m, f"input_{what}", None) is not None for what in ("quant", "rotation")]
+        allowed = "layers that read their input as it is: no other program changes it as ours does"
+        require(not any(acts), f"layer {name}", "one that rounds or turns what it reads", allowed)
         if isinstance(m, PackedHead) or any(name == h or name.startswith(h + ".") for h in hidden):
             continue
         own = dict(m._parameters)
         own |= {k: b for k, b in m._buffers.items() if k not in m._non_persistent_buffers_set}
         if type(m) in (PackedLinear, PackedEmbedding):
             own = {"weight": grid_of(m), "bias": getattr(m, "bias", None)}
+        elif hasattr(m, "dequantized"):  # packed on a table of values, which no format here holds
+            own = {"weight": m.dequantized(), "bias": getattr(m, "bias", None)}
         elif parametrize.is_parametrized(m, "weight"):
             own = {**own, "weight": m.weight}
         for key, value in own.items():
@@ -102,7 +104,7 @@ def stored_parts(model: nn.Module) -> dict[str, Grid | Tensor]:
                 value = value if isinstance(value, Grid) else value.detach().cpu()
                 parts[f"{name}.{key}".lstrip(".")] = value
     found = any(isinstance(p, Grid) for p in parts.values())
-    what = "one with packed layers: quantize it first (llmcourse compress)"
+    what = "one with layers on a grid: quantize it first (llmcourse compress)"
     require(found, "model", type(model).__name__, what)
     return {their_name(k): p for k, p in parts.items()} if isinstance(model, GPT) else parts
 
@@ -156,7 +158,8 @@ def ct_config(parts: dict[str, Grid | Tensor], linears: Iterable[str]) -> dict[s
     for i, ((bits, symmetric, size, row), names) in enumerate(groups.items()):
         how = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False}
         how |= {"strategy": "channel"} if row else {"strategy": "group", "group_size": size}
-        schemes[f"group_{i}"] = {"targets": ["Linear"] if len(groups) == 1 else names, "weights": how}
+        names = ["Linear"] if len(groups) == 1 else names
+        schemes[f"group_{i}"] = {"targets": names, "weights": how}
     about = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     about |= {"quantization_status": "compressed", "config_groups": schemes}
     return about | {"ignore": [name for name in linears if name not in packed]}
@@ -475,13 +478,16 @@ class OnnxLlama:
         cache.filled = total
         return torch.from_numpy(cache.binding.get_outputs()[-1].numpy())  # (B, keep, V)
 
-    def generate(self, ids: Tensor, max_new_tokens: int, stop: Iterable[int] | None = None) -> Tensor:
+    def generate(
+        self, ids: Tensor, max_new_tokens: int, stop: Iterable[int] | None = None
+    ) -> Tensor:
         """The most probable continuation of texts of one length: (B, T) -> (B, T + new).
 
         Args:
             stop: tokens after which a text ends; by default the model's own. It ends when all do.
         """
-        stop, done = set(self.stop if stop is None else stop), torch.zeros(len(ids), dtype=torch.bool)
+        stop = set(self.stop if stop is None else stop)
+        done = torch.zeros(len(ids), dtype=torch.bool)
         cache, new = OnnxCache(self, len(ids), ids.shape[1] + max_new_tokens), ids
         for _ in range(whole("max_new_tokens", max_new_tokens, 1)):
             new = self(new, cache, keep=1)[:, -1].argmax(-1, keepdim=True)  # (B, 1)

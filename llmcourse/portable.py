@@ -120,9 +120,15 @@ class _Target:
     """One export: `check` refuses, `write` fills a folder, `read_back` compares it with the student."""
 
     def __init__(self, model: nn.Module, parts: dict[str, Grid | Tensor], tokenizer: Any, exact: bool):
+        from llmcourse.packed import PackedEmbedding, PackedLinear
+
         self.model, self.parts, self.tokenizer, self.exact = model, parts, tokenizer, exact
         self.forms: Counter[str] = Counter()
         self.notes: list[str] = []
+        kinds = (PackedLinear, PackedEmbedding)
+        tables = sum(hasattr(m, "dequantized") and type(m) not in kinds for m in model.modules())
+        if tables:
+            self.notes.append(f"{tables} of the matrices on a table of values, which the format does not hold: dense")
         self.check()
 
     def _named(self, name: str, what: Any, *args: Any, **options: Any) -> Any:
@@ -248,14 +254,15 @@ class _CompressedTensors(_Target):
 
         from llmcourse.adapters.separate import is_separated
         from llmcourse.export import Grid, ct_matrix
-        from llmcourse.packed import PackedEmbedding, PackedHead, PackedLinear
+        from llmcourse.packed import PackedEmbedding
 
         allowed = "one whose layers have their own names in transformers"
         require(not is_separated(self.model), "model", "one with experts taken apart", allowed)
         self.config = _config_of(self.model)
-        names = {name for name, m in self.model.named_modules() if isinstance(m, (nn.Linear, PackedLinear, PackedHead))}
+        modules = list(self.model.named_modules())
+        names = {name for name, m in modules if isinstance(m, nn.Linear) or hasattr(m, "linear_shape")}
         self.linears = sorted(_their(self.model, names))
-        tables = {name for name, m in self.model.named_modules() if isinstance(m, PackedEmbedding)}
+        tables = {name for name, m in modules if isinstance(m, (nn.Embedding, PackedEmbedding))}
         self.tables = {f"{name}.weight" for name in _their(self.model, tables)}
         self.tensors: dict[str, Tensor] = {}
         for name, part in self.parts.items():
@@ -266,7 +273,7 @@ class _CompressedTensors(_Target):
                 continue
             self.tensors[name] = _weight(part) if isinstance(part, Grid) else part.detach().cpu()
             self.forms["dense"] += self.tensors[name].dim() == 2
-        if self.tables:
+        if any(isinstance(self.parts.get(name), Grid) for name in self.tables):
             self.notes.append("the embedding's rows lie on their grid as float32: the form is for linear layers only")
         if any(isinstance(p, Grid) and not p.symmetric for p in self.parts.values()):
             self.notes.append(

@@ -199,6 +199,30 @@ def test_masks_are_baked_in(tmp_path, tokenizer, to):
     assert torch.allclose(theirs, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
 
 
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_layer_on_a_table_of_values_becomes_dense(tmp_path, tokenizer, to):
+    class OnTable(torch.nn.Module):
+        """As a layer packed on a codebook: no `weight` parameter, but values that can be computed."""
+
+        def __init__(self, W):
+            super().__init__()
+            self.register_buffer("codes", (W > 0).to(torch.uint8))
+            self.linear_shape = tuple(W.shape)
+
+        def dequantized(self):
+            return self.codes.float() * 0.4 - 0.2
+
+        def forward(self, x):
+            return x @ self.dequantized().T
+
+    packed = student(llama(), RTN(bits=4, group_size=32, symmetric=True, layers="*.0.*"))
+    packed.model.layers[1].mlp.down_proj = OnTable(packed.model.layers[1].mlp.down_proj.weight)
+    found = export_student(packed, tokenizer, tmp_path / "out", to=to)
+    assert any("1 of the matrices on a table" in note for note in found.notes)
+    theirs, ours = answers(loaded(tmp_path / "out", to)), answers(packed)
+    assert torch.allclose(theirs, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
+
+
 def test_a_gguf_brings_its_tokenizer(tmp_path, tokenizer):
     packed = student(llama(), SYMMETRIC)
     export_student(packed, tokenizer, tmp_path / "out", to="gguf")
@@ -269,7 +293,7 @@ CANNOT = [
     ("compressed-tensors", lambda: student(llama(), RTN(bits=3, group_size=32, symmetric=True)), "bits is 3"),
     ("gguf", llama, "quantize it first"),
     ("compressed-tensors", llama, "quantize it first"),
-    ("gguf", lambda: compress(llama(), [RoundInputs(), SYMMETRIC], None, None)[0], "rounds or divides"),
+    ("gguf", lambda: compress(llama(), [RoundInputs(), SYMMETRIC], None, None)[0], "rounds or turns"),
     ("gguf", lambda: student(llama(attention_bias=True), SYMMETRIC), "attention_bias"),
     ("gguf", lambda: student(layer_norms(), SYMMETRIC), "norm is 'layer'"),
 ]
