@@ -273,12 +273,24 @@ def survivors(ex: checking.Exercise, these: Iterable[Mutant], jobs: int = 2) -> 
 # --------------------------------------------------------------------------------------- the scores
 
 
+def without_wrong_answers(code: str) -> str:
+    """A checker's code without its wrong answers and their sentences: no score depends on them."""
+    lines = code.splitlines()
+    for node in reversed(ast.parse(code).body):
+        calls = getattr(node, "decorator_list", None) or [getattr(node, "value", None)]
+        if any(isinstance(c, ast.Call) and getattr(c.func, "attr", "") == "wrong" for c in calls):
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            del lines[first - 1 : node.end_lineno]
+    return "\n".join(line for line in lines if line.strip())
+
+
 def digest(ex: checking.Exercise) -> str:
     """Of all that the score depends on: set-up, shared helpers, solution and checker, and the operators."""
     text = Path(sys.modules[ex.module].__file__).read_text(encoding="utf8")
     parts = re.findall(r"^# %% (.*)\n((?:.|\n)*?)(?=^# %% |\Z)", text, re.M)
-    own = ("setup", "checker", f"solution {ex.name}", f"checker {ex.name}")
+    own = ("setup", "checker", f"solution {ex.name}")
     kept = [str(VERSION), *(body.strip() for head, body in parts if head in own)]
+    kept += [without_wrong_answers(body) for head, body in parts if head == f"checker {ex.name}"]
     return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
 
 

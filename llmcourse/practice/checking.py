@@ -151,10 +151,11 @@ def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str
     contradicts: a sentence about a mistake that was not made is worse than none.
     """
     cases, expected = ex.all_cases(), ex.expected()
+    asked = frozenset(name for c in cases for name in c.error)
     best, best_score, best_explained = "", 0.0, []
     for name in ex.wrong_answers:
         given = ex.given_by(name)
-        same = [likeness(given[i], outcome, cases[i]) for i, outcome in enumerate(outcomes)]
+        same = [likeness(given[i], outcome, cases[i], asked) for i, outcome in enumerate(outcomes)]
         ran = [i for i in failing if i < len(outcomes)]
         explained = sum(same[i] for i in ran)
         against = sum(

@@ -74,11 +74,29 @@ def unequal(want: Any, got: Any, c: Case, times: int = 1) -> Any:
     return ~np.isclose(b, a, rtol=times * rtol, atol=min(times, 3) * atol, equal_nan=True)
 
 
-def _rounding(difference: float, value: float, c: Case, at: str) -> str:
+ROUNDS = 1e-4  # of the largest value: what rounding in float32 may add up to; more is not told apart from a mistake
+
+
+def _close(difference: float, value: float, c: Case, at: str) -> str:
+    """What is said of numbers that are nearly right: rounding, or an answer that is not accurate enough."""
+    size = f"at most {difference:.1e}, where the values go up to {value:.3g} and {c.rtol:g} of a value is allowed"
+    if difference <= ROUNDS * value:
+        return (
+            f"This looks like a rounding difference{at}: {size}. The formula seems right; another order of its steps, "
+            "or a search that goes on for longer, comes closer."
+        )
     return (
-        f"This is a rounding difference{at}: at most {difference:.1e}, where the values go up to {value:.3g} and "
-        f"{c.rtol:g} of a value is allowed. The formula is right; another order of its steps rounds less."
+        f"This is close, and not close enough{at}: {size}. Either a search or an approximation stops too early, or a "
+        "small part of the formula is missing."
     )
+
+
+def _names(want: dict, got: dict, at: str) -> str:
+    """Which names of two dicts differ. The dict is the answer's own, or what the check has noted about the answer."""
+    extra = ", ".join(f"{k} = {short(got[k])[:60]}" for k in got if k not in want)
+    missing = ", ".join(str(k) for k in want if k not in got)
+    found = [f"Found{at}, but not expected: {extra}."] if extra else []
+    return " ".join(found + ([f"Expected{at}, but not found: {missing}."] if missing else []))
 
 
 def difference_of(want: Any, got: Any, c: Case, where: str = "") -> str:
@@ -99,7 +117,7 @@ def difference_of(want: Any, got: Any, c: Case, where: str = "") -> str:
         if not bad.any():
             return ""
         if a.dtype.kind == b.dtype.kind == "f" and not unequal(want, got, c, times=100).any():
-            return _rounding(float(np.abs(a - b).max()), float(np.abs(a).max()), c, at)
+            return _close(float(np.abs(a - b).max()), float(np.abs(a).max()), c, at)
         first = np.unravel_index(int(bad.argmax()), tuple(want.shape)) if want.shape else ()
         place = (
             f" First at [{', '.join(map(str, first))}]: {short(b[bad][0])}; expected {short(a[bad][0])}."
@@ -123,9 +141,10 @@ def difference_of(want: Any, got: Any, c: Case, where: str = "") -> str:
             (d for i, (w, g) in enumerate(zip(want, got)) if (d := difference_of(w, g, c, f"{where}[{i}]"))), ""
         )
     if isinstance(want, dict):
-        if not isinstance(got, dict) or set(want) != set(got):
-            names = f"the names {', '.join(map(str, got))}" if isinstance(got, dict) else kind_of(got)
-            return f"The result{at} has {names}; expected {', '.join(map(str, want))}."
+        if not isinstance(got, dict):
+            return f"The result{at} is {kind_of(got)}; expected one with the names {', '.join(map(str, want))}."
+        if set(want) != set(got):
+            return _names(want, got, at)
         return next((d for k in want if (d := difference_of(want[k], got[k], c, f"{where}[{k!r}]"))), "")
     if number(want) and number(got):
         if isinstance(want, int) and isinstance(got, float) and c.same_dtype:
@@ -136,7 +155,7 @@ def difference_of(want: Any, got: Any, c: Case, where: str = "") -> str:
             near = lambda n: math.isclose(want, got, rel_tol=n * c.rtol, abs_tol=min(n, 3) * c.atol)
             same = (math.isnan(want) and math.isnan(got)) or near(1)
             if not same and near(100):
-                return _rounding(abs(want - got), abs(want), c, at)
+                return _close(abs(want - got), abs(want), c, at)
         return "" if same else f"The value{at} is {short(got)}; expected {short(want)}."
     if type(want) is not type(got):
         return f"The result{at} is {kind_of(got)}; expected {kind_of(want)}."
@@ -161,6 +180,9 @@ def compare(want: dict, got: dict, c: Case) -> str:
     if got["kind"] == "error":
         if "driver" in got:
             return _misused(got)
+        if got["type"] == "ValueError" and "raise " in got.get("line", ""):
+            said = f" ({got['message']})" if got["message"] else ""
+            return f"Your code refuses these arguments with a ValueError{said}; they are allowed, and a result is expected."
         return f"Your code stopped with {got['type']}{': ' if got['message'] else ''}{got['message']}"
     if got["kind"] != "value":
         return got["message"]
@@ -219,12 +241,15 @@ def with_article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def likeness(a: dict, b: dict, c: Case) -> float:
-    """How much two outcomes speak for the same mistake: 1 yes, 0 no, a little when only the kind of error agrees."""
+def likeness(a: dict, b: dict, c: Case, asked: frozenset[str] = frozenset()) -> float:
+    """How much two outcomes speak for the same mistake: 1 yes, 0 no, a little when only the kind of error agrees.
+
+    `asked` are the errors that the exercise asks for in some case. Their text is the learner's own and says nothing.
+    """
     if a["kind"] != b["kind"]:
         return 0.0
     if a["kind"] == "error":
-        return 0.0 if a["type"] != b["type"] else 1.0 if a["message"] == b["message"] else 0.25
+        return 0.0 if a["type"] != b["type"] else 1.0 if a["message"] == b["message"] or a["type"] in asked else 0.25
     if a["kind"] != "value":
         return 1.0
     plain = replace(c, error=())
