@@ -148,21 +148,24 @@ def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str
 
     A wrong answer speaks for itself where it gives what the learner got, in a case that the learner fails, and against
     itself where it fails a case that the learner passes. It must explain at least half of what fails and more than it
-    contradicts: a sentence about a mistake that was not made is worse than none.
+    contradicts: a sentence about a mistake that was not made is worse than none. Bad arguments that the learner refuses
+    and the wrong answer does not are no contradiction where it gives a wrong result of the learner's: whoever makes one
+    mistake may still have checked the arguments. Of several that explain as much, the one with fewer of them is said.
     """
     cases, expected = ex.all_cases(), ex.expected()
     asked = frozenset(name for c in cases for name in c.error)
-    best, best_score, best_explained = "", 0.0, []
+    passed = [i for i in range(len(outcomes)) if i not in failing]
+    best, best_score, best_explained = "", (0.0, 0), []
     for name in ex.wrong_answers:
         given = ex.given_by(name)
         same = [likeness(given[i], outcome, cases[i], asked) for i, outcome in enumerate(outcomes)]
         ran = [i for i in failing if i < len(outcomes)]
         explained = sum(same[i] for i in ran)
-        against = sum(
-            s < 1 and bool(compare(expected[i], given[i], cases[i])) for i, s in enumerate(same) if i not in failing
-        )
-        if explained * 2 >= len(ran) and explained - against > best_score:
-            best, best_score = name, explained - against
+        against = [i for i in passed if same[i] < 1 and compare(expected[i], given[i], cases[i])]
+        unchecked = [i for i in against if cases[i].error] if any(same[i] for i in ran if not cases[i].error) else []
+        score = (explained - len(against) + len(unchecked), -len(unchecked))
+        if explained * 2 >= len(ran) and score > best_score and score[0] > 0:
+            best, best_score = name, score
             best_explained = [i for i in ran if same[i] == 1] or [i for i in ran if same[i]]
     return best, best_explained
 

@@ -86,8 +86,8 @@ def _close(difference: float, value: float, c: Case, at: str) -> str:
             "or a search that goes on for longer, comes closer."
         )
     return (
-        f"This is close, and not close enough{at}: {size}. Either a search or an approximation stops too early, or a "
-        "small part of the formula is missing."
+        f"This is close, and not close enough{at}: {size}. A search or an approximation may stop too early, a "
+        "small part of the formula may be missing, or a part of it may be computed in half precision."
     )
 
 
@@ -182,7 +182,7 @@ def compare(want: dict, got: dict, c: Case) -> str:
             return _misused(got)
         if got["type"] == "ValueError" and "raise " in got.get("line", ""):
             said = f" ({got['message']})" if got["message"] else ""
-            return f"Your code refuses these arguments with a ValueError{said}; they are allowed, and a result is expected."
+            return f"Your code refuses these arguments with a ValueError{said}; they are allowed: a result is expected."
         return f"Your code stopped with {got['type']}{': ' if got['message'] else ''}{got['message']}"
     if got["kind"] != "value":
         return got["message"]

@@ -178,6 +178,13 @@ def clamped(x, dim=-1):
     return e / total.masked_fill(total == 0, 1.0)
 
 
+@ex.wrong("You took exp(x − logsumexp). In half precision the logarithm of the sum is rounded (near 1000 to steps of a half), so the shares no longer sum to one: subtract the maximum, which is exact, and divide by the sum.")
+def rounded_logarithm(x, dim=-1):
+    hidden = torch.isneginf(x).all(dim, keepdim=True)
+    safe = x.masked_fill(hidden, 0.0)
+    return (safe - safe.logsumexp(dim, keepdim=True)).exp().masked_fill(hidden, 0.0)
+
+
 # %% solution scaled_dot_product
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v. Shapes: q (…, T, D), k (…, S, D), v (…, S, C) -> (…, T, C)."""
@@ -564,6 +571,12 @@ def heads_first(ids, pad_id):
     return decoder_mask(ids, pad_id).transpose(0, 1).contiguous()
 
 
+@ex.wrong("You took every token above `pad_id` for real. The number of the padding says nothing about the others, which may be smaller: compare with !=.")
+def above_pad_id(ids, pad_id):
+    T = ids.shape[1]
+    return torch.ones(T, T, dtype=torch.bool).tril() & (ids > pad_id)[:, None, None, :]
+
+
 # %% solution exposing_input
 def exposing_input(T: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (T, D) for which the function above is finite and wrong."""
@@ -797,6 +810,12 @@ def keys_transposed(x, n_heads):
     return q, k.mT.contiguous(), v
 
 
+@ex.wrong("The three parts are in another order. The first third of the columns are the queries; then come the keys, then the values.")
+def other_order(x, n_heads):
+    q, k, v = split_qkv(x, n_heads)
+    return k, q, v
+
+
 # %% solution grouped_query
 def grouped_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, H, T, D), k and v (B, Hk, S, D) -> (B, H, T, D); query head h reads key-value head h // (H / Hk)."""
@@ -928,6 +947,13 @@ def order_of_groups(q, k, v):
     out = grouped_query(q, k, v)
     B, H, T, D = out.shape
     return out.reshape(B, k.shape[1], -1, T, D).transpose(1, 2).reshape(B, H, T, D)
+
+
+@ex.wrong("You averaged the key-value heads, so that all queries read the same. Each query head reads one of them, h // (H / Hk).")
+def averaged_heads(q, k, v):
+    grouped_query(q, k, v)
+    k, v = k.mean(1, keepdim=True), v.mean(1, keepdim=True)
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
 # %% solution rope_half
@@ -1377,6 +1403,11 @@ def last_row_only(n_heads, T):
     return alibi(n_heads, T)[:, -1:].repeat(1, T, 1)
 
 
+@ex.wrong("Where a query may not look you left a 0, which hides nothing: after the last token the softmax would look ahead with the best of scores. It is −∞ there.")
+def zeros_ahead(n_heads, T):
+    return alibi(n_heads, T).nan_to_num(neginf=0.0)
+
+
 # %% solution merge_partial
 def merge_partial(m1: Tensor, l1: Tensor, a1: Tensor, m2: Tensor, l2: Tensor, a2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Two partial softmax states (m (…, 1), l (…, 1), a (…, C)) -> the state of all keys together."""
@@ -1515,6 +1546,13 @@ def factors_swapped(m1, l1, a1, m2, l2, a2):
     base = m.masked_fill(m == -math.inf, 0.0)
     c1, c2 = (m1 - base).exp(), (m2 - base).exp()
     return m, l1 * c2 + l2 * c1, a1 * c2 + a2 * c1
+
+
+@ex.wrong("You went back to exp(m) without a common maximum. For large scores that overflows, and inf / inf is nan: multiply by exp(old − new), which is never above 1.")
+def no_common_maximum(m1, l1, a1, m2, l2, a2):
+    m = torch.maximum(m1, m2)
+    w1, w2, whole = m1.exp(), m2.exp(), m.masked_fill(torch.isneginf(m), 0.0).exp()
+    return m, (l1 * w1 + l2 * w2) / whole, (a1 * w1 + a2 * w2) / whole
 
 
 # %% solution online_attention
@@ -2109,6 +2147,13 @@ def norm_not_updated(state, norm, q, k, v):
     q, k = _phi(q, k)
     new = state + k[:, None] * v
     return q @ new / (q @ (norm + k)), new, norm.clone()
+
+
+@ex.wrong("Your φ is relu + 1, flat for all negative numbers. φ(x) = elu(x) + 1 is exp(x) there.")
+def relu_plus_one(state, norm, q, k, v):
+    f = lambda x: F.relu(x) + 1
+    state, norm = state + torch.outer(f(k), v), norm + f(k)
+    return f(q) @ state / (f(q) @ norm), state, norm
 
 
 # %% solution previous_token

@@ -462,6 +462,20 @@ def by_part(texts, shares):
     return {name: [t for t, p in zip(texts, parts) if p == name] for name in shares}
 
 
+@ex.wrong("Upper and lower case make a difference in your answer: “Late” and “late” are copies of each other, and land apart. Bring the text to lower case before you cut words.")
+def case_kept(texts, shares):
+    assign_parts(texts, shares)
+    parts = list(shares)
+    ends = [sum(list(shares.values())[: i + 1]) for i in range(len(parts))]
+    numbers = [fraction(" ".join(re.findall(r"\w+", t))) for t in texts]
+    return [next((p for p, end in zip(parts, ends) if x < end), parts[-1]) for x in numbers]
+
+
+@ex.wrong("You deleted the punctuation, so that what stands around it became one word: “it’s” is “its”, and “one,two” a single word. Whatever stands between two runs of word characters separates them.")
+def deleted(texts, shares):
+    return assign_parts([re.sub(r"[^\w\s]", "", t) for t in texts], shares)
+
+
 # %% solution leak_share
 def leak_share(train: list[str], test: list[str], n: int) -> float:
     """The share of test texts with an n-gram of words that also occurs in a training text."""
@@ -633,6 +647,14 @@ def glued(train, test, n):
 @ex.wrong("Equal test texts were counted once (a set of texts). Each is a test text of its own.")
 def distinct_tests(train, test, n):
     return leak_share(train, list(set(test)), n)
+
+
+@ex.wrong("Pieces at the end of a text that are shorter than n words count as n-grams in your answer. A text of w words has w − n + 1 runs of n words, and no more.")
+def pieces_count(train, test, n):
+    leak_share(train, test, n)
+    pieces = lambda text: {tuple(w[i : i + n]) for w in [text.lower().split()] for i in range(len(w))}
+    seen = {g for text in train for g in pieces(text)}
+    return sum(not seen.isdisjoint(pieces(text)) for text in test) / len(test)
 
 
 # %% solution hidden_copy
@@ -811,6 +833,7 @@ def _():
         case("whole numbers", torch.tensor([4, 1, 1, 1, 2, 2, 2, 3, 3, 3]), 3, 1),
         case("sixteen levels", stored(6, 32, 16)[20:], 32, 16),
         case("groups of one", torch.tensor([3.0, 1.0, 2.0]), 1, 1),
+        case("fewer values than there may be", torch.tensor([1.0, 1, 1, 2, 2, 2, 3, 3, 3]), 3, 2),
     )
 
 
@@ -874,3 +897,8 @@ def always_something(row, group, levels):
 @ex.wrong("You averaged the number of values over the groups. One group that does not fit is enough to reject an offset.")
 def mean_over_groups(row, group, levels):
     return _find(row, group, lambda g: sum(len(r.unique()) for r in g) / len(g) <= levels)
+
+
+@ex.wrong("You asked for exactly `levels` different values. “At most” is asked for: by chance a group can have used fewer of them.")
+def exactly(row, group, levels):
+    return _find(row, group, lambda g: max(len(r.unique()) for r in g) == levels)

@@ -100,6 +100,18 @@ def never_blind(windows, n):
     return *window_faults(windows, n)[:2], []
 
 
+@ex.wrong("You take a target for blind only if no other window scores it as well. Blind are all that some window scores as its first token.")
+def blind_and_only_once(windows, n):
+    missing, repeated, blind = window_faults(windows, n)
+    return missing, repeated, [t for t in blind if t not in repeated]
+
+
+@ex.wrong("You took the first token of every window for blind. It is, only if the window scores it: `first` equal to `start`.")
+def every_start(windows, n):
+    missing, repeated, _ = window_faults(windows, n)
+    return missing, repeated, sorted({start for start, _, _ in windows if start > 0})
+
+
 # %% solution corpus_perplexity
 def corpus_perplexity(losses: list[list[float]]) -> float:
     """exp of the mean loss over all targets of all documents."""
@@ -191,6 +203,25 @@ def the_mean(losses):
     return math.log(corpus_perplexity(losses)) if corpus_perplexity(losses) < math.inf else 900.0
 
 
+@ex.wrong("You averaged perplexities, weighted by their targets. The mean is taken of the losses, before the exponential.")
+def weighted_perplexities(losses):
+    corpus_perplexity(losses)
+    return sum(len(d) * corpus_perplexity([d]) for d in losses if d) / sum(map(len, losses))
+
+
+@ex.wrong("You averaged the perplexities of the documents (without the empty ones). The mean belongs under the exponential, over all targets together.")
+def mean_of_perplexities(losses):
+    corpus_perplexity(losses)
+    found = [corpus_perplexity([d]) for d in losses if d]
+    return sum(found) / len(found)
+
+
+@ex.wrong("An empty document stopped your code with a division by zero. It has no targets, and does not count.")
+def empty_document(losses):
+    corpus_perplexity(losses)
+    return corpus_perplexity([[sum(d) / len(d)] * len(d) for d in losses])
+
+
 # %% solution bits_per_byte
 def bits_per_byte(ppl: float, n_tokens: int, text: str) -> float:
     """Bits per UTF-8 byte of a text that a model reads in n_tokens tokens with this perplexity."""
@@ -271,6 +302,16 @@ def stripped(ppl, n_tokens, text):
     return bits_per_byte(ppl, n_tokens, text.strip())
 
 
+@ex.wrong("You took the bits of one token for those of the text: times n_tokens is missing.")
+def one_token(ppl, n_tokens, text):
+    return bits_per_byte(ppl, n_tokens, text) / n_tokens
+
+
+@ex.wrong("You multiplied by ln 2 where it is to be divided by. One bit is ln 2 ≈ 0.69 nats, so a number of bits is larger than the same in nats.")
+def times_ln2(ppl, n_tokens, text):
+    return bits_per_byte(ppl, n_tokens, text) * math.log(2) ** 2
+
+
 # %% solution one_bad_token
 def one_bad_token(ppl: float, n: int, p: float) -> float:
     """New perplexity over old one, when one of n targets with the mean loss gets probability p."""
@@ -306,7 +347,7 @@ def _():
     yield case("no worse than the mean", 8.0, 50, 0.125)
     yield case("it got better", 30.0, 5, 1.0)
     yield case("one token", 12.0, 1, 0.01)
-    yield case("the smallest float", 20.0, 100, 5e-324)
+    yield case("a very small probability", 20.0, 100, 1e-300)
     yield case("impossible", 10.0, 1000, 0.0)
     yield case("a negative number", 10.0, 5, -1e-9).raises(ValueError)
     yield case("more than one", 10.0, 5, 1.0000001).raises(ValueError)
@@ -567,6 +608,20 @@ def normal_interval(sums, counts, draws):
     values = torch.tensor([math.exp(sum(sums[i] for i in draw) / sum(counts[i] for i in draw)) for draw in draws], dtype=torch.float64)
     spread = values.std(correction=0).item()
     return values.mean().item() - 1.96 * spread, values.mean().item() + 1.96 * spread
+
+
+@ex.wrong("You took the quantiles of the mean losses, and the exponential afterwards. Between two draws the interpolation differs: take the quantiles of the perplexities.")
+def quantiles_of_losses(sums, counts, draws):
+    means = torch.tensor([sum(sums[i] for i in d) / sum(counts[i] for i in d) for d in draws], dtype=torch.float64)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
+    return low, high
+
+
+@ex.wrong("You took the nearest draw in place of interpolating between two. With few draws the ends jump from one to the next.")
+def nearest_rank(sums, counts, draws):
+    values = sorted(math.exp(sum(sums[i] for i in d) / sum(counts[i] for i in d)) for d in draws)
+    last = len(values) - 1
+    return values[math.floor(0.025 * last)], values[math.ceil(0.975 * last)]
 
 
 # %% solution documents_needed

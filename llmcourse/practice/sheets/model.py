@@ -561,9 +561,10 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tens
     keys, values = keys.clone(), values.clone()
     keys[:, :, length : length + T] = k
     values[:, :, length : length + T] = v
-    allowed = torch.ones(T, C, dtype=torch.bool).tril(length)  # query i stands at position length + i
-    scores = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~allowed, -math.inf)  # (B, H, T, C)
-    return scores.softmax(-1) @ values, keys, values, length + T
+    end = length + T  # what lies behind may be nan, and 0 · nan is nan: leave it out of both products
+    allowed = torch.ones(T, end, dtype=torch.bool).tril(length)  # query i stands at position length + i
+    scores = (q @ keys[:, :, :end].mT / math.sqrt(q.shape[-1])).masked_fill(~allowed, -math.inf)  # (B, H, T, end)
+    return scores.softmax(-1) @ values[:, :, :end], keys, values, end
 
 
 # %% checker cached_attention
@@ -576,7 +577,7 @@ ex = exercise(
     hints=(
         "Take each complaint by itself, and make the smallest call that shows it: two tokens in two calls, one cache in two calls, one token into a full cache.",
         "At which position does query 0 stand when `length` tokens are in the cache? What does `buffer[…] = x` do to the caller's tensor? And what is `keys[:, :, C : C + 1]`?",
-        "`tril(length)` shifts the mask by the tokens that are there (and hides the free room), `clone()` before the assignments, and a comparison of length + T with C that raises before anything is written.",
+        "`tril(length)` shifts the mask by the tokens that are there, both products take the part in use only (0 · nan is nan), `clone()` before the assignments, and a comparison of length + T with C that raises before anything is written.",
     ),
 )
 
@@ -597,12 +598,13 @@ def _():
         case("an empty cache with more room", r(1, 2, 3, 4), r(1, 2, 3, 4), r(1, 2, 3, 4), *buffers(0, 6)),
         case("a batch", r(3, 2, 2, 4), r(3, 2, 2, 4), r(3, 2, 2, 4), *buffers(2, 5, 3)),
         case("double precision", *(r(1, 2, 2, 4).double() for _ in range(3)), *(b.double() for b in buffers(1, 4)[:2]), 1),
+        case("nan in the free room", r(1, 2, 2, 4), r(1, 2, 2, 4), r(1, 2, 2, 4), *(torch.cat([r(1, 2, 2, 4), torch.full((1, 2, 3, 4), math.nan)], 2) for _ in range(2)), 2),
         case("one token into a full cache", r(1, 2, 1, 4), r(1, 2, 1, 4), r(1, 2, 1, 4), *buffers(4, 4)).raises(ValueError),
         case("one token too many", r(1, 2, 3, 4), r(1, 2, 3, 4), r(1, 2, 3, 4), *buffers(2, 4)).raises(ValueError),
     )
 
 
-def _attend(q, k, v, keys, values, length, mask=None, at=None, fits=True, copy=True, scale=None):
+def _attend(q, k, v, keys, values, length, mask=None, at=None, fits=True, copy=True, scale=None, read=torch.nan_to_num):
     T, C = q.shape[2], keys.shape[2]
     if fits and length + T > C:
         raise ValueError("full")
@@ -612,13 +614,13 @@ def _attend(q, k, v, keys, values, length, mask=None, at=None, fits=True, copy=T
     keys[:, :, at : at + T] = k
     values[:, :, at : at + T] = v
     allowed = torch.ones(T, C, dtype=torch.bool).tril(length) if mask is None else mask(T, C)
-    scores = (q @ keys.mT / (scale or math.sqrt(q.shape[-1]))).masked_fill(~allowed, -math.inf)
-    return scores.softmax(-1) @ values, keys, values, length + T
+    scores = (q @ read(keys).mT / (scale or math.sqrt(q.shape[-1]))).masked_fill(~allowed, -math.inf)
+    return scores.softmax(-1) @ read(values), keys, values, length + T
 
 
 @ex.wrong("Nothing has changed yet: this is the function with its three faults.")
 def as_given(q, k, v, keys, values, length):
-    return _attend(q, k, v, keys, values, length, mask=lambda T, C: torch.ones(T, C, dtype=torch.bool).tril(), fits=False, copy=False)
+    return _attend(q, k, v, keys, values, length, mask=lambda T, C: torch.ones(T, C, dtype=torch.bool).tril(), fits=False, copy=False, read=lambda x: x)
 
 
 @ex.wrong("Your mask still counts the queries from position 0: each new token sees only the oldest ones. With `length` tokens in the cache, query i stands at position length + i.")
@@ -694,6 +696,11 @@ def room_cleared(q, k, v, keys, values, length):
 @ex.wrong("Only the output is returned. The caller needs the new buffers and the new length for the next token.")
 def output_only(q, k, v, keys, values, length):
     return cached_attention(q, k, v, keys, values, length)[0]
+
+
+@ex.wrong("The free room is masked, and still multiplied: its values have the share 0, and 0 · nan is nan. Take the part in use only, for the keys and for the values.")
+def room_multiplied(q, k, v, keys, values, length):
+    return _attend(q, k, v, keys, values, length, read=lambda x: x)
 
 
 # %% solution keep_top_k
@@ -1033,6 +1040,13 @@ def in_place(probabilities, p):
     return probabilities.copy_(keep_top_p(probabilities, p))
 
 
+@ex.wrong("You compared each probability with a threshold. The nucleus is about sums: from the most probable token on, until p is reached.")
+def threshold(probabilities, p):
+    keep_top_p(probabilities, p)
+    kept = probabilities.masked_fill(probabilities < (1 - p) * probabilities.amax(-1, keepdim=True), 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
 # %% solution with_temperature
 def with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """softmax(logits / temperature), one-hot for temperature 0: (…, V) -> (…, V)."""
@@ -1348,6 +1362,17 @@ def the_entropy(logits, entropy):
     return float(torch.special.entr(logits.double().softmax(-1)).sum())
 
 
+@ex.wrong("At low temperatures your entropy is nan: 0 · ln 0. A comparison with nan is False, and the search goes off to one end; use the logarithm of the softmax.")
+def nan_when_cold(logits, entropy):
+    temperature_for(logits, entropy)
+    low, high = 1e-4, 1e5
+    for _ in range(200):
+        t = math.sqrt(low * high)
+        p = (logits.double() / t).softmax(-1)
+        low, high = (t, high) if float(-(p * p.log()).sum()) < entropy else (low, t)
+    return t
+
+
 # %% solution positions_of
 def positions_of(real: Tensor) -> Tensor:
     """Positions (B, T), counted from the first real token of each row; padding gets 0."""
@@ -1439,6 +1464,12 @@ def int32(real):
 @ex.wrong("The padding of the first row was taken for all rows. Every row has padding of its own length.")
 def first_row_for_all(real):
     return (torch.arange(real.shape[1]) - int((~real[0]).sum())).clamp_min(0).expand(real.shape).clone()
+
+
+@ex.wrong("In a row of nothing but padding your positions count on. There is no first real token in it: all of its positions are 0.")
+def counts_in_empty_rows(real):
+    first = real.int().argmax(1, keepdim=True)
+    return (torch.arange(real.shape[1]) - first).clamp(min=0)
 
 
 # %% solution route_top_k
@@ -1743,6 +1774,13 @@ def mean_of_rows(probabilities, experts):
     E = probabilities.shape[-1]
     f = F.one_hot(experts, E).to(probabilities.dtype).mean((0, 1))
     return E * f.sum() * probabilities.mean(-1).mean()
+
+
+@ex.wrong("P was taken over the chosen experts only. P_e is the mean probability of an expert over all tokens, whoever they chose.")
+def chosen_only(probabilities, experts):
+    chosen = F.one_hot(experts, probabilities.shape[1])
+    f = chosen.to(probabilities.dtype).mean((0, 1))
+    return probabilities.shape[1] * (f * (probabilities * chosen.amax(1)).mean(0)).sum()
 
 
 # %% solution below_one

@@ -134,6 +134,11 @@ def always_float32(param, grads, lr, momentum, dampening=0.0, nesterov=False):
     return momentum_path(param.float(), grads.float(), lr, momentum, dampening, nesterov)
 
 
+@ex.wrong("Nesterov has no effect in your answer: you always step along the buffer. With nesterov=True the step is g + μ·b, with the new buffer.")
+def no_nesterov(param, grads, lr, momentum, dampening=0.0, nesterov=False):
+    return momentum_path(param, grads, lr, momentum, dampening, False)
+
+
 # %% solution adam_path
 def adam_path(
     param: Tensor, grads: Tensor, lr: float, betas: tuple[float, float], eps: float
@@ -261,6 +266,18 @@ def always_the_first(param, grads, lr, betas, eps):
 @ex.wrong("Your result has another dtype than the parameter. What goes in in bfloat16 comes out in bfloat16: a step must not change the format of the model.")
 def always_float32(param, grads, lr, betas, eps):
     return adam_path(param.float(), grads.float(), lr, betas, eps)
+
+
+@ex.wrong("Your t begins at 0, or stays one behind: the first step has t = 1. With t = 0 the correction is a division by 0, and one step late it is too strong.")
+def one_step_late(param, grads, lr, betas, eps):
+    m = v = torch.zeros_like(param)
+    path = []
+    for t, g in enumerate(grads):
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+        m_hat, v_hat = m / (1 - betas[0] ** max(t, 1)), v / (1 - betas[1] ** max(t, 1))
+        param = param - lr * m_hat / (v_hat.sqrt() + eps)
+        path.append(param)
+    return torch.stack(path)
 
 
 # %% solution adam_test
@@ -463,6 +480,16 @@ def rate_in_the_penalty(param, grad, lr, eps, weight_decay, decoupled):
 @ex.wrong("The decay has no effect in your answer. Both kinds pull the weight towards zero.")
 def decay_forgotten(param, grad, lr, eps, weight_decay, decoupled):
     return first_step(param, grad, lr, eps, 0.0, decoupled)
+
+
+@ex.wrong("The ε is missing. Where a gradient is 0 the step is 0 / 0, and a large ε makes steps shorter.")
+def no_epsilon(param, grad, lr, eps, weight_decay, decoupled):
+    return first_step(param, grad, lr, 0.0, weight_decay, decoupled)
+
+
+@ex.wrong("The sign of your decay is turned round: weights grow away from 0 in place of shrinking.")
+def growing(param, grad, lr, eps, weight_decay, decoupled):
+    return first_step(param, grad, lr, eps, -weight_decay, decoupled)
 
 
 # %% solution resting_weight
@@ -985,6 +1012,14 @@ def another_limit(total, warmup, peak, final):
 @ex.wrong("A negative warm-up went through. It means nothing; whoever passes it has made a mistake that should be heard of.")
 def negative_accepted(total, warmup, peak, final):
     return learning_rates(total, max(warmup, 0), peak, final)
+
+
+@ex.wrong("Your wave is a quarter of a cosine, cos(πp/2). Half a wave, (1 + cos πp)/2, also ends flat.")
+def quarter_wave(total, warmup, peak, final):
+    rates = learning_rates(total, warmup, peak, final)
+    last = total - 1 - warmup
+    wave = [peak * (final + (1 - final) * math.cos(math.pi * s / last / 2)) for s in range(last + 1)]
+    return rates[:warmup] + wave
 
 
 # %% solution clip_together
@@ -1551,6 +1586,20 @@ def always_float32(logits, targets, epsilon):
     return smoothed_loss(logits.float(), targets, epsilon)
 
 
+@ex.wrong("This is the ordinary cross-entropy: the smoothing has no effect in your answer.")
+def no_smoothing(logits, targets, epsilon):
+    return smoothed_loss(logits, targets, 0.0)
+
+
+@ex.wrong("You took the logarithm of a softmax that you made with exp. Large logits overflow, and inf / inf is nan: `log_softmax` subtracts the largest first.")
+def exponentials(logits, targets, epsilon):
+    counted = targets != -100
+    e = logits[counted].exp()
+    log_p = (e / e.sum(-1, keepdim=True)).log()
+    right = log_p.gather(1, targets[counted][:, None])[:, 0]
+    return -((1 - epsilon) * right + epsilon * log_p.mean(1)).mean()
+
+
 # %% solution lowest_loss
 def lowest_loss(V: int, epsilon: float) -> float:
     """The smallest cross-entropy that any logits can reach against a smoothed target."""
@@ -1625,6 +1674,11 @@ def log_of_zero(V, epsilon):
 @ex.wrong("You took the entropy of two outcomes, right and wrong, with ε and 1 − ε. The wrong tokens are V − 1 different ones, among which the target is spread further.")
 def two_outcomes(V, epsilon):
     return _entropy([1 - epsilon, epsilon])
+
+
+@ex.wrong("You took ln V, the loss of a model that knows nothing. It is the highest of these losses (for ε = 1), not the lowest.")
+def knows_nothing(V, epsilon):
+    return math.log(V)
 
 
 # %% solution state_bytes

@@ -510,6 +510,14 @@ def last_of_equals(losses):
     return total / n
 
 
+@ex.wrong("You compared with the best of the other seeds. What the winner is really worth is its mean over them.")
+def best_of_the_others(losses):
+    curse(losses)
+    own = [min(range(len(row)), key=row.__getitem__) for row in losses]
+    others = [min(row[c] for t, row in enumerate(losses) if t != s) for s, c in enumerate(own)]
+    return sum(o - losses[s][c] for s, (c, o) in enumerate(zip(own, others))) / len(losses)
+
+
 # %% solution seed_t
 def seed_t(a: list[list[float]], b: list[list[float]]) -> float:
     """Student's t of b - a, paired by seed; repetitions are averaged first."""
@@ -544,6 +552,7 @@ def _():
     yield case("seeds that differ much", [[1.0], [10.0], [100.0], [55.0]], [[1.5], [10.25], [101.0], [55.75]])
     yield case("the other is better", [[2.0, 3.0], [4.0, 5.0], [1.0, 1.0]], [[1.0, 2.5], [3.0, 3.0], [1.0, 0.5]])
     yield case("more repetitions in one seed", [[1.0], [2.0, 2.0, 2.0, 2.0], [3.0]], [[1.5], [4.0, 5.0, 4.0, 5.0], [3.0]])
+    yield case("one repetition far from the others", [[1.0, 2.0, 9.0], [2.0], [3.0]], [[2.0], [2.5, 3.0, 8.0], [5.0]])
     yield case("one seed", [[1.0, 2.0]], [[2.0, 4.0]]).raises(ValueError)
     yield case("no seed", [], []).raises(ValueError)
     yield case("a seed more", [[1.0], [2.0], [4.0]], [[2.0], [4.0]]).raises(ValueError)
@@ -595,6 +604,14 @@ def without_root(a, b):
 def sums(a, b):
     seed_t(a, b)
     return _t([sum(y) - sum(x) for x, y in zip(a, b)])
+
+
+@ex.wrong("You took the median of the repetitions. Asked is the difference of their means.")
+def medians(a, b):
+    import statistics
+
+    seed_t(a, b)
+    return seed_t([[statistics.median(r)] for r in a], [[statistics.median(r)] for r in b])
 
 
 # %% solution whole_lines

@@ -703,6 +703,7 @@ def _():
         case("line ends and tabs", ["a\n\tb\r\n"], [[1, 2]]),
         case("ids of several digits", ["abc", "defg"], [[50256, 11], [1000]]),
         case("a text without tokens", ["", "abc"], [[], [1, 2]]),
+        case("a text that was lost", ["abcd", "xyz"], [[1, 2], []]),
         case("less than one byte per token", ["ab"], [[1, 2, 3]]),
         case("no tokens", ["", ""], [[], []]).raises(ValueError),
         case("no texts", [], []).raises(ValueError),
@@ -767,6 +768,12 @@ def normalized(texts, tokens):
 @ex.wrong("Where there is no token you returned 0 (or infinity). Raise a ValueError: there is nothing to divide by.")
 def zero_at_last(texts, tokens):
     return bytes_per_token(texts, tokens) if any(tokens) else 0.0
+
+
+@ex.wrong("A text without a token was left out. Its bytes belong to all bytes: a tokenizer that drops text must not look better for it.")
+def without_tokens(texts, tokens):
+    kept = [(t, k) for t, k in zip(texts, tokens) if k]
+    return bytes_per_token([t for t, _ in kept], [k for _, k in kept])
 
 
 # %% solution pack_stream

@@ -336,6 +336,19 @@ def a_tensor(model, optimizer, micro_batches, loss_fn):
     return torch.tensor(train_step(model, optimizer, micro_batches, loss_fn))
 
 
+@ex.wrong("Each micro-batch went forward twice, once to count its targets. Add up the losses, count as you go, and divide the gradients at the end.")
+def counted_first(model, optimizer, micro_batches, loss_fn):
+    n = sum(loss_fn(model, b).numel() for b in micro_batches)
+    optimizer.zero_grad()
+    total = 0.0
+    for b in micro_batches:
+        loss = loss_fn(model, b).sum() / n
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
 # %% solution local_loss
 def local_loss(losses: Tensor, counts: list[int]) -> Tensor:
     """What a process with losses (n,) calls backward on, when gradients are averaged over len(counts) processes."""
@@ -576,6 +589,11 @@ def short_batch(step, n_items, batch_size, seed):
     return batch_of_step(step, n_items, batch_size, seed)
 
 
+@ex.wrong("You count the steps from 1. Step 0 is the first batch of epoch 0.")
+def steps_from_one(step, n_items, batch_size, seed):
+    return batch_of_step(max(step - 1, 0), n_items, batch_size, seed)
+
+
 # %% solution fp16_step
 def fp16_step(
     weights: list[Tensor], grads: list[Tensor], scale: float, lr: float, max_norm: float
@@ -622,6 +640,7 @@ def _():
     t = lambda *v: torch.tensor(v)
     yield case("by hand", [t(1.0, 1.0)], [t(24.0, 32.0)], 8.0, 0.5, 1.0)
     yield case("a small gradient", [t(1.0, 2.0)], [t(2.4, -3.2)], 8.0, 0.5, 1.0)
+    yield case("short, and still short when scaled", [t(1.0, 2.0)], [t(0.24, -0.32)], 8.0, 0.5, 1.0)
     yield case("two tensors, clipped together", [t(0.0, 0.0), t(1.0)], [t(8.0, 16.0), t(16.0)], 4.0, 1.0, 1.5)
     yield case("two tensors, only one of them large", [t(0.0), t(1.0)], [t(0.8), t(800.0)], 4.0, 1.0, 2.0)
     yield case("inf", [t(1.0, 2.0), t(3.0)], [t(math.inf, 1.0), t(1.0)], 1024.0, 0.1, 1.0)
@@ -730,6 +749,21 @@ def as_it_was(weights, grads, scale, lr, max_norm):
         g = g * min(1.0, max_norm / g.norm().item()) / scale
         new.append(w - lr * g)
     return new, scale
+
+
+@ex.wrong("Gradients below max_norm were made longer, up to it. A clip only ever shortens: with a norm of at most max_norm they stay as they are.")
+def scaled_up(weights, grads, scale, lr, max_norm):
+    new, after = fp16_step(weights, grads, scale, lr, max_norm)
+    norm = math.sqrt(sum(float((g.double() / scale).square().sum()) for g in grads))
+    if after != scale or not 0 < norm <= max_norm:
+        return new, after
+    return [w - lr * max_norm / norm * g / scale for w, g in zip(weights, grads)], after
+
+
+@ex.wrong("You raised the scale after a good step. Some trainers do, after many of them; here the scale stays.")
+def scale_raised(weights, grads, scale, lr, max_norm):
+    new, after = fp16_step(weights, grads, scale, lr, max_norm)
+    return new, after if after < scale else 2 * after
 
 
 # %% solution Snapshot
@@ -1327,6 +1361,12 @@ def false_is_missing(saved, current):
     return differing_fields(keep(saved), keep(current))
 
 
+@ex.wrong("Fields that only one of the two has are missing from your list. A field that was added or taken away differs, too.")
+def common_only(saved, current):
+    both = lambda a, b: {k: both(v, b[k]) if isinstance(v, dict) and isinstance(b[k], dict) else v for k, v in a.items() if k in b}
+    return differing_fields(both(saved, current), both(current, saved))
+
+
 # %% solution early_stop
 def early_stop(
     losses: list[float], patience: int, min_delta: float = 0.0
@@ -1579,6 +1619,16 @@ def percentage(tokens_per_second, n_params, n_layers, d_model, seq_len, peak_flo
     return 100 * mfu(tokens_per_second, n_params, n_layers, d_model, seq_len, peak_flops)
 
 
+@ex.wrong("The attention of one layer only was counted. Every layer has its own scores and mixing: times n_layers.")
+def one_layer(tokens_per_second, n_params, n_layers, d_model, seq_len, peak_flops):
+    return mfu(tokens_per_second, n_params, min(n_layers, 1), d_model, seq_len, peak_flops)
+
+
+@ex.wrong("Attention was counted forward only. It has a backward pass as well, with twice the operations: the factor 3 belongs to the whole.")
+def attention_forward_only(tokens_per_second, n_params, n_layers, d_model, seq_len, peak_flops):
+    return tokens_per_second * (6 * n_params + 4 * n_layers * seq_len * d_model) / peak_flops
+
+
 # %% solution peak_activations
 def peak_activations(n_layers: int, inside: int, boundary: int, segment: int) -> int:
     """Most bytes of activations kept at one time, with checkpointing in segments of `segment` layers (0: without)."""
@@ -1768,6 +1818,17 @@ def the_segment(budget, inside, boundary):
     return max(range(1, budget // inside + 1), key=lambda s: s * ((budget - s * inside) // boundary), default=0)
 
 
+@ex.wrong("You tried one length of a segment only, such as the root of the number of layers. The best one depends on `boundary` as well: it gives half of the budget to the insides, nearly.")
+def root_length(budget, inside, boundary):
+    s = max(1, math.isqrt(budget // inside))
+    return max(budget // inside, s * max(0, (budget - s * inside) // boundary))
+
+
+@ex.wrong("You used the formula budget² / (4 · inside · boundary). Layers and segments are whole numbers: what does not fit whole does not fit.")
+def real_numbers(budget, inside, boundary):
+    return max(budget // inside, budget * budget // (4 * inside * boundary))
+
+
 # %% solution gradient_and_noise
 def gradient_and_noise(
     b_small: int, sq_small: float, b_big: int, sq_big: float
@@ -1844,3 +1905,21 @@ def other_batch(b_small, sq_small, b_big, sq_big):
 def cut_at_zero(b_small, sq_small, b_big, sq_big):
     signal, noise = gradient_and_noise(b_small, sq_small, b_big, sq_big)
     return max(signal, 0.0), max(noise, 0.0)
+
+
+@ex.wrong("You divided the noise by B². It falls like 1/B: that is the variance of a mean.")
+def squared_batches(b_small, sq_small, b_big, sq_big):
+    return gradient_and_noise(b_small**2, sq_small, b_big**2, sq_big)
+
+
+@ex.wrong("You took the large batch as free of noise. It has less, S/B₂, and two equations with two unknowns tell how much.")
+def big_is_exact(b_small, sq_small, b_big, sq_big):
+    gradient_and_noise(b_small, sq_small, b_big, sq_big)
+    return float(sq_big), float((sq_small - sq_big) * b_small)
+
+
+@ex.wrong("The two batch sizes have changed places in your signal: it is (B₂ q₂ − B₁ q₁) / (B₂ − B₁).")
+def crossed(b_small, sq_small, b_big, sq_big):
+    gradient_and_noise(b_small, sq_small, b_big, sq_big)
+    signal = (b_big * sq_small - b_small * sq_big) / (b_big - b_small)
+    return signal, (sq_small - signal) * b_small
