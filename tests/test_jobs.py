@@ -522,6 +522,10 @@ STUDENTS = {
     "smaller": '{ method = "test-shorter" }',
     "smaller and packed": '{ method = "test-shorter" }, { method = "gptq", bits = 4, group_size = 64 }',
     "noise": '{ method = "rounding-noise", bits = 4, group_size = 64 }',
+    "16 values": '{ method = "nf4" }',
+    "two values": '{ method = "binary" }',
+    "masked, three values": '{ method = "test-halves" }, { method = "ternary" }',
+    "turned inputs": '{ method = "rotate-inputs", kind = "permutation" }, { method = "nf4" }',
 }
 
 
@@ -549,6 +553,10 @@ def test_any_student_is_saved_measured_and_loaded_back(tiny_model, corpus, tmp_p
         assert float((layer == 0).float().mean()) >= 0.45
     if kind.startswith("smaller"):
         assert model.config.num_hidden_layers == 1 and not any(".layers.1." in name for name in weights)
+    if "values" in kind:  # nothing of what was rounded is stored dense
+        stored = load_file(tmp_path / "out" / "packed.safetensors")
+        layers = {name.removesuffix(".codes") for name in stored if name.endswith(".codes")}
+        assert len(layers) == 14 and not layers & {name.removesuffix(".weight") for name in stored}
     if kind == "some layers":
         whole = {k for k in weights if "self_attn" in k and k.endswith("weight")}
         assert len(whole) == 8 and row["treated"] < 0.6
