@@ -125,7 +125,9 @@ def w4a16(
     if len(rows) == 0:
         return y.view(*x.shape[:-1], O)
     block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(len(rows))))  # tl.dot asks for 16
-    block_i = next(size for size in (128, 64, 32) if group_size % size == 0)
+    # a step's tiles lie in the shared memory of a GPU, where numbers of 32 bits take twice the room
+    sizes = (128, 64, 32) if x.element_size() == 2 else (32,)
+    block_i = next(size for size in sizes if group_size % size == 0)
     one_row = scale.shape[0] == 1
     grid = (triton.cdiv(len(rows), block_m), triton.cdiv(O, 64))
     unused = codes  # a pointer that is never followed

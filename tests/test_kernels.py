@@ -95,6 +95,31 @@ def test_the_kernel_computes_what_its_reference_does():
     assert f"{len(ROWS) * len(SHAPES) * len(GRIDS)} cases" in done.stdout
 
 
+@needs_triton
+@pytest.mark.skipif(kernels.INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("kind", "symmetric"), [("fp16", False), ("bf16", True)])
+def test_it_compiles_for_a_gpu_that_is_not_here(kind, symmetric, tmp_path, monkeypatch):
+    """The interpreter takes more than the compiler does: that it computes the right numbers is not enough."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {
+        "x_ptr": kind,
+        "codes_ptr": "u8",
+        "scale_ptr": "fp16",
+        "zero_ptr": "u8",
+        "bias_ptr": kind,
+        "y_ptr": kind,
+    }
+    fixed = dict(GROUP=64, SYMMETRIC=symmetric, HAS_BIAS=not symmetric, BLOCK_M=16, BLOCK_O=64, BLOCK_I=64)
+    signature = {name: f"*{form}" for name, form in pointers.items()}
+    signature |= dict.fromkeys(("M", "O", "I", "scale_row", "zero_row"), "i32") | dict.fromkeys(fixed, "constexpr")
+    source = ASTSource(fn=kernels._w4a16, signature=signature, constexprs=fixed)
+    made = kernels.triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    assert len(made.asm["cubin"]) > 1000 and made.metadata.shared <= 48 * 1024
+
+
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
