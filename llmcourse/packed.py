@@ -187,7 +187,7 @@ class _OnTable(_Packed):
     """Weights on the values of a table: as many codes in a byte as fit, and the table (K,) float32.
 
     One rule for all sizes. Two values take a bit each. Three take 1.6: the 2 bits that a grid would need make the file
-    a quarter larger, and reading them is not faster, because a byte is looked up in a table of its digits either way.
+    a quarter larger, and buy nothing, because a byte is looked up in a table of its digits either way.
 
     Args:
         levels: K, 2 to 256.
