@@ -111,6 +111,13 @@ def smallest(log_p, choices, answers):
     return _acc(lambda p, text: p / len(text.encode()), log_p, choices, answers, min)
 
 
+@ex.wrong("You multiplied by the bytes where it is to be divided by: longer choices then lose twice.")
+def times_bytes(log_p, choices, answers):
+    acc_norm_bytes(log_p, choices, answers)
+    found = [[p * len(c.encode()) for p, c in zip(row, texts)] for row, texts in zip(log_p, choices)]
+    return sum(s.index(max(s)) == a for s, a in zip(found, answers)) / len(answers)
+
+
 # %% solution cut
 def cut(encode, context: str, continuation: str) -> tuple[list[str], list[str]]:
     """Tokens of the whole text that are given, and those that hold something of the continuation."""
@@ -528,6 +535,15 @@ def one_too_few(lost, alpha):
 def bell_curve(lost, alpha):
     wins_needed(lost, alpha)
     return _first(lost, lost + 1, lambda won: math.erfc((won - lost) / math.sqrt(2 * (won + lost))) < alpha)
+
+
+@ex.wrong("You took the probability of exactly this split. All splits that are more uneven belong to it: add them up.")
+def this_split_only(lost, alpha):
+    wins_needed(lost, alpha)
+    won = lost + 1
+    while not 2 * math.comb(won + lost, lost) / 2 ** (won + lost) < alpha:
+        won += 1
+    return won
 
 
 # %% solution temperature

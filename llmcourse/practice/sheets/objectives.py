@@ -1684,6 +1684,12 @@ ex = exercise(
         "A change at position j may be seen at j and later, never before j. Try every j, and every token there: some leaks show for one of them only.",
         "There are at most 5⁶ texts: give all of them to the model. All that begin alike up to position i must have the same logits there; if they differ by more than 1e-5, it leaks.",
     ),
+    equivalent={
+        "for i in range(length - 0):": "nothing comes after the last position: each beginning has one ending",
+        "for i in range(length):": "nothing comes after the last position: each beginning has one ending",
+        "if (alike.amax(1) - alike.amin(1)).max() >= 1e-5: # the same beginning, another ending": "a tolerance between rounding and the smallest leak",
+        "if (alike.amax(1) - alike.amin(1)).max() > 2e-05: # the same beginning, another ending": "a tolerance between rounding and the smallest leak",
+    },
 )
 
 

@@ -1163,6 +1163,11 @@ def from_zero(target, start, end, initial, final):
     return _first(lambda t: final - final * (1 - _part(t, start, end)) ** 3, target)
 
 
+@ex.wrong("A target that is reached from the beginning gave `start`. Before `start` the sparsity is `initial` already: the first step is 0.")
+def never_before_start(target, start, end, initial, final):
+    return max(step_reaching(target, start, end, initial, final), max(start, 0))
+
+
 # %% solution masked_step
 def masked_step(
     w: Tensor, grad: Tensor, velocity: Tensor, mask: Tensor, lr: float, beta: float

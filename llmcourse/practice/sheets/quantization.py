@@ -479,6 +479,11 @@ def one_scale_a_row(columns, bits, group_size, symmetric):
     return bits_per_weight(columns, bits, columns, symmetric)
 
 
+@ex.wrong("You read `symmetric` the wrong way round: a symmetric grid has no zero points, the other has one for each group.")
+def turned_round(columns, bits, group_size, symmetric):
+    return bits_per_weight(columns, bits, group_size, not symmetric)
+
+
 # %% solution unpack_nibbles
 def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
     """Bytes (…, ⌈n/2⌉) uint8 to signed codes (…, n) int8."""

@@ -514,6 +514,14 @@ def mean_over_n(times, n):
     return sum(times) / len(times) / n
 
 
+@ex.wrong("Your power is n − 1. All n runs have to be at least as large: the power is n.")
+def one_run_less(times, n):
+    expected_best(times, n)
+    t = sorted(times)
+    beyond = [((len(t) - i) / len(t)) ** (n - 1) for i in range(1, len(t))]
+    return t[0] + sum((b - a) * p for a, b, p in zip(t, t[1:], beyond))
+
+
 # %% solution standard_error
 def standard_error(values: list[float], units: list[str]) -> float:
     """Standard error of the mean of values that were drawn in units."""
