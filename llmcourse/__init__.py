@@ -48,6 +48,7 @@ _PUBLIC = {
     "Rotate": "rotation",
     "CacheFormat": "rotation",
     "quantized_cache": "rotation",
+    "faster": "deployment",
     "save_student": "packed",
     "load_student": "packed",
 }

@@ -52,6 +52,7 @@ __all__ = [
     "pack_model",
     "save_student",
     "stored_bytes",
+    "without_kernels",
 ]
 
 
@@ -480,7 +481,7 @@ def save_student(
     """
     one_of("rest_dtype", rest_dtype, (torch.float32, torch.bfloat16, torch.float16))
     config, folder = _config_of(model), Path(folder)
-    student = copy.deepcopy(model)
+    student = without_kernels(copy.deepcopy(model))
     _pack_in_place(student)
     config["quantization_config"] = _layout(student) | {"rest_dtype": str(rest_dtype).removeprefix("torch.")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -491,6 +492,14 @@ def save_student(
         for file in sorted(scratch.iterdir(), key=lambda f: (f.name == MANIFEST, f.name == "config.json", f.name)):
             os.replace(file, folder / file.name)
     return stored_bytes(student, rest_dtype)
+
+
+def without_kernels(model: nn.Module) -> nn.Module:
+    """In place: what `llmcourse.deployment.faster` has put into a model as it was before."""
+    for name, module in list(model.named_modules()):
+        if callable(getattr(module, "portable", None)):  # FastLinear, FastHead, FastRMSNorm
+            _replace(model, name, module.portable())
+    return model
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
@@ -645,12 +654,20 @@ def _empty_layer(model: nn.Module, name: str, layout: dict[str, Any]) -> nn.Modu
 
 
 @torch.no_grad()
-def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32, dequantize: bool = False) -> LoadedStudent:
+def load_student(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    dequantize: bool = False,
+    kernels: str = "portable",
+) -> LoadedStudent:
     """Read a folder written by `save_student`.
 
     Args:
         dtype: format of what is not packed, and so of the computation.
         dequantize: make ordinary dense layers with the same weights: faster, and as large as before.
+        kernels: portable (packed layers unpack themselves), int4 or auto, as in `llmcourse.deployment.faster`; what was
+            chosen is in the model's `speed`. Of no effect with `dequantize`.
     Raises:
         BadInput: a pickle, a missing, changed, cut or foreign file, or tensors that do not fit the configuration.
     """
@@ -658,6 +675,7 @@ def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32, dequ
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    one_of("kernels", kernels, ("auto", "int4", "portable"))
     folder = Path(folder)
     config = _read_config(folder)
     about = config.pop("quantization_config")
@@ -694,7 +712,13 @@ def load_student(folder: str | Path, *, dtype: torch.dtype = torch.float32, dequ
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     model = model.eval()
-    return LoadedStudent(dequantize_model(model, dtype=dtype) if dequantize else model, tokenizer)
+    if dequantize:
+        return LoadedStudent(dequantize_model(model, dtype=dtype), tokenizer)
+    if kernels != "portable":
+        from llmcourse.deployment import faster_  # made of the layers of this module
+
+        model, model.speed = faster_(model, kernels=kernels)
+    return LoadedStudent(model, tokenizer)
 
 
 @torch.no_grad()
