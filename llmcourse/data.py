@@ -79,7 +79,8 @@ def load_model(
     ) == "llmcourse":
         from llmcourse.packed import load_student
 
-        packed, tokenizer = load_student(folder)
+        kernels = settings.kernels if rt.device.type == "cpu" else "portable"
+        packed, tokenizer = load_student(folder, kernels=kernels)
         return LoadedModel(rt.move(packed).eval(), tokenizer, _card(name, folder))
     config = from_pretrained(transformers.AutoConfig, source, what)
     model = from_pretrained(_class_of(config), source, what, dtype=rt.dtype)

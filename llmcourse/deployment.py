@@ -6,7 +6,7 @@ __all__ = ['KERNEL_GROUPS', 'KERNEL_CPUS', 'KERNELS', 'Machine', 'measure_machin
            'LayerChoice', 'SpeedReport', 'crossover', 'lay_out', 'FastRMSNorm', 'faster', 'faster_', 'Agreement',
            'greedy_agreement']
 
-# %% ../nbs/15_deployment.ipynb #dp000002
+# %% ../nbs/15_deployment.ipynb #dp000004
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .quantization import unpack
 from .runtime import Runtime, benchmark, evaluating
 from .settings import one_of, require, whole
 
-# %% ../nbs/15_deployment.ipynb #dp000003
+# %% ../nbs/15_deployment.ipynb #dp000005
 class Machine(NamedTuple):
     """The two numbers of a roofline (Williams et al., 2009), as measured here."""
 
@@ -58,7 +58,7 @@ def measure_machine(
     product = min(benchmark(lambda: A @ A, rt, warmup=1, repeats=repeats).seconds)
     return Machine(W.nbytes / read, 2 * size**3 / product)
 
-# %% ../nbs/15_deployment.ipynb #dp000004
+# %% ../nbs/15_deployment.ipynb #dp000010
 class StepCost(NamedTuple):
     """What one forward pass has to compute and to read."""
 
@@ -121,7 +121,7 @@ def _read_bytes(layer: nn.Module) -> int:
         return layer.weight.nbytes
     return sum(t.nbytes for t in layer.state_dict().values())
 
-# %% ../nbs/15_deployment.ipynb #dp000005
+# %% ../nbs/15_deployment.ipynb #dp000016
 KERNEL_GROUPS = (256, 128, 64, 32)
 KERNEL_CPUS = ("AVX2", "AVX512")
 
@@ -149,7 +149,7 @@ def _kernel_group(columns: int, group_size: int) -> int | None:
     fits = (g for g in KERNEL_GROUPS if group_size % g == 0 and columns % g == 0)
     return next(fits, None)
 
-# %% ../nbs/15_deployment.ipynb #dp000006
+# %% ../nbs/15_deployment.ipynb #dp000019
 class KernelGrid(NamedTuple):
     """A packed layer in the kernel's terms: w = (c − 8) · scale + offset, four bits a code."""
 
@@ -185,7 +185,7 @@ def kernel_grid(layer: PackedLinear | PackedEmbedding) -> KernelGrid:
         scale, offset = torch.cat((16 * scale, scale), 1), torch.cat((offset, 8 * scale), 1)
     return KernelGrid(codes, scale.bfloat16(), offset.bfloat16(), group)
 
-# %% ../nbs/15_deployment.ipynb #dp000007
+# %% ../nbs/15_deployment.ipynb #dp000022
 class Kernel:
     """Packed layers that read one tensor, as one matrix for PyTorch's int4 kernel.
 
@@ -232,7 +232,7 @@ class Kernel:
         """Bytes of the kernel's own copy."""
         return self.codes.nbytes + self.scales.nbytes
 
-# %% ../nbs/15_deployment.ipynb #dp000008
+# %% ../nbs/15_deployment.ipynb #dp000025
 class FastLinear(PackedLinear):
     """A `PackedLinear` that asks a `Kernel` where the input has few rows, and itself elsewhere."""
 
@@ -282,7 +282,7 @@ def _with_kernel(layer: nn.Module, kernel: Kernel, place: int) -> FastLinear | F
     new.kernel, new.place = kernel, place
     return new.train(layer.training)
 
-# %% ../nbs/15_deployment.ipynb #dp000009
+# %% ../nbs/15_deployment.ipynb #dp000027
 def shared_inputs(model: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
     """Names of the layers, grouped: those of one list were given the very same tensor.
 
@@ -313,7 +313,7 @@ def _few_tokens(model: nn.Module, n: int = 8) -> Tensor:
         out = model(torch.arange(n, device=device)[None] % rows, use_cache=False)
     return getattr(out, "logits", out)
 
-# %% ../nbs/15_deployment.ipynb #dp000010
+# %% ../nbs/15_deployment.ipynb #dp000030
 @dataclass(frozen=True)
 class LayerChoice:
     """What was chosen for the layers that read one tensor, and why."""
@@ -363,7 +363,7 @@ def crossover(kernel_row: float, unpacking: float, dense_row: float, *, limit: i
         return limit
     return min(limit, max(1, int(unpacking / (kernel_row - dense_row))))
 
-# %% ../nbs/15_deployment.ipynb #dp000011
+# %% ../nbs/15_deployment.ipynb #dp000031
 def _time(fn: Callable[[], Any], rt: Runtime, repeats: int = 5) -> float:
     with torch.inference_mode():
         return min(benchmark(fn, rt, warmup=1, repeats=repeats).seconds)
@@ -403,7 +403,7 @@ def _refused(layer: nn.Module) -> str | None:
         return "has hooks"
     return kernel_refusal(p.rows, p.columns, bits=p.bits, group_size=p.group_size)
 
-# %% ../nbs/15_deployment.ipynb #dp000012
+# %% ../nbs/15_deployment.ipynb #dp000032
 def _groups(model: nn.Module, fuse: bool) -> Iterator[dict[str, nn.Module]]:
     """The packed layers of a model, those together that one kernel can serve."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, (PackedLinear, PackedHead))}
@@ -452,10 +452,17 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
-# %% ../nbs/15_deployment.ipynb #dp000013
+# %% ../nbs/15_deployment.ipynb #dp000034
 def lay_out(weight: Tensor) -> Tensor:
     """The same matrix (O, I), with its columns one after the other in memory: stored as (I, O)."""
     return weight.T.contiguous().T
+
+
+def _pass_time(matrices: Sequence[Tensor], rt: Runtime) -> float:
+    """Seconds to multiply one row of input with all of them, one after the other."""
+    matrices = list(matrices)
+    x = torch.ones(1, matrices[0].shape[1])
+    return _time(lambda: [F.linear(x, W) for W in matrices], rt)
 
 
 @torch.no_grad()
@@ -468,11 +475,11 @@ def _layout_in_place(model: nn.Module, rt: Runtime, *, measure: bool) -> list[La
             shapes.setdefault(tuple(W.shape), {})[name] = W
     choices, made = [], {}
     for shape, old in shapes.items():
-        new, x = {n: lay_out(W) for n, W in old.items()}, torch.ones(1, shape[1])
+        new = {n: lay_out(W) for n, W in old.items()}
         choice, why, found = "weights as (I, O)", "not measured", {}
         if measure:  # all of a shape in turn: one layer again and again would lie in the cache
-            run = lambda Ws: _time(lambda: [F.linear(x, W) for W in Ws], rt) / len(old)
-            found = {"seconds": run(new.values()), "before": run(old.values())}
+            times = [_pass_time(Ws, rt) / len(old) for Ws in (new.values(), old.values())]
+            found = dict(zip(("seconds", "before"), times))
             why = "measured to be faster"
             if found["seconds"] >= found["before"]:
                 choice, why = "as before", "faster here"
@@ -484,7 +491,7 @@ def _layout_in_place(model: nn.Module, rt: Runtime, *, measure: bool) -> list[La
             module.weight = made[id(W)]
     return choices
 
-# %% ../nbs/15_deployment.ipynb #dp000014
+# %% ../nbs/15_deployment.ipynb #dp000036
 class FastRMSNorm(nn.Module):
     """RMS norm in one call of the library: (…, D) → (…, D)."""
 
@@ -520,7 +527,7 @@ def _norms_in_place(model: nn.Module) -> int:
             count += 1
     return count
 
-# %% ../nbs/15_deployment.ipynb #dp000015
+# %% ../nbs/15_deployment.ipynb #dp000037
 KERNELS = ("auto", "int4", "portable")
 
 
@@ -564,7 +571,7 @@ def faster_(
         norms = _norms_in_place(model)
     return model.eval(), SpeedReport(tuple(choices), norms, extra)
 
-# %% ../nbs/15_deployment.ipynb #dp000016
+# %% ../nbs/15_deployment.ipynb #dp000063
 class Agreement(NamedTuple):
     """How far two forms of a model choose the same tokens, after the same text."""
 

@@ -655,11 +655,7 @@ def _empty_layer(model: nn.Module, name: str, layout: dict[str, Any]) -> nn.Modu
 
 @torch.no_grad()
 def load_student(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    dequantize: bool = False,
-    kernels: str = "portable",
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, dequantize: bool = False, kernels: str = "portable"
 ) -> LoadedStudent:
     """Read a folder written by `save_student`.
 

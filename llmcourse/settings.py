@@ -150,6 +150,8 @@ class Settings:
     offline: bool
     device: str
     dtype: str
+    kernels: str
+    """how a packed model computes: auto, int4 or portable"""
     source: Path
     """the file that was read"""
 
@@ -312,5 +314,6 @@ def load_settings(
         offline=offline in _TRUE,
         device=value("llmcourse", "device"),
         dtype=value("llmcourse", "dtype"),
+        kernels=str(one_of("kernels", value("llmcourse", "kernels"), ("auto", "int4", "portable"))),
         source=source,
     )

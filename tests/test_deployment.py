@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ from llmcourse.packed import (
 from llmcourse.pruning import Magnitude
 from llmcourse.quantization import RTN, EmbeddingRTN, rtn
 from llmcourse.runtime import Runtime
-from llmcourse.settings import BadInput
+from llmcourse.settings import BadInput, load_settings
 
 RT = Runtime.auto("cpu", "float32")
 HERE = kernel_refusal(64, 64, bits=4, group_size=64)
@@ -70,7 +71,9 @@ def llama(kind: str = "Llama", **more) -> nn.Module:
     return model
 
 
-def pack_up(model: nn.Module, *before, bits: int = 4, group_size: int | str = 32, head: bool = True, **grid) -> nn.Module:
+def pack_up(
+    model: nn.Module, *before, bits: int = 4, group_size: int | str = 32, head: bool = True, **grid
+) -> nn.Module:
     passes = [*before, RTN(bits=bits, group_size=group_size, **grid)] + ([EmbeddingRTN()] if head else [])
     return pack_model(compress(model, passes, None, RT)[0])
 
@@ -84,7 +87,9 @@ def some_ids(rows: int = 2, n: int = 12) -> torch.Tensor:
     return torch.randint(3, 96, (rows, n), generator=torch.Generator().manual_seed(1))
 
 
-def packed_layer(bits: int, rows: int = 32, columns: int = 128, group_size: int = 32, symmetric: bool = False, bias=None):
+def packed_layer(
+    bits: int, rows: int = 32, columns: int = 128, group_size: int = 32, symmetric: bool = False, bias=None
+):
     W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits))
     solved = rtn(W, bits=bits, group_size=group_size, symmetric=symmetric)
     return PackedLinear.from_weight(solved.weight, solved.qparams, bias)
@@ -333,7 +338,9 @@ def test_what_the_kernel_does_not_take_stays_and_is_said():
 
 @needs_kernel
 def test_mixed_bits_share_only_with_their_like():
-    model = compress(gpt(), [RTN(bits=4, group_size=32, layers="*.q, *.k"), RTN(bits=8, group_size=32, layers="*.v")], None, RT)[0]
+    model = compress(
+        gpt(), [RTN(bits=4, group_size=32, layers="*.q, *.k"), RTN(bits=8, group_size=32, layers="*.v")], None, RT
+    )[0]
     packed = pack_model(model)
     quick, report = faster(packed, **INT4)
     first = [tuple(n.rpartition(".")[2] for n in c.names) for c in report.layers if "blocks.0" in c.names[0]]
@@ -397,7 +404,7 @@ def test_counts_bytes_and_folders_are_those_of_the_packed_model(name, tmp_path):
 
 
 @needs_kernel
-def test_loading_a_folder(tmp_path, monkeypatch):
+def test_loading_a_folder(tmp_path):
     save_student(MODELS["ours"](), None, tmp_path / "m", rest_dtype=torch.float32)
     slow = load_student(tmp_path / "m").model
     assert not any(isinstance(m, FastLinear) for m in slow.modules())
@@ -407,6 +414,10 @@ def test_loading_a_folder(tmp_path, monkeypatch):
     assert not any(isinstance(m, FastLinear) for m in dense.modules())
     with pytest.raises(BadInput, match="kernels"):
         load_student(tmp_path / "m", kernels="fast")
+    settings = load_settings()
+    for kernels, kind in (("int4", FastLinear), ("portable", PackedLinear)):
+        model = load_model(tmp_path / "m", settings=replace(settings, kernels=kernels, device="cpu")).model
+        assert type(model.blocks[0].attn.q) is kind
 
 
 # ------------------------------------------------------------------------------------------------ dense models
