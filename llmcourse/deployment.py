@@ -271,7 +271,7 @@ def _with_buffers(kind: type[PackedLinear], layer: PackedLinear) -> PackedLinear
     about = {k: v for k, v in layer.layout().items() if k != "kind"}
     with torch.device("meta"):
         new = kind(**about)
-    for name in (*layer._buffers, "bias"):
+    for name in (*new._buffers, "bias"):
         setattr(new, name, getattr(layer, name))
     return new.train(layer.training)
 
@@ -280,6 +280,8 @@ def _with_kernel(layer: nn.Module, kernel: Kernel, place: int) -> FastLinear | F
     head = isinstance(layer, PackedHead)
     new = FastHead(layer.source[0]) if head else _with_buffers(FastLinear, layer)
     new.kernel, new.place = kernel, place
+    for name in ("codes", "scales"):  # seen by whoever counts the bytes in memory, never stored
+        new.register_buffer(f"kernel_{name}", getattr(kernel, name), persistent=False)
     return new.train(layer.training)
 
 # %% ../nbs/15_deployment.ipynb #dp000027
