@@ -103,7 +103,7 @@ def step_cost(model: nn.Module, *, batch: int = 1, tokens: int = 1, past: int = 
         weight += _read_bytes(layer)
     return StepCost(flops, weight, cache_bytes(model.config, tokens=past, batch=batch))
 
-
+# %% ../nbs/15_deployment.ipynb #dp000011
 def _linears(model: nn.Module) -> list[nn.Module]:
     found = [m for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "linear_shape")]
     return [m for m in found if not isinstance(m, PackedEmbedding)]
@@ -121,7 +121,7 @@ def _read_bytes(layer: nn.Module) -> int:
         return layer.weight.nbytes
     return sum(t.nbytes for t in layer.state_dict().values())
 
-# %% ../nbs/15_deployment.ipynb #dp000016
+# %% ../nbs/15_deployment.ipynb #dp000017
 KERNEL_GROUPS = (256, 128, 64, 32)
 KERNEL_CPUS = ("AVX2", "AVX512")
 
@@ -149,7 +149,7 @@ def _kernel_group(columns: int, group_size: int) -> int | None:
     fits = (g for g in KERNEL_GROUPS if group_size % g == 0 and columns % g == 0)
     return next(fits, None)
 
-# %% ../nbs/15_deployment.ipynb #dp000019
+# %% ../nbs/15_deployment.ipynb #dp000020
 class KernelGrid(NamedTuple):
     """A packed layer in the kernel's terms: w = (c − 8) · scale + offset, four bits a code."""
 
@@ -185,7 +185,7 @@ def kernel_grid(layer: PackedLinear | PackedEmbedding) -> KernelGrid:
         scale, offset = torch.cat((16 * scale, scale), 1), torch.cat((offset, 8 * scale), 1)
     return KernelGrid(codes, scale.bfloat16(), offset.bfloat16(), group)
 
-# %% ../nbs/15_deployment.ipynb #dp000022
+# %% ../nbs/15_deployment.ipynb #dp000023
 class Kernel:
     """Packed layers that read one tensor, as one matrix for PyTorch's int4 kernel.
 
@@ -232,7 +232,7 @@ class Kernel:
         """Bytes of the kernel's own copy."""
         return self.codes.nbytes + self.scales.nbytes
 
-# %% ../nbs/15_deployment.ipynb #dp000025
+# %% ../nbs/15_deployment.ipynb #dp000026
 class FastLinear(PackedLinear):
     """A `PackedLinear` that asks a `Kernel` where the input has few rows, and itself elsewhere."""
 
@@ -284,7 +284,7 @@ def _with_kernel(layer: nn.Module, kernel: Kernel, place: int) -> FastLinear | F
         new.register_buffer(f"kernel_{name}", getattr(kernel, name), persistent=False)
     return new.train(layer.training)
 
-# %% ../nbs/15_deployment.ipynb #dp000027
+# %% ../nbs/15_deployment.ipynb #dp000028
 def shared_inputs(model: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
     """Names of the layers, grouped: those of one list were given the very same tensor.
 
@@ -315,7 +315,7 @@ def _few_tokens(model: nn.Module, n: int = 8) -> Tensor:
         out = model(torch.arange(n, device=device)[None] % rows, use_cache=False)
     return getattr(out, "logits", out)
 
-# %% ../nbs/15_deployment.ipynb #dp000030
+# %% ../nbs/15_deployment.ipynb #dp000031
 @dataclass(frozen=True)
 class LayerChoice:
     """What was chosen for the layers that read one tensor, and why."""
@@ -365,7 +365,7 @@ def crossover(kernel_row: float, unpacking: float, dense_row: float, *, limit: i
         return limit
     return min(limit, max(1, int(unpacking / (kernel_row - dense_row))))
 
-# %% ../nbs/15_deployment.ipynb #dp000031
+# %% ../nbs/15_deployment.ipynb #dp000032
 def _time(fn: Callable[[], Any], rt: Runtime, repeats: int = 5) -> float:
     with torch.inference_mode():
         return min(benchmark(fn, rt, warmup=1, repeats=repeats).seconds)
@@ -405,7 +405,7 @@ def _refused(layer: nn.Module) -> str | None:
         return "has hooks"
     return kernel_refusal(p.rows, p.columns, bits=p.bits, group_size=p.group_size)
 
-# %% ../nbs/15_deployment.ipynb #dp000032
+# %% ../nbs/15_deployment.ipynb #dp000033
 def _groups(model: nn.Module, fuse: bool) -> Iterator[dict[str, nn.Module]]:
     """The packed layers of a model, those together that one kernel can serve."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, (PackedLinear, PackedHead))}
@@ -454,7 +454,7 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
-# %% ../nbs/15_deployment.ipynb #dp000034
+# %% ../nbs/15_deployment.ipynb #dp000035
 def lay_out(weight: Tensor) -> Tensor:
     """The same matrix (O, I), with its columns one after the other in memory: stored as (I, O)."""
     return weight.T.contiguous().T
@@ -493,7 +493,7 @@ def _layout_in_place(model: nn.Module, rt: Runtime, *, measure: bool) -> list[La
             module.weight = made[id(W)]
     return choices
 
-# %% ../nbs/15_deployment.ipynb #dp000036
+# %% ../nbs/15_deployment.ipynb #dp000037
 class FastRMSNorm(nn.Module):
     """RMS norm in one call of the library: (…, D) → (…, D)."""
 
@@ -529,7 +529,7 @@ def _norms_in_place(model: nn.Module) -> int:
             count += 1
     return count
 
-# %% ../nbs/15_deployment.ipynb #dp000037
+# %% ../nbs/15_deployment.ipynb #dp000038
 KERNELS = ("auto", "int4", "portable")
 
 
@@ -573,7 +573,7 @@ def faster_(
         norms = _norms_in_place(model)
     return model.eval(), SpeedReport(tuple(choices), norms, extra)
 
-# %% ../nbs/15_deployment.ipynb #dp000063
+# %% ../nbs/15_deployment.ipynb #dp000064
 class Agreement(NamedTuple):
     """How far two forms of a model choose the same tokens, after the same text."""
 
