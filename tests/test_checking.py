@@ -1009,6 +1009,7 @@ class TestCommands:
             assert all(len(line) <= 80 for line in lines if line.startswith(("│", "┃", "┏", "└")))
             body = [line for line in lines if line.startswith("│")]
             assert len(body) >= rows and all(line.split("│")[1].strip() for line in body), "no row is broken"
+            assert command != "progress" or all("○ not started" in line for line in body), "the result is whole"
 
     def test_a_plain_script_prints_the_result(self, example, tmp_path: Path) -> None:
         code = (

@@ -40,11 +40,11 @@ def _console():
 
 
 def _table(title: str, *columns: str):
-    """One line for each row: numbers and the first column keep their width, other texts are cut, with a sign."""
+    """One line for each row: numbers, results and the first column keep their width; a text is cut, with a sign."""
     from rich.table import Table
 
     numbers = ("points", "cases", "min", "level", "tries", "hints", "known")
-    texts = [name for name in columns[1:] if name not in numbers]
+    texts = [name for name in columns[1:] if name not in (*numbers, "result")]
     table = Table(title=_escape(title), title_justify="left", caption_justify="left", expand=bool(texts))
     for name in columns:
         justify, ratio = "right" if name in numbers else "left", 1 if name in texts else None
