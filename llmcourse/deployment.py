@@ -373,7 +373,8 @@ def _time(fn: Callable[[], Any], rt: Runtime, repeats: int = 5) -> float:
 
 def _measure_kernel(kernel: Kernel, layers: Sequence[nn.Module], rt: Runtime) -> dict[str, Any]:
     """Seconds of one row by the kernel and by unpacking, and where the two meet."""
-    I, many = layers[0].columns, 16
+    # a dense product is at its speed only with many rows: with few, the two never seem to meet
+    I, many = layers[0].columns, 64
     one, rows = torch.ones(1, I), torch.ones(many, I)
     W = torch.cat([layer.dequantized() for layer in layers])  # (ΣO, I)
     unpacking = sum(_time(layer.dequantized, rt, 2) for layer in layers)
