@@ -191,7 +191,10 @@ def test_items_with_different_numbers_of_choices(llama, cache, batch_size):
             own = ac.score_choices(llama, Pieces(), [one], alone="Title:", cache=False)
             k = len(one.choices)
             assert got.scores(norm)[i, :k] == pytest.approx(own.scores(norm)[0], abs=1e-4), norm
-            assert (got.scores(norm)[i, k:] == -math.inf).all() and got.picks(norm)[i] == own.picks(norm)[0] < k
+            pick, scores = got.picks(norm)[i], own.scores(norm)[0]
+            # in another batch sums are rounded in another way: of two equal choices either may be picked
+            assert (got.scores(norm)[i, k:] == -math.inf).all() and pick < k
+            assert scores[pick] == pytest.approx(scores.max(), abs=1e-4), norm
     chance = (1 / 2 + 1 / 4 + 1 / 3 + 1 / 2 + 1 / 3) / 5
     assert got.accuracy().chance == pytest.approx(chance) and 0 <= got.accuracy().value <= 1
 
