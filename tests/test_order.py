@@ -119,9 +119,22 @@ def test_nothing_has_run_when_a_pair_is_refused(model, passes, monkeypatch, firs
 
 # one first pass for each kind of thing that a layer can carry
 @pytest.mark.parametrize("first", ["rotate-inputs", "nf4"])
-def test_what_is_not_refused_runs_to_its_end(passes, students, first):
+def test_what_is_not_refused_runs_and_leaves_what_was_there(passes, students, first):
+    old = dict(students[0][first].named_modules())
     for second in sorted(set(NAMES) - set(REFUSED.get(first, ()))):
-        compress(students[0][first], [passes[second]], random_text(), RT)
+        student, reports = compress(students[0][first], [passes[second]], random_text(), RT)
+        assert [r.name for r in reports] == [passes[second].name]
+        kept = 0
+        for name in old.keys() & dict(student.named_modules()).keys():  # some passes leave blocks out
+            before, layer = old[name], student.get_submodule(name)
+            if hasattr(before, "input_rotation"):
+                assert layer.input_rotation.kind == before.input_rotation.kind, (second, name)
+                kept += 1
+            elif (q := qparams_of(before)) is not None:
+                now = qparams_of(layer)
+                assert type(now) is type(q) and torch.equal(now.fake_quantize(layer.weight), layer.weight), second
+                kept += 1
+        assert kept >= 2 and torch.isfinite(student(torch.arange(8)[None]).logits).all(), second
 
 
 @pytest.mark.parametrize("first", sorted(ROUND))
