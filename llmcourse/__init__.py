@@ -49,6 +49,8 @@ _PUBLIC = {
     "CacheFormat": "rotation",
     "quantized_cache": "rotation",
     "faster": "deployment",
+    "Engine": "serving",
+    "Request": "serving",
     "save_student": "packed",
     "load_student": "packed",
 }

@@ -1,7 +1,7 @@
-"""A quantized key-value cache for models of transformers: their `Cache`, with the stores of the chapter on rotations.
+"""The caches of the course for models of transformers: quantized keys and values, and keys and values in blocks.
 
-Hand-written: the lesson (what is rounded, and when) is in `llmcourse.rotation`; here are the names that the library
-calls its caches by.
+Hand-written: the lessons (what is rounded, and when; what is kept where) are in `llmcourse.rotation` and
+`llmcourse.serving`; here are the names that the library calls its caches by.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llmcourse.rotation import CacheFormat, change_batch, crop, length_of, nbytes_of, stores_for
 
-__all__ = ["HFCache"]
+__all__ = ["Borrowed", "HFCache"]
 
 
 class _Layer(DynamicLayer):
@@ -64,3 +64,29 @@ class HFCache(Cache):
     def bytes(self) -> int:
         """Bytes of everything that is kept."""
         return sum(nbytes_of(store) for layer in self.layers for store in layer.stores)
+
+
+class _BorrowedLayer(DynamicLayer):
+    """One layer of a cache of the course, which knows where keys and values go."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.is_initialized = layer, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return self.layer.append(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.layer.length
+
+
+class Borrowed(Cache):
+    """A cache of the course (layers with `append` and `length`), as models of transformers want it, for one pass.
+
+    Every layer shows all of its tokens: windows and chunks are left to the masks, which the model makes from lengths.
+    """
+
+    def __init__(self, cache):
+        super().__init__(layers=[_BorrowedLayer(layer) for layer in cache.layers])
