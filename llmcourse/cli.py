@@ -142,6 +142,42 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address; one that others can reach needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
+    max_batch: Annotated[int, typer.Option(help="Requests that run at a time.")] = 8,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens that the key-value cache has room for.")] = 4096,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; one more gets 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="New tokens that a request may ask for.")] = 1024,
+    timeout: Annotated[float, typer.Option(help="Seconds for an answer; then it ends as it is.")] = 300.0,
+    grace: Annotated[float, typer.Option(help="Seconds for running answers after SIGTERM or Ctrl-C.")] = 30.0,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="File with the key that clients must show; else LLMCOURSE_API_KEY, or none.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Serve a model over HTTP in the form of OpenAI's API, many requests at a time."""
+    settings = load_settings(overrides={"device": device, "dtype": dtype})
+    from llmcourse.server import ServerConfig, read_key
+    from llmcourse.server import serve as run
+
+    config = ServerConfig(
+        host=host,
+        port=port,
+        max_batch=max_batch,
+        cache_tokens=cache_tokens,
+        queue=queue,
+        max_tokens=max_tokens,
+        timeout=timeout,
+        grace=grace,
+        key=read_key(api_key_file),
+    )
+    run(model, config, settings=settings, say=_say)
+
+
+@app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that comes with the course.")],
     out: Annotated[
