@@ -137,7 +137,7 @@ def test_the_package_imports_without_what_the_gpu_image_lacks():
     code = """
 import sys
 absent = {"datasets", "nbdev", "fastcore", "gguf", "platformdirs", "psutil", "torchao", "pydantic", "nbgrader"}
-absent |= {"IPython", "execnb"}
+absent |= {"IPython", "execnb", "fastapi", "starlette", "uvicorn", "prometheus_client"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in absent:

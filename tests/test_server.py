@@ -1,4 +1,4 @@
-"""`llmcourse serve`: every address by the official client, on loopback; what goes wrong, and that others notice nothing."""
+"""`llmcourse serve`: every address by the official client, on loopback; what goes wrong disturbs no other client."""
 
 from __future__ import annotations
 
