@@ -41,7 +41,7 @@ class Job:
 class Runner:
     """The thread that owns an engine. Its other methods are for the event loop.
 
-    An exception of a step ends the requests that the engine held, with an error; then there is a new engine.
+    An exception of a step ends the requests that were running, with an error; those that waited go to a new engine.
     """
 
     def __init__(self, make_engine: Callable[[], Any], *, max_batch: int, waiting: int):
@@ -146,18 +146,22 @@ class Runner:
         return job, Note(job.index, e.token, e.finished)
 
     def _restart(self, e: Exception, more: Sequence[Job] = ()) -> list[tuple[Job, Note]]:
-        """After an exception nobody knows what the engine still holds: its requests end, and a new one begins."""
+        """After an exception nobody knows what state the engine is in. Who ran, and `more`, get an error."""
         log_error("a step of the engine failed", e)
         text = "the model failed while it worked on this request; the server goes on, and its log says more."
         refused = Refused(text, 500, kind="server_error", code="engine_failed")
-        notes = [(job, Note(job.index, error=refused)) for job in {*self._jobs.values(), *more}]
-        self._jobs.clear()
+        waiting = {text.id for text in self.engine.scheduler.waiting if not text.new}  # nothing was written yet
+        jobs, self._jobs = self._jobs, {}
         try:
             self.engine = self.make_engine()
         except Exception as again:
             log_error("the engine could not be started again", again)
-            self.dead = True
-        return notes
+            self.dead, waiting = True, set()
+        again = [job for id, job in jobs.items() if id in waiting and job not in more]
+        if again:
+            self._orders.put((self._submit, again))
+        ended = {*jobs.values(), *more}.difference(again)
+        return [(job, Note(job.index, error=refused)) for job in ended]
 
     def _tell(self, notes: list[tuple[Job, Note]]) -> None:
         if notes:

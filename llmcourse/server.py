@@ -112,7 +112,7 @@ def read_key(file: str | Path | None = None) -> str | None:
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """A socket at the configured address, not yet open.
+    """A socket that listens at the configured address: before the model is loaded, which takes longer.
 
     Raises:
         BadInput: no such address, a port that is in use, or one that is not ours to take.
@@ -152,15 +152,9 @@ class Meters:
         self.gone = Counter("llmcourse_cancelled", "Requests whose client went away.", **made())
         self.first = Histogram("llmcourse_first_token_seconds", "Until the first token.", buckets=seconds, **made())
         self.whole = Histogram("llmcourse_answer_seconds", "Until the end of an answer.", buckets=seconds, **made())
-        for name, what in (
-            ("waiting", "Requests that wait."), ("running", "Requests that get a token in each step."),
-            ("free_blocks", "Blocks of the cache that are free."), ("blocks", "Blocks of the cache."),
-            ("shared_tokens", "Tokens of prompts that were found in the cache."),
-            ("preempted", "Times that a request gave its blocks back and was read again."),
-        ):  # fmt: skip
-            if hasattr(runner.stats, name):
-                gauge = Gauge(f"llmcourse_engine_{name}", what, **made())
-                gauge.set_function(lambda name=name: getattr(runner.stats, name))
+        for name in runner.stats._fields:  # since the engine was made: it is made again after a failure
+            gauge = Gauge(f"llmcourse_engine_{name}", f"{name} of the engine's stats.", **made())
+            gauge.set_function(lambda name=name: getattr(runner.stats, name))
 
     def page(self) -> bytes:
         from prometheus_client import generate_latest
@@ -218,6 +212,7 @@ class Generation:
                 if note.token is not None:
                     if not self.usage.new:
                         meters.first.observe(time.perf_counter() - self.began)
+                        meters.read.inc(self.usage.prompt)
                     self.usage.new += 1
                     piece = "" if note.finished == "stop" else stream.push(note.token)
                 why = "stop" if stream.stopped else note.finished
@@ -232,7 +227,6 @@ class Generation:
         finally:
             self.server.generations.discard(self)
             self.server.runner.cancel(self.jobs)
-            meters.read.inc(self.usage.prompt)
             meters.written.inc(self.usage.new)
 
     async def _next(self) -> Note | None:
@@ -297,9 +291,9 @@ class ModelServer:
         if ask.chat and not self.tokenizer.chat_template:
             text = f"model {self.name!r} has no chat template; allowed: /v1/completions, which takes plain text."
             raise Refused(text, param="messages")
-        if len(ask.prompts) > self.config.max_batch + self.config.queue:
-            most = self.config.max_batch + self.config.queue
-            raise Refused(f"prompt has {len(ask.prompts)} texts; allowed: at most {most}.", param="prompt")
+        if len(ask.prompts) > self.config.room:
+            text = f"prompt has {len(ask.prompts)} texts; allowed: at most {self.config.room}."
+            raise Refused(text, param="prompt")
         # in a thread: a long text takes a while, and the other clients shall not wait for it
         loop = asyncio.get_running_loop()
         prompts, requests = await loop.run_in_executor(self._tokenize, self._requests, ask)
@@ -326,7 +320,11 @@ class ModelServer:
             new = min(usual, self.config.max_tokens, room) if ask.max_tokens is None else ask.max_tokens
             top_k, top_p = ask.top_k, ask.top_p
             sampling = Sampling(temperature=ask.temperature, top_k=top_k, top_p=top_p, seed=(seed + i) % 2**63)
-            requests.append(Request(prompt=tuple(ids), max_new_tokens=new, sampling=sampling, allowed=allowed))
+            try:
+                made = Request(prompt=tuple(ids), max_new_tokens=new, sampling=sampling, allowed=allowed)
+            except BadInput as e:  # a negative token
+                raise Refused(e, param=what) from None
+            requests.append(made)
         return prompts, requests
 
     def _ids(self, prompt: str | tuple[int, ...]) -> list[int]:

@@ -641,6 +641,23 @@ def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(tiny, capfd)
         assert up.web.get("/health").json() == {"status": "ok"}
 
 
+def test_those_that_only_waited_go_on_after_a_failure(tiny, capfd):
+    faults = []
+    with running(tiny, max_batch=1, make_engine=lambda m, c: Breaks(_engine(m, c), faults)) as up:
+        expected = ask(up, max_tokens=3).choices[0].text
+        stream = ask(up, max_tokens=100, stream=True, temperature=1.5, seed=1)
+        next(iter(stream))  # it runs, alone
+        up.held[0].go.clear()
+        wait = in_threads(*[lambda: ask(up, max_tokens=3).choices[0].text] * 3)
+        eventually(lambda: up.server.runner.taken == 4)
+        eventually(lambda: up.server.runner._orders.empty())
+        faults.append(RuntimeError("inside"))
+        up.held[0].go.set()
+        with pytest.raises(openai.APIError, match="failed"):
+            list(stream)
+        assert wait() == [expected] * 3
+
+
 def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(tiny, capfd):
     faults = []
     with running(tiny, max_batch=2, make_engine=lambda m, c: Breaks(_engine(m, c), faults)) as up:
