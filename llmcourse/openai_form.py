@@ -173,18 +173,27 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     good = isinstance(stops, list) and len(stops) <= STOPS and all(isinstance(s, str) and s for s in stops)
     require(good, name, value, f"a text, or a list of at most {STOPS}, none of them empty")
-    return tuple(stops)
+    return tuple(_utf8(name, s) for s in stops)
+
+
+def _utf8(name: str, text: str) -> str:
+    """JSON can hold half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise BadInput(f"{name} has half a character at position {e.start}; allowed: text in UTF-8.") from None
+    return text
 
 
 def _prompts(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
     ids = lambda v: isinstance(v, list) and bool(v) and all(type(i) is int for i in v)
     if isinstance(value, str):
-        return (value,)
+        return (_utf8(name, value),)
     if ids(value):
         return (tuple(value),)
     good = isinstance(value, list) and bool(value) and (all(isinstance(v, str) for v in value) or all(map(ids, value)))
     require(good, name, value, "a text, a list of texts, a list of token ids, or a list of such lists")
-    return tuple(v if isinstance(v, str) else tuple(v) for v in value)
+    return tuple(_utf8(name, v) if isinstance(v, str) else tuple(v) for v in value)
 
 
 def _messages(name: str, value: Any) -> tuple[dict[str, str], ...]:
@@ -204,14 +213,14 @@ def _messages(name: str, value: Any) -> tuple[dict[str, str], ...]:
 def _content(where: str, value: Any) -> str:
     """The text of a message: OpenAI also writes it as a list of parts."""
     if isinstance(value, str):
-        return value
+        return _utf8(where, value)
     good = isinstance(value, list) and bool(value) and all(isinstance(p, dict) for p in value)
     require(good, where, value, "a text, or a list of parts of the type text")
     for part in value:
         one_of(f"type of a part of {where}", part.get("type"), ("text",))
         require(isinstance(part.get("text"), str), f"text of a part of {where}", part.get("text"), "a text")
         require(set(part) == {"type", "text"}, f"keys of a part of {where}", sorted(part), "type, text")
-    return "".join(part["text"] for part in value)
+    return _utf8(where, "".join(part["text"] for part in value))
 
 
 def _response_format(name: str, value: Any) -> Any:

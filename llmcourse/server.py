@@ -277,6 +277,8 @@ class ModelServer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; those that only mark something have none."""
+        if self.tokenizer.is_fast:  # the same, without what is around it in Python: this runs for every token
+            return self.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     async def generation(self, ask: Ask) -> Generation:
