@@ -36,6 +36,7 @@ class Job:
         self.request, self.index, self.notes = request, index, notes
         self.id: int | None = None  # the engine's number; only its thread looks at it
         self.over = False  # the loop knows the end of it
+        self.again = False  # it waited when an engine failed, and went to the next one
 
 
 class Runner:
@@ -157,7 +158,9 @@ class Runner:
         except Exception as again:
             log_error("the engine could not be started again", again)
             self.dead, waiting = True, set()
-        again = [job for id, job in jobs.items() if id in waiting and job not in more]
+        again = [job for id, job in jobs.items() if id in waiting and job not in more and not job.again]
+        for job in again:
+            job.again = True  # once: perhaps it is what breaks the engine
         if again:
             self._orders.put((self._submit, again))
         ended = {*jobs.values(), *more}.difference(again)

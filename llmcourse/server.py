@@ -291,7 +291,8 @@ class ModelServer:
             text = f"model is {ask.model!r}; allowed: {self.name}."
             raise Refused(text, 404, param="model", code="model_not_found")
         if ask.chat and not self.tokenizer.chat_template:
-            text = f"model {self.name!r} has no chat template; allowed: /v1/completions, which takes plain text."
+            text = f"messages cannot be written as text: model {self.name!r} has no chat template"
+            text = f"{text}; allowed: /v1/completions, which takes plain text."
             raise Refused(text, param="messages")
         if len(ask.prompts) > self.config.room:
             text = f"prompt has {len(ask.prompts)} texts; allowed: at most {self.config.room}."
@@ -551,6 +552,7 @@ class Gate:
             self.server.still_open()
 
 
+JSON = "application/json"
 FAILED = "the server failed on this request; its log says more."
 PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/metrics", "/health")
 
@@ -649,26 +651,22 @@ def _routes(server: ModelServer) -> Any:
         return as_response(e)
 
     def as_response(e: Refused) -> Response:
-        return Response(form.encoded(e.body()), e.status, e.headers, "application/json")
+        return Response(form.encoded(e.body()), e.status, e.headers, JSON)
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         status = "stopping" if server.stopping else "failed" if server.runner.dead else "ok"
-        return Response(form.encoded({"status": status}), 200 if status == "ok" else 503, media_type="application/json")
+        return Response(form.encoded({"status": status}), 200 if status == "ok" else 503, media_type=JSON)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         return Response(server.meters.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return Response(form.encoded({"object": "list", "data": [model]}), media_type="application/json")
+    async def models(_: Request) -> Response:
+        return Response(form.encoded({"object": "list", "data": [model]}), media_type=JSON)
 
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Response:
-        if name != server.name:
+    async def one_model(request: Request) -> Response:
+        if (name := request.path_params["name"]) != server.name:
             raise Refused(f"model is {name!r}; allowed: {server.name}.", 404, param="model", code="model_not_found")
-        return Response(form.encoded(model), media_type="application/json")
+        return Response(form.encoded(model), media_type=JSON)
 
     async def generate(request: Request, chat: bool) -> Response:
         body = await read_body(request, server.config)
@@ -681,14 +679,18 @@ def _routes(server: ModelServer) -> Any:
             server.open.discard(ticket)
             raise
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await generate(request, chat=False)
 
-    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await generate(request, chat=True)
 
+    for path, route, method in (
+        ("/health", health, "GET"), ("/metrics", metrics, "GET"), ("/v1/models", models, "GET"),
+        ("/v1/models/{name:path}", one_model, "GET"), ("/v1/completions", completions, "POST"),
+        ("/v1/chat/completions", chat_completions, "POST"),
+    ):  # fmt: skip
+        app.add_route(path, route, methods=[method])  # the body is read here, not by FastAPI: its errors have our form
     return app
 
 

@@ -36,6 +36,12 @@ def tiny(tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():  # a head of its own and larger weights: else it only repeats the last token
+        model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn_like(model.lm_head.weight))
+        for name, p in model.named_parameters():
+            if "proj" in name:
+                p.mul_(8)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = TEMPLATE
     return SimpleNamespace(model=model, tokenizer=tokenizer)
@@ -175,7 +181,7 @@ def test_a_seed_repeats_a_draw_streamed_or_not(up):
     how = {"temperature": 1.5, "max_tokens": 24, "top_p": 0.9}
     a, b = (ask(up, seed=7, **how).choices[0].text for _ in range(2))
     assert a == b == "".join(joined(ask(up, seed=7, stream=True, **how))[0])
-    others = {ask(up, seed=s, **how).choices[0].text for s in (-1, 8, 2**63 - 1)}
+    others = {ask(up, seed=s, **how).choices[0].text for s in (-2, 8, 2**63 - 1)}
     assert len(others) == 3 and a not in others
     assert len({ask(up, **how).choices[0].text for _ in range(3)}) == 3  # no seed: another one each time
 
@@ -383,8 +389,8 @@ def post(up, body, path="/v1/completions"):
 def test_a_bad_completion_is_refused_by_name(up, more, status, param):
     body = {"model": "tiny", "prompt": "ka", "max_tokens": 4, "temperature": 0} | more
     is_refused(post(up, body), status, param)
-    body = {"stream": True} | body
-    is_refused(post(up, body), status, param)  # a stream that cannot begin has its status too
+    if "stream_options" not in more:  # a stream that cannot begin has its status too
+        is_refused(post(up, {"stream": True} | body), status, param)
 
 
 @pytest.mark.parametrize(("more", "param"), BAD_CHAT.values(), ids=BAD_CHAT)
@@ -486,8 +492,10 @@ def test_none_of_200_answers_is_lost_or_crossed(tiny, up):
     """32 clients at a time, greedy: each gets what the model alone writes for its own prompt."""
     rng = random.Random(3)
     words = ["ka", "lo", "mi", "ne", "ru", "sa", "to", "vi", "qu", "ze"]
-    prompts = [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(200)]
-    expected = {p: text_of(tiny, alone(tiny, p, 6)) for p in set(prompts)}
+    some = [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(40)]
+    expected = {p: text_of(tiny, alone(tiny, p, 6)) for p in some}
+    assert len(set(expected.values())) > 20  # an answer tells whose it is
+    prompts = rng.choices(some, k=200)
 
     async def all_of_them():
         turn = asyncio.Semaphore(32)
@@ -614,9 +622,10 @@ class Breaks:
         self.engine, self.faults, self.waiting = engine, faults, waiting
 
     def step(self):
-        if self.faults and self.engine.stats.waiting >= self.waiting:
+        events, waiting = self.engine.step(), self.engine.stats.waiting
+        if self.faults and waiting >= self.waiting:
             raise self.faults.pop()
-        return self.engine.step()
+        return events
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
@@ -626,16 +635,13 @@ def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(tiny, capfd)
     faults = []
     with running(tiny, max_batch=2, make_engine=lambda m, c: Breaks(_engine(m, c), faults)) as up:
         expected = ask(up, max_tokens=3).choices[0].text
-        up.held[0].go.clear()
-        wait = in_threads(
-            lambda: post(up, {"model": "tiny", "prompt": "ka lo", "max_tokens": 3}),
-            lambda: post(up, {"model": "tiny", "prompt": "mi", "max_tokens": 3, "stream": True}),
-        )
-        eventually(lambda: up.server.runner.taken == 2)
-        faults.append(RuntimeError("secret of the inside"))
-        up.held[0].go.set()
-        for response in wait():
-            assert "secret" not in is_refused(response, 500)
+        for stream in (False, True):
+            up.held[-1].go.clear()
+            wait = in_threads(lambda s=stream: post(up, {"model": "tiny", "prompt": ["ka lo", "mi"], "stream": s}))
+            eventually(lambda: up.server.runner.taken == 2)
+            faults.append(RuntimeError("secret of the inside"))
+            up.held[-1].go.set()
+            assert "secret" not in is_refused(wait()[0], 500)
         assert "secret of the inside" in capfd.readouterr().err  # the log of the server says it
         assert ask(up, max_tokens=3).choices[0].text == expected
         assert up.web.get("/health").json() == {"status": "ok"}
@@ -689,7 +695,8 @@ def test_a_fault_of_the_server_itself_shows_nothing(tiny, capfd, monkeypatch):
         monkeypatch.setattr(form, "read_ask", lambda *a, **k: 1 / 0)
         assert "division" not in is_refused(post(up, {"model": "tiny", "prompt": "ka"}), 500)
         monkeypatch.undo()
-        assert "ZeroDivisionError" in capfd.readouterr().err
+        said = []
+        eventually(lambda: said.append(capfd.readouterr().err) or "ZeroDivisionError" in "".join(said))
         assert ask(up, max_tokens=2).choices and not up.server.open
 
 
