@@ -27,6 +27,7 @@ from llmcourse.server import ModelServer, ServerConfig, _engine, listen, read_ke
 from llmcourse.settings import BadInput  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+END = 2  # the end token of the tiny model, by its configuration
 PROMPTS = ("kalo mine", "rusa", "to vi qu ze ka", "sato ne", "mi", "ze ze ze lo")
 
 
@@ -36,6 +37,7 @@ def tiny(tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    assert model.generation_config.eos_token_id == END
     torch.manual_seed(1)
     with torch.no_grad():  # a head of its own and larger weights: else it only repeats the last token
         model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn_like(model.lm_head.weight))
@@ -51,12 +53,14 @@ def alone(tiny, prompt: str, n: int) -> list[int]:
     """The most probable tokens, one text at a time and without a cache; ends with the end token."""
     ids, new = tiny.tokenizer(prompt)["input_ids"], []
     with torch.inference_mode():
-        while len(new) < n and (not new or new[-1] != tiny.tokenizer.eos_token_id):
+        while len(new) < n and (not new or new[-1] != END):
             new.append(int(tiny.model(torch.tensor([ids + new])).logits[0, -1].argmax()))
     return new
 
 
 def text_of(tiny, ids: list[int]) -> str:
+    """The end token is no text."""
+    ids = ids[:-1] if ids[-1:] == [END] else ids
     return tiny.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -155,7 +159,7 @@ def test_a_completion_is_what_the_model_alone_writes(tiny, up, prompt):
     expected = alone(tiny, prompt, 12)
     whole = ask(up, prompt=prompt, max_tokens=12)
     assert whole.choices[0].text == text_of(tiny, expected)
-    assert whole.choices[0].finish_reason == ("stop" if expected[-1] == tiny.tokenizer.eos_token_id else "length")
+    assert whole.choices[0].finish_reason == ("stop" if expected[-1] == END else "length")
     assert whole.usage.completion_tokens == len(expected)
     assert whole.usage.prompt_tokens == len(tiny.tokenizer(prompt)["input_ids"])
     pieces, why = joined(ask(up, prompt=prompt, max_tokens=12, stream=True))
@@ -297,7 +301,7 @@ def test_the_text_of_a_real_tokenizer_in_pieces(tiny):
     decode = lambda ids: text_of(tiny, ids)
     rng = random.Random(2)
     for _ in range(50):
-        ids = [rng.randrange(len(tiny.tokenizer)) for _ in range(20)]
+        ids = [rng.randrange(END + 1, len(tiny.tokenizer)) for _ in range(20)]
         assert "".join(written(ids, decode)) == decode(ids)
 
 
