@@ -81,7 +81,7 @@ def stored_parts(model: nn.Module) -> dict[str, Grid | Tensor]:
     """
     rounded = any(qparams_of(m) is not None for m in model.modules())
     model = pack_model(model) if rounded else model
-    parts, seen = {}, set()
+    parts, seen = {}, {}
     inside = (parametrize.ParametrizationList, ActQuant)
     hidden = [n for n, m in model.named_modules() if isinstance(m, inside)]
     for name, m in model.named_modules():
@@ -92,7 +92,7 @@ def stored_parts(model: nn.Module) -> dict[str, Grid | Tensor]:
             continue
         own = dict(m._parameters)
         own |= {k: b for k, b in m._buffers.items() if k not in m._non_persistent_buffers_set}
-        if type(m) in (PackedLinear, PackedEmbedding):
+        if isinstance(m, (PackedLinear, PackedEmbedding)):  # also with a kernel behind it
             own = {"weight": grid_of(m), "bias": getattr(m, "bias", None)}
         elif hasattr(m, "dequantized"):  # packed on a table of values, which no format here holds
             own = {"weight": m.dequantized(), "bias": getattr(m, "bias", None)}
@@ -100,7 +100,7 @@ def stored_parts(model: nn.Module) -> dict[str, Grid | Tensor]:
             own = {**own, "weight": m.weight}
         for key, value in own.items():
             if value is not None and id(value) not in seen:
-                seen.add(id(value))
+                seen[id(value)] = value  # alive: a number in use is nobody else's
                 value = value if isinstance(value, Grid) else value.detach().cpu()
                 parts[f"{name}.{key}".lstrip(".")] = value
     found = any(isinstance(p, Grid) for p in parts.values())
@@ -132,7 +132,8 @@ def ct_matrix(grid: Grid) -> dict[str, Tensor]:
 def words(codes: Tensor, bits: int) -> Tensor:
     """Our packed bytes, four at a time as a little-endian int32: (R, n) -> (R, ⌈n b / 32⌉)."""
     packed = pack(codes.contiguous(), bits)
-    return F.pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
+    padded = F.pad(packed, (0, -packed.shape[1] % 4))
+    return padded.flatten().view(torch.int32).view(len(codes), -1)  # (R, words)
 
 
 def unwords(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -437,6 +438,20 @@ class OnnxCache:
                 self.binding.bind_ortvalue_input(f"{kind}.{i}", buffer)
                 self.binding.bind_ortvalue_output(f"new_{kind}.{i}", buffer)  # the same memory
 
+
+def _check_call(ids: Tensor, c: GPTConfig, cache: OnnxCache, keep: int) -> None:
+    """Raise BadInput for what the graph would answer with other numbers, or not at all."""
+    B, T = ids.shape
+    inside = not ids.is_floating_point()
+    inside = inside and int(ids.min()) >= 0 and int(ids.max()) < c.vocab_size
+    require(inside, "ids", "something else", f"whole numbers from 0 to {c.vocab_size - 1}")
+    total, most = cache.filled + T, min(cache.length, c.context)
+    fits = cache.batch == B and total <= most
+    require(fits, "ids", (B, total), f"{cache.batch} of at most {most} tokens in all")
+    allowed = "1 text, or 1 token of each: the operator reads several only from the beginning"
+    require(B == 1 or T == 1 or cache.filled == 0, "ids behind a cache", (B, T), allowed)
+    whole("keep", keep, 1, T)
+
 # %% ../nbs/15b_export.ipynb #ex000027
 class OnnxLlama:
     """A model written by `write_onnx`, run by onnxruntime: ids (B, T) -> logits (B, T, V).
@@ -461,18 +476,17 @@ class OnnxLlama:
         self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
     def __call__(self, ids: Tensor, cache: OnnxCache | None = None, keep: int | None = None):
+        shaped = ids.ndim == 2 and ids.numel() > 0
+        require(shaped, "shape of ids", tuple(ids.shape), "(B, T), both at least 1")
         B, T = ids.shape
         cache = OnnxCache(self, B, T) if cache is None else cache
-        total = cache.filled + T
-        fits = cache.batch == B and total <= min(cache.length, self.config.context)
-        require(fits, "ids", (B, total), f"{cache.batch} texts of at most {cache.length} tokens")
-        allowed = "1 text, or 1 token of each: the operator reads several only from the beginning"
-        require(B == 1 or T == 1 or cache.filled == 0, "ids behind a cache", (B, T), allowed)
+        keep, total = T if keep is None else keep, cache.filled + T
+        _check_call(ids, self.config, cache, keep)
         bind = cache.binding.bind_cpu_input
         bind("input_ids", np.ascontiguousarray(ids.numpy(), np.int64))
         bind("seqlens_k", np.full(B, total - 1, np.int32))
         bind("total_length", np.array(total, np.int32))
-        bind("keep", np.array([T if keep is None else keep], np.int64))
+        bind("keep", np.array([keep], np.int64))
         cache.binding.bind_output("logits")  # of another shape than in the step before
         self.session.run_with_iobinding(cache.binding)
         cache.filled = total
@@ -484,13 +498,18 @@ class OnnxLlama:
         """The most probable continuation of texts of one length: (B, T) -> (B, T + new).
 
         Args:
-            stop: tokens after which a text ends; by default the model's own. It ends when all do.
+            stop: tokens after which a text ends; by default the model's own. A text that has ended
+                repeats its last token until all have.
         """
+        total = ids.shape[1] + whole("max_new_tokens", max_new_tokens, 1) - 1  # the last is not read
+        most = self.config.context
+        require(total <= most, "tokens to read", total, f"at most {most}, the context of the model")
         stop = set(self.stop if stop is None else stop)
         done = torch.zeros(len(ids), dtype=torch.bool)
         cache, new = OnnxCache(self, len(ids), ids.shape[1] + max_new_tokens), ids
-        for _ in range(whole("max_new_tokens", max_new_tokens, 1)):
-            new = self(new, cache, keep=1)[:, -1].argmax(-1, keepdim=True)  # (B, 1)
+        for _ in range(max_new_tokens):
+            best = self(new, cache, keep=1)[:, -1].argmax(-1, keepdim=True)  # (B, 1)
+            new = torch.where(done[:, None], ids[:, -1:], best)
             ids = torch.cat((ids, new), 1)
             done |= torch.tensor([int(t) in stop for t in new])
             if done.all():

@@ -126,7 +126,7 @@ class _Target:
         self.forms: Counter[str] = Counter()
         self.notes: list[str] = []
         kinds = (PackedLinear, PackedEmbedding)
-        tables = sum(hasattr(m, "dequantized") and type(m) not in kinds for m in model.modules())
+        tables = sum(hasattr(m, "dequantized") and not isinstance(m, kinds) for m in model.modules())
         if tables:
             self.notes.append(f"{tables} of the matrices on a table of values, which the format does not hold: dense")
         self.check()
@@ -148,8 +148,9 @@ class _Target:
 
         rounded = any(qparams_of(m) is not None for m in self.model.modules())
         dense = dequantize_model(pack_model(self.model) if rounded else self.model).float().cpu()
-        vocabulary = dense.get_input_embeddings().weight.shape[0]
-        ids = (torch.arange(16)[None] * 7919) % vocabulary
+        vocabulary, c = dense.get_input_embeddings().weight.shape[0], dense.config
+        most = next((n for name in ("context", "max_position_embeddings") if (n := getattr(c, name, None))), 16)
+        ids = (torch.arange(min(16, most))[None] * 7919) % vocabulary
         with evaluating(dense), torch.no_grad():
             return ids, getattr(out := dense(ids, use_cache=False), "logits", out)
 
@@ -174,12 +175,27 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     return config | {"architectures": [type(model).__name__]}
 
 
-def _plain_llama(model: nn.Module) -> tuple[GPTConfig, dict[str, Any]]:
-    """The shape of a plain Llama and its config.json; refuses every other architecture."""
-    from llmcourse.llama import read_config
+def _plain_llama(
+    model: nn.Module, parts: dict[str, Grid | Tensor], target: str
+) -> tuple[GPTConfig, dict[str, Any]]:
+    """The shape of a plain Llama and its config.json; refuses every other architecture, and one with a part too few."""
+    import torch
 
-    config = _config_of(model)
-    return read_config(config, type(model).__name__)[0], config
+    from llmcourse.llama import read_config, their_name
+    from llmcourse.model import GPT
+
+    try:
+        config = _config_of(model)
+        shape = read_config(config, type(model).__name__)[0]
+    except BadInput as e:
+        raise BadInput(f"{target} is written for plain Llamas only: {e}") from None
+    with torch.device("meta"):
+        names = {their_name(key) for key in GPT(shape).state_dict()}
+    if shape.tied:
+        names.discard("lm_head.weight")
+    odd = sorted(names ^ parts.keys())
+    require(not odd, "tensors of the model", odd[:3], f"those of a Llama, {len(names)} in all")
+    return shape, config
 
 
 @contextlib.contextmanager
@@ -256,8 +272,9 @@ class _CompressedTensors(_Target):
         from llmcourse.export import Grid, ct_matrix
         from llmcourse.packed import PackedEmbedding
 
-        allowed = "one whose layers have their own names in transformers"
-        require(not is_separated(self.model), "model", "one with experts taken apart", allowed)
+        allowed = "one whose layers have names of their own in transformers"
+        taken = "one whose layers had to be taken apart (experts in one tensor, the layers of GPT-2)"
+        require(not is_separated(self.model), "model", taken, allowed)
         self.config = _config_of(self.model)
         modules = list(self.model.named_modules())
         names = {name for name, m in modules if isinstance(m, nn.Linear) or hasattr(m, "linear_shape")}
@@ -314,6 +331,7 @@ class _CompressedTensors(_Target):
             else:
                 back = found[name].float()
             worst = max(worst, _gap(back, part))
+        require(worst == 0, "difference of a weight, compressed-tensors", worst, "0: nothing was kept")
         if importlib.util.find_spec("compressed_tensors") is None:
             self.notes.append("not loaded with transformers: that takes the package compressed-tensors")
             return worst, None
@@ -339,8 +357,13 @@ class _GGUF(_Target):
     def check(self) -> None:
         from llmcourse.export import Grid, gguf_name, gguf_type, interleaved
 
-        self.shape, self.config = _plain_llama(self.model)
+        self.shape, self.config = _plain_llama(self.model, self.parts, self.name)
         self.words = _byte_level(self.tokenizer, self.shape.vocab_size)
+        eos = self.config.get("eos_token_id")
+        self.ends = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]
+        self.around = _around(self.tokenizer, self.ends[0])
+        if len(self.ends) > 1:
+            self.notes.append(f"the file names one end of a text, token {self.ends[0]}, and the model {self.ends}")
         self.tensors: dict[str, tuple[Grid | Tensor, str]] = {}
         for name, part in self.parts.items():
             kind = self._named(name, gguf_type, part, exact=self.exact) if isinstance(part, Grid) else "dense"
@@ -389,12 +412,11 @@ class _GGUF(_Target):
         w.add_token_list(self.words["tokens"])
         w.add_token_types(self.words["types"])
         w.add_token_merges(self.words["merges"])
-        w.add_add_bos_token(False)
-        eos = self.config.get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) else eos
+        w.add_add_bos_token(self.around[0])
+        w.add_add_eos_token(self.around[1])
         for add, token in (
             (w.add_bos_token_id, self.tokenizer.bos_token_id),
-            (w.add_eos_token_id, self.tokenizer.eos_token_id if eos is None else eos),
+            (w.add_eos_token_id, self.ends[0]),
             (w.add_unk_token_id, self.tokenizer.unk_token_id),
             (w.add_pad_token_id, self.tokenizer.pad_token_id),
         ):
@@ -422,17 +444,43 @@ class _GGUF(_Target):
 
 
 _PRE = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}  # how text is cut before merging -> its name
+# what the file has no place for, and the value with which it is not needed
+_PLAIN = {
+    "ByteLevel": {"add_prefix_space": False, "use_regex": True},
+    "Digits": {"individual_digits": True},
+    "BPE": dict.fromkeys(("dropout", "byte_fallback", "ignore_merges"), False)
+    | dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ""),
+}
+
+
+def _around(tokenizer: Any, end: int | None) -> tuple[bool, bool]:
+    """Whether the tokenizer puts a token before each text, and whether it puts one after it."""
+    bare, full = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (False, True))
+    for before in (False, True):
+        for after in (False, True):
+            if full == [tokenizer.bos_token_id] * before + bare + [end] * after:
+                return before, after
+    raise BadInput(
+        f"what the tokenizer puts around 'a' is {full}; allowed: {bare}, with the token that begins a text "
+        f"({tokenizer.bos_token_id}) before it and the one that ends it ({end}) after it, or without."
+    )
 
 
 def _byte_level(tokenizer: Any, size: int) -> dict[str, Any]:
     """Tokens, their types and merges of a byte-level BPE tokenizer, `size` tokens in all."""
-    allowed = "a byte-level BPE tokenizer, as GPT-2, Llama 3 and SmolLM have"
+    allowed = "a byte-level BPE tokenizer that cuts its text as the one of GPT-2 or of SmolLM does"
     require(hasattr(tokenizer, "backend_tokenizer"), "tokenizer", type(tokenizer).__name__, allowed)
     about = json.loads(tokenizer.backend_tokenizer.to_str())
     cut = about.get("pre_tokenizer") or {}
-    cuts = tuple(c.get("type") for c in cut.get("pretokenizers", [cut]))
-    known = about["model"]["type"] == "BPE" and cuts in _PRE and about.get("normalizer") is None
+    steps = cut.get("pretokenizers", [cut])
+    cuts = tuple(c.get("type") for c in steps)
+    known = about["model"]["type"] == "BPE" and cuts in _PRE
     require(known, "tokenizer", f"{about['model']['type']} after {cuts}", allowed)
+    require(about.get("normalizer") is None, "tokenizer", "one that normalizes its text", allowed)
+    for step in (*steps, about["model"]):
+        for key, value in _PLAIN[step["type"]].items():
+            found = step.get(key, value)
+            require((found or None) == (value or None), f"{key} of the tokenizer's {step['type']}", found, f"{value!r}")
     tokens = {token: at for token, at in about["model"]["vocab"].items()}
     added = {t["content"]: t for t in about["added_tokens"]}
     tokens |= {content: t["id"] for content, t in added.items()}
@@ -454,7 +502,7 @@ class _ONNX(_Target):
     def check(self) -> None:
         from llmcourse.export import Grid, onnx_block
 
-        self.shape, self.config = _plain_llama(self.model)
+        self.shape, self.config = _plain_llama(self.model, self.parts, self.name)
         for name, part in self.parts.items():
             if isinstance(part, Grid):
                 self._named(name, onnx_block, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 
 import gguf
@@ -16,7 +17,9 @@ from typer.testing import CliRunner
 from llmcourse import export, portable
 from llmcourse.cli import app
 from llmcourse.compression import ActQuant, LayerPass, LayerUpdate, compress
+from llmcourse.deployment import faster
 from llmcourse.export import Grid, gguf_blocks, gguf_type, interleaved, stored_parts, unwords, words
+from llmcourse.lowbit import NF4, Ternary
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.packed import PackedLinear, dequantize_model, pack_model, save_student
 from llmcourse.portable import export_student, load_compressed, load_gguf
@@ -223,6 +226,126 @@ def test_a_layer_on_a_table_of_values_becomes_dense(tmp_path, tokenizer, to):
     assert torch.allclose(theirs, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
 
 
+MLP, ATTENTION = "*.mlp.*", "*.self_attn.*"
+COMPUTED = {  # layers whose weights are made anew when somebody asks for them
+    "tables": [NF4(group_size=32, layers=MLP), RTN(bits=4, group_size=32, symmetric=True, layers=ATTENTION)],
+    "masks without a rounding": [
+        Magnitude(sparsity=0.5),
+        RTN(bits=4, group_size=32, symmetric=True, layers=ATTENTION),
+    ],
+    "both": [
+        Magnitude(sparsity=0.5, layers=MLP),
+        Ternary(steps=0, layers="*.self_attn.[qk]_proj"),
+        RTN(bits=4, group_size=32, symmetric=True, layers="*.self_attn.[vo]_proj"),
+    ],
+}
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("how", COMPUTED)
+def test_no_matrix_is_left_out(tmp_path, tokenizer, to, how):
+    """A computed tensor is gone when the next one is made, and its place in memory, and with it its id, is free."""
+    made, names = compress(llama(), COMPUTED[how], None, None)[0], set(stored_parts(student(llama(), SYMMETRIC)))
+    for _ in range(3):
+        assert set(stored_parts(made)) == names
+    export_student(made, tokenizer, tmp_path / "out", to=to)
+    theirs, ours = answers(loaded(tmp_path / "out", to)), answers(made)
+    assert torch.allclose(theirs, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("to", ["gguf", pytest.param("onnx", marks=needs_onnx)])
+def test_a_part_too_few_is_refused(tmp_path, tokenizer, monkeypatch, to):
+    right = export.stored_parts
+    monkeypatch.setattr(export, "stored_parts", lambda m: {k: v for k, v in right(m).items() if "1.mlp.up" not in k})
+    with pytest.raises(BadInput, match=r"tensors of the model is \['model.layers.1.mlp.up_proj.weight'\]"):
+        export_student(student(llama(), SYMMETRIC), tokenizer, tmp_path / "out", to=to)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_model_with_kernels_is_the_one_without(tmp_path, tokenizer, to):
+    packed = student(llama(), SYMMETRIC, EmbeddingRTN())
+    fast, _ = faster(packed, kernels="int4")
+    plain = export_student(packed, tokenizer, tmp_path / "plain", to=to)
+    found = export_student(fast, tokenizer, tmp_path / "fast", to=to)
+    assert (found.forms, found.bytes) == (plain.forms, plain.bytes)
+    assert torch.equal(answers(loaded(found.folder, to)), answers(loaded(plain.folder, to)))
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_scale_for_each_row_with_its_zero_point(tmp_path, tokenizer, to):
+    packed = student(llama(), RTN(bits=4, group_size="channel"))
+    export_student(packed, tokenizer, tmp_path / "out", to=to)
+    theirs, ours = answers(loaded(tmp_path / "out", to)), answers(dequantize_model(packed))
+    assert torch.allclose(theirs, ours, rtol=0, atol=(0.01 if to == "gguf" else 1e-4) * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_short_context(tmp_path, tokenizer, to):
+    found = export_student(student(llama(max_position_embeddings=12), SYMMETRIC), tokenizer, tmp_path / "out", to=to)
+    assert found.folder.is_dir()
+
+
+TEXT = "In 1984 it's   not\n\n what you'd think: naïve 東京 12345 <|endoftext|>x"
+ByteLevel, Digits = tokenizers.pre_tokenizers.ByteLevel, tokenizers.pre_tokenizers.Digits
+END = [("<|endoftext|>", 0)]
+TOKENIZERS = {  # the text of an error, or None where the file has to say the same tokens
+    "digit by digit": (lambda t: _cut(t, Digits(individual_digits=True), ByteLevel(add_prefix_space=False)), None),
+    "a beginning": (lambda t: _around(t, "<|endoftext|> $A"), None),
+    "an end": (lambda t: _around(t, "$A <|endoftext|>"), None),
+    "both": (lambda t: _around(t, "<|endoftext|> $A <|endoftext|>"), None),
+    "something else around": (lambda t: _around(t, "<|endoftext|> <|endoftext|> $A"), "puts around 'a' is"),
+    "a space before a text": (lambda t: _cut(t, ByteLevel(add_prefix_space=True)), "add_prefix_space"),
+    "not cut into words": (lambda t: _cut(t, ByteLevel(add_prefix_space=False, use_regex=False)), "use_regex"),
+    "whole numbers": (
+        lambda t: _cut(t, Digits(individual_digits=False), ByteLevel(add_prefix_space=False)),
+        "individual_digits",
+    ),
+    "another pattern": (
+        lambda t: _cut(t, tokenizers.pre_tokenizers.Punctuation(), ByteLevel(add_prefix_space=False)),
+        "'Punctuation', 'ByteLevel'",
+    ),
+    "a normalizer": (lambda t: setattr(t, "normalizer", tokenizers.normalizers.NFC()), "normalizes its text"),
+    "words that win": (lambda t: setattr(t.model, "ignore_merges", True), "ignore_merges"),
+}
+
+
+def _cut(t, *steps):
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(steps))
+
+
+def _around(t, single):
+    t.post_processor = tokenizers.processors.TemplateProcessing(single=single, pair="$A $B", special_tokens=END)
+
+
+@pytest.mark.parametrize("how", TOKENIZERS)
+def test_the_tokens_of_a_text_are_the_same_or_it_is_refused(tmp_path, tokenizer, how):
+    change, said = TOKENIZERS[how]
+    other = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    change(other)
+    named = dict(eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=other, **named)
+    if said is None:
+        export_student(student(llama(), SYMMETRIC), other, tmp_path / "out", to="gguf")
+        assert load_gguf(tmp_path / "out")[1](TEXT).input_ids == other(TEXT).input_ids
+        return
+    with pytest.raises(BadInput) as e:
+        export_student(student(llama(), SYMMETRIC), other, tmp_path / "out", to="gguf")
+    assert said in str(e.value) and one_sentence(str(e.value)) and not list(tmp_path.iterdir())
+
+
+def test_the_flags_of_a_gguf_say_what_is_put_around_a_text(tmp_path, tokenizer):
+    other = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    _around(other, "<|endoftext|> $A")
+    named = dict(eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=other, **named)
+    packed = student(llama(eos_token_id=[0, 7]), SYMMETRIC)
+    found = export_student(packed, other, tmp_path / "out", to="gguf")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() and not fields["tokenizer.ggml.add_eos_token"].contents()
+    assert any("one end of a text, token 0, and the model [0, 7]" in note for note in found.notes)
+
+
 def test_a_gguf_brings_its_tokenizer(tmp_path, tokenizer):
     packed = student(llama(), SYMMETRIC)
     export_student(packed, tokenizer, tmp_path / "out", to="gguf")
@@ -259,8 +382,53 @@ def test_onnx_writes_what_the_model_writes(tmp_path, tokenizer):
     # the end of a text
     stop = int(expected[0, 8])
     assert exact.generate(ids[:1], 9, stop=[stop]).shape[1] <= 9
-    with pytest.raises(BadInput, match="ids is"):
-        exact(ids, export.OnnxCache(exact, 3, 6))
+
+
+@needs_onnx
+def test_a_text_that_has_ended_waits_for_the_others(tmp_path, tokenizer):
+    export_student(student(llama(), SYMMETRIC), tokenizer, tmp_path / "out", to="onnx")
+    exact = export.OnnxLlama(tmp_path / "out", level="exact")
+    ids = torch.randint(0, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(1))
+    free = exact.generate(ids, 12, stop=())[:, 5:]
+    # tokens after which some text goes on to another one
+    ends = [int(a) for row in free for a, b in itertools.pairwise(row) if a != b]
+    tried = 0
+    for stop in dict.fromkeys(ends):
+        held = exact.generate(ids, 12, stop=[stop])[:, 5:]
+        for row, was in zip(held.tolist(), free.tolist(), strict=True):
+            at = was.index(stop) + 1 if stop in was else len(row)
+            assert row[:at] == was[: len(row)][:at] and set(row[at:]) <= {stop}
+            tried += at < len(row) and was[: len(row)] != row
+    assert tried > 0
+
+
+REFUSED_CALLS = {
+    "out of the vocabulary": (lambda m: m(torch.tensor([[VOCABULARY]])), "0 to 319"),
+    "below it": (lambda m: m(torch.tensor([[3, -1]])), "0 to 319"),
+    "no whole numbers": (lambda m: m(torch.tensor([[3.0]])), "whole numbers"),
+    "no text": (lambda m: m(torch.zeros(1, 0, dtype=torch.long)), r"shape of ids is \(1, 0\)"),
+    "one dimension": (lambda m: m(torch.tensor([1, 2])), r"shape of ids is \(2,\)"),
+    "a cache too short": (lambda m: m(torch.ones(3, 7).long(), export.OnnxCache(m, 3, 6)), "3 of at most 6 tokens"),
+    "a cache of others": (lambda m: m(torch.ones(2, 3).long(), export.OnnxCache(m, 3, 6)), "3 of at most 6 tokens"),
+    "beyond the context": (lambda m: m(torch.ones(1, 65).long()), "1 of at most 64 tokens"),
+    "no logits": (lambda m: m(torch.ones(1, 3).long(), keep=0), "keep is 0; allowed: a whole number from 1 to 3"),
+    "more than there are": (lambda m: m(torch.ones(1, 3).long(), keep=4), "keep is 4"),
+    "fewer than none": (lambda m: m(torch.ones(1, 3).long(), keep=-1), "keep is -1"),
+    "to write beyond the context": (lambda m: m.generate(torch.ones(1, 60).long(), 6), "tokens to read is 65"),
+    "to write nothing": (lambda m: m.generate(torch.ones(1, 6).long(), 0), "max_new_tokens is 0"),
+}
+
+
+@needs_onnx
+def test_what_the_graph_cannot_answer_is_refused_before_it_runs(tmp_path, tokenizer, monkeypatch):
+    export_student(student(llama(), SYMMETRIC), tokenizer, tmp_path / "out", to="onnx")
+    model = export.OnnxLlama(tmp_path / "out")
+    assert model.generate(torch.ones(1, 60).long(), 5, stop=()).shape == (1, 65)  # the last token is not read
+    monkeypatch.setattr(export.np, "ascontiguousarray", lambda *a: pytest.fail("the graph has run"))
+    for name, (call, said) in REFUSED_CALLS.items():
+        with pytest.raises(BadInput, match=said) as e:
+            call(model)
+        assert one_sentence(str(e.value)), name
 
 
 @needs_onnx
@@ -282,6 +450,19 @@ def test_the_fast_level_differs_and_the_weights_lie_in_one_file(tmp_path, tokeni
 # ---------------------------------------------------------------------------------------------- refusals
 
 
+SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+
+
+def qwen2() -> transformers.Qwen2ForCausalLM:
+    how = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**how, vocab_size=VOCABULARY)).eval()
+
+
+def gpt2() -> transformers.GPT2LMHeadModel:
+    how = dict(vocab_size=VOCABULARY, n_embd=64, n_layer=1, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**how)).eval()
+
+
 class RoundInputs(LayerPass):
     def solve(self, W, stats, mask):
         return LayerUpdate(W, act=ActQuant(8))
@@ -296,6 +477,9 @@ CANNOT = [
     ("gguf", lambda: compress(llama(), [RoundInputs(), SYMMETRIC], None, None)[0], "rounds or turns"),
     ("gguf", lambda: student(llama(attention_bias=True), SYMMETRIC), "attention_bias"),
     ("gguf", lambda: student(layer_norms(), SYMMETRIC), "norm is 'layer'"),
+    ("gguf", lambda: student(qwen2(), SYMMETRIC), "gguf is written for plain Llamas only: model_type"),
+    ("gguf", lambda: student(llama(rope_parameters=SCALED), SYMMETRIC), "plain Llamas only: rope_parameters.factor"),
+    ("compressed-tensors", lambda: student(gpt2(), SYMMETRIC), "taken apart .*, the layers of GPT-2"),
 ]
 CANNOT_ONNX = [
     ("onnx", lambda: student(llama(), RTN(bits=3, group_size=32, symmetric=True)), "2, 4 or 8, which MatMulNBits"),
@@ -332,6 +516,21 @@ def test_what_does_not_read_back_is_not_kept(tmp_path, tokenizer, monkeypatch, h
     monkeypatch.setattr(export, "gguf_blocks", lambda grid, kind: wrong(right(grid, kind)))
     with pytest.raises(BadInput, match="difference of a weight"):
         export_student(student(llama(), SYMMETRIC), tokenizer, tmp_path / "out", to="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", [True, False])
+@pytest.mark.parametrize("key", ["weight_packed", "weight_scale"])
+def test_a_spoiled_tensor_is_not_kept_with_or_without_the_package(tmp_path, tokenizer, monkeypatch, package, key):
+    """Where transformers cannot load the folder, nobody else would find it."""
+    right, find = export.ct_matrix, importlib.util.find_spec
+    spoil = {"weight_packed": lambda t: t ^ 3, "weight_scale": lambda t: t * 1.01}[key]
+    monkeypatch.setattr(export, "ct_matrix", lambda g: (found := right(g)) | {key: spoil(found[key])})
+    if not package:
+        there = lambda name: None if name == "compressed_tensors" else find(name)
+        monkeypatch.setattr(portable.importlib.util, "find_spec", there)
+    with pytest.raises(BadInput, match="difference of a weight, compressed-tensors"):
+        export_student(student(llama(), SYMMETRIC), tokenizer, tmp_path / "out", to="compressed-tensors")
     assert not list(tmp_path.iterdir())
 
 
