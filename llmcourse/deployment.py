@@ -78,15 +78,24 @@ def cache_bytes(config: Any, *, tokens: int, batch: int = 1, element: int = 4) -
     """Bytes of the keys and values of `tokens` tokens in each of `batch` texts.
 
     Args:
-        config: of a `GPT`, or of a model of transformers with the names that Llama's has.
+        config: of a `GPT`, or of a causal model of transformers.
         element: bytes of one number.
     """
-    get = lambda *names: next(v for n in names if (v := getattr(config, n, None)) is not None)
-    layers = get("n_layers", "num_hidden_layers")
-    heads = get("n_heads", "num_attention_heads")
-    kv_heads = get("n_kv_heads", "num_key_value_heads")
-    width = getattr(config, "head_dim", None) or get("hidden_size") // heads
-    return 2 * layers * kv_heads * width * whole("tokens", tokens, 0) * batch * element
+    for name, value, least in (("tokens", tokens, 0), ("batch", batch, 1), ("element", element, 1)):
+        whole(name, value, least)
+    layers = _said(config, "n_layers", "num_hidden_layers")
+    heads = _said(config, "n_heads", "num_attention_heads")
+    kv_heads = _said(config, "n_kv_heads", "num_key_value_heads", default=heads)
+    width = getattr(config, "head_dim", None) or _said(config, "hidden_size") // heads
+    return 2 * layers * kv_heads * width * tokens * batch * element
+
+
+def _said(config: Any, *names: str, default: int | None = None) -> int:
+    """What a configuration says under the first of these names that it has."""
+    found = next((v for n in names if (v := getattr(config, n, None)) is not None), default)
+    allowed = f"one that says {' or '.join(names)}"
+    require(found is not None, "config", type(config).__name__, allowed)
+    return found
 
 
 def step_cost(model: nn.Module, *, batch: int = 1, tokens: int = 1, past: int = 0) -> StepCost:
@@ -95,13 +104,14 @@ def step_cost(model: nn.Module, *, batch: int = 1, tokens: int = 1, past: int = 
     Logits are counted for one token a text. The arithmetic of attention itself is left out: it is
     small beside the matrices until `past` is in the thousands.
     """
-    head = _head(model)
-    weight, flops = 0, 0
+    whole("tokens", tokens, 1)
+    cache = cache_bytes(model.config, tokens=past, batch=batch)
+    head, weight, flops = _head(model), 0, 0
     for layer in _linears(model):
         O, I = getattr(layer, "linear_shape", None) or layer.weight.shape
         flops += 2 * O * I * batch * (1 if layer is head else tokens)
         weight += _read_bytes(layer)
-    return StepCost(flops, weight, cache_bytes(model.config, tokens=past, batch=batch))
+    return StepCost(flops, weight, cache)
 
 # %% ../nbs/15_deployment.ipynb #dp000011
 def _linears(model: nn.Module) -> list[nn.Module]:
@@ -185,6 +195,27 @@ def kernel_grid(layer: PackedLinear | PackedEmbedding) -> KernelGrid:
         scale, offset = torch.cat((16 * scale, scale), 1), torch.cat((offset, 8 * scale), 1)
     return KernelGrid(codes, scale.bfloat16(), offset.bfloat16(), group)
 
+# %% ../nbs/15_deployment.ipynb #dp0000k1
+class _Outputs:
+    """What one input gave for all layers of a kernel, until each has taken its part."""
+
+    def __init__(self, x: Tensor, parts: list[Tensor | None]):
+        self.x, self.parts = x, parts
+        # a tensor counts how often it was written to; one of inference mode does not
+        self.version = None if x.is_inference() else x._version
+        self.copy = x.clone() if x.is_inference() else None
+
+    def are_of(self, x: Tensor) -> bool:
+        """Whether x is that input, with the numbers that it had."""
+        if x is not self.x:
+            return False
+        return x._version == self.version if self.copy is None else torch.equal(x, self.copy)
+
+    def take(self, place: int) -> Tensor | None:
+        """The part of one layer; None if it was taken already."""
+        part, self.parts[place] = self.parts[place], None
+        return part
+
 # %% ../nbs/15_deployment.ipynb #dp000023
 class Kernel:
     """Packed layers that read one tensor, as one matrix for PyTorch's int4 kernel.
@@ -205,11 +236,12 @@ class Kernel:
         self.scales = torch.cat(pairs).transpose(0, 1).contiguous()  # (G, ΣO, 2)
         self.group, self.twice, self.most = grids[0].group, layers[0].bits > 4, most
         self.sizes = [layer.rows for layer in layers]
-        self._kept: tuple[Tensor, list] | None = None
+        self.cpu = torch.backends.cpu.get_cpu_capability()
+        self._kept: _Outputs | None = None
 
     def product(self, x: Tensor) -> Tensor:
         """(…, I) → (…, ΣO), in the format of x."""
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()  # (M, I)
+        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()  # (M, I)
         if self.twice:
             rows = torch.cat((rows, rows), 1)  # (M, 2 I)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.scales)
@@ -220,11 +252,11 @@ class Kernel:
         if len(self.sizes) == 1:
             return self.product(x)
         kept = self._kept
-        if kept is None or kept[0] is not x or kept[1][place] is None:
-            kept = self._kept = (x, list(self.product(x).split(self.sizes, -1)))
-        kept[1][place], y = None, kept[1][place]  # each is handed out once
-        if all(other is None for other in kept[1]):
-            self._kept = None
+        y = kept.take(place) if kept is not None and kept.are_of(x) else None
+        if y is None:  # each is handed out once
+            kept = _Outputs(x, list(self.product(x).split(self.sizes, -1)))
+            y = kept.take(place)
+        self._kept = kept if any(part is not None for part in kept.parts) else None
         return y
 
     @property
@@ -232,15 +264,45 @@ class Kernel:
         """Bytes of the kernel's own copy."""
         return self.codes.nbytes + self.scales.nbytes
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self.cpu != torch.backends.cpu.get_cpu_capability():  # arranged for another processor
+            self.most = 0
+
 # %% ../nbs/15_deployment.ipynb #dp000026
-class FastLinear(PackedLinear):
-    """A `PackedLinear` that asks a `Kernel` where the input has few rows, and itself elsewhere."""
+class _Fast(nn.Module):
+    """What a layer with a `Kernel` behind it adds."""
 
     kernel: Kernel
     place: int
+    made_at: int
+    """how often weights had been loaded into the layer when the kernel was made of them"""
+
+    def asks(self, x: Tensor, packed: PackedLinear | PackedEmbedding) -> bool:
+        """Whether the kernel serves x: few rows, no gradient, and still the weights of the kernel."""
+        if x.device.type != "cpu" or not 0 < x.numel() <= self.kernel.most * packed.columns:
+            return False
+        return packed.loaded == self.made_at and not (x.requires_grad and torch.is_grad_enabled())
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "_Fast":
+        # the kernel's own copy stays where it is, in its own format
+        own = {n: self._buffers.pop(n) for n in ("kernel_codes", "kernel_scales")}
+        super()._apply(fn, recurse)
+        self._buffers |= own
+        return self
+
+
+class FastLinear(_Fast, PackedLinear):
+    """A `PackedLinear` that asks a `Kernel` where the input has few rows, and itself elsewhere.
+
+    It also asks itself for a gradient, and after other weights were loaded into it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.numel() > self.kernel.most * self.columns:
+        if not self.asks(x, self):
             return super().forward(x)
         y = self.kernel.output(self.place, x)
         return y if self.bias is None else y + self.bias.to(y)
@@ -250,14 +312,11 @@ class FastLinear(PackedLinear):
         return _with_buffers(PackedLinear, self)
 
 
-class FastHead(PackedHead):
+class FastHead(_Fast, PackedHead):
     """A `PackedHead` that asks a `Kernel` where few logits are wanted."""
 
-    kernel: Kernel
-    place: int
-
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.numel() > self.kernel.most * self.in_features:
+        if not self.asks(x, self.source[0]):
             return super().forward(x)
         return self.kernel.output(self.place, x)
 
@@ -279,7 +338,7 @@ def _with_buffers(kind: type[PackedLinear], layer: PackedLinear) -> PackedLinear
 def _with_kernel(layer: nn.Module, kernel: Kernel, place: int) -> FastLinear | FastHead:
     head = isinstance(layer, PackedHead)
     new = FastHead(layer.source[0]) if head else _with_buffers(FastLinear, layer)
-    new.kernel, new.place = kernel, place
+    new.kernel, new.place, new.made_at = kernel, place, _packed(new).loaded
     for name in ("codes", "scales"):  # seen by whoever counts the bytes in memory, never stored
         new.register_buffer(f"kernel_{name}", getattr(kernel, name), persistent=False)
     return new.train(layer.training)
@@ -393,6 +452,12 @@ def _kind(layer: nn.Module) -> tuple:
     return (p.columns, p.bits, p.group_size, type(layer).__name__)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to a module, who would hear nothing of one in its place."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
 def _packed(layer: nn.Module) -> PackedLinear | PackedEmbedding:
     """What holds the codes of a layer."""
     return layer.source[0] if isinstance(layer, PackedHead) else layer
@@ -402,7 +467,7 @@ def _refused(layer: nn.Module) -> str | None:
     p = _packed(layer)
     if getattr(layer, "input_quant", None) is not None:
         return "rounds its input"
-    if layer._forward_pre_hooks or layer._forward_hooks:
+    if _has_hooks(layer):
         return "has hooks"
     return kernel_refusal(p.rows, p.columns, bits=p.bits, group_size=p.group_size)
 
@@ -520,6 +585,7 @@ def _norms_in_place(model: nn.Module) -> int:
         weight = getattr(norm, "weight", None)
         eps = next((v for n in ("eps", "variance_epsilon") if (v := getattr(norm, n, None))), None)
         only = list(norm.state_dict()) == ["weight"] and not isinstance(norm, FastRMSNorm)
+        only = only and not _has_hooks(norm)
         if not (only and type(norm).__name__.endswith("RMSNorm") and weight.ndim == 1 and eps):
             continue
         new = FastRMSNorm(norm, eps)
@@ -534,6 +600,13 @@ def _norms_in_place(model: nn.Module) -> int:
 KERNELS = ("auto", "int4", "portable")
 
 
+def _check_options(kernels: str, fuse: bool, most: int | None) -> None:
+    one_of("kernels", kernels, KERNELS)
+    one_of("fuse", fuse, (True, False))
+    if most is not None:
+        whole("most", most, 1)
+
+
 def faster(
     model: nn.Module, rt: Runtime | None = None, *, kernels: str = "auto", fuse: bool = True,
     most: int | None = None,
@@ -541,7 +614,9 @@ def faster(
     """A copy of a model for inference that decodes faster on this CPU, and what was done to it.
 
     Packed layers get PyTorch's int4 kernel, dense float32 layers are stored as (I, O), and RMS
-    norms become one call. The copy is of the same class and is used in the same way.
+    norms become one call. The copy is of the same class and is used in the same way. Its parameters
+    ask for no gradient. Where an input does, and after other weights were loaded, the layers
+    unpack themselves.
 
     Args:
         model: a `GPT` or a causal model of transformers; packed, dense, or partly both.
@@ -553,9 +628,7 @@ def faster(
             unpacked and multiplied in the model's format. None: where the two were measured to
             meet, or 32 if nothing is measured.
     """
-    one_of("kernels", kernels, KERNELS)
-    if most is not None:
-        whole("most", most, 1)
+    _check_options(kernels, fuse, most)
     return faster_(deepcopy(model), rt, kernels=kernels, fuse=fuse, most=most)
 
 
@@ -564,10 +637,12 @@ def faster_(
     most: int | None = None,
 ) -> tuple[nn.Module, SpeedReport]:
     """`faster` in place, for a model that nobody else holds."""
+    _check_options(kernels, fuse, most)
     rt = Runtime.of(rt, model)
-    if one_of("kernels", kernels, KERNELS) == "portable" or rt.device.type != "cpu":
+    if kernels == "portable" or rt.device.type != "cpu":
         return model, SpeedReport((), 0, 0)
     measure = kernels == "auto"
+    model.requires_grad_(False)
     with evaluating(model):
         choices, extra = _kernels_in_place(model, rt, measure=measure, fuse=fuse, most=most)
         choices += _layout_in_place(model, rt, measure=measure)

@@ -67,6 +67,8 @@ class _Packed(nn.Module):
     """
 
     fields: ClassVar[tuple[str, ...]] = ("rows", "columns", "group_size", "scale_rows")
+    loaded = 0
+    """how often a state was loaded: whoever keeps something that was made of the weights can see that it is old"""
 
     def __init__(self, rows: int, columns: int, *, row_bytes: int, group_size: int, scale_rows: int):
         super().__init__()
@@ -88,6 +90,10 @@ class _Packed(nn.Module):
             if self._buffers[name].dtype != dtype:  # a change of format: take the device, keep the numbers
                 self._buffers[name] = old[name].to(self._buffers[name].device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.loaded += any(prefix + name in state_dict for name in self._buffers)
 
     def _fill(self, W: Tensor, qparams: QParams | Codebook) -> None:
         scale = qparams.scale.to(torch.float16)

@@ -175,9 +175,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     return config | {"architectures": [type(model).__name__]}
 
 
-def _plain_llama(
-    model: nn.Module, parts: dict[str, Grid | Tensor], target: str
-) -> tuple[GPTConfig, dict[str, Any]]:
+def _plain_llama(model: nn.Module, parts: dict[str, Grid | Tensor], target: str) -> tuple[GPTConfig, dict[str, Any]]:
     """The shape of a plain Llama and its config.json; refuses every other architecture, and one with a part too few."""
     import torch
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +27,7 @@ from llmcourse.deployment import (
     cache_bytes,
     crossover,
     faster,
+    faster_,
     greedy_agreement,
     kernel_grid,
     kernel_refusal,
@@ -205,6 +211,158 @@ def test_outputs_are_handed_out_once_and_only_for_their_own_input():
     assert torch.equal(kernel.output(0, x), want["y"][0])
 
 
+MODES = {"plain": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+@needs_kernel
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_that_was_written_to_is_another_one(mode):
+    """Between two layers that read it: in inference mode a tensor does not count its changes."""
+    layers = [packed_layer(4, 32, 128), packed_layer(4, 16, 128)]
+    kernel = Kernel(layers, most=64)
+    first, second = (deployment._with_kernel(layer, kernel, i) for i, layer in enumerate(layers))
+    with MODES[mode]():
+        x = torch.randn(3, 128)
+        first(x)
+        x.mul_(-2)
+        assert torch.equal(second(x), Kernel(layers[1:], most=64).product(x))
+        second(x)  # the other's part waits, ...
+        x[0, 0] += 50
+        assert torch.equal(first(x), Kernel(layers[:1], most=64).product(x))  # ... and is of no use now
+
+
+@needs_kernel
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hook_that_comes_later_and_changes_the_input_in_place(mode):
+    packed = pack_up(gpt())
+    quick, _ = faster(packed, **INT4)
+    for model in (packed, quick):
+        model.blocks[0].attn.k.register_forward_pre_hook(lambda layer, args: (args[0].mul_(3),))
+        model.blocks[0].attn.v.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
+    with MODES[mode]():
+        ids = some_ids()
+        assert torch.allclose(quick(ids), packed(ids), atol=0.05)
+
+
+INPUTS = {
+    "no rows": lambda x: x[:0],
+    "no texts of three tokens": lambda x: x[:0].view(0, 3, 128),
+    "texts of no tokens": lambda x: x[:0].view(2, 0, 128),
+    "one dimension": lambda x: x[0],
+    "columns first in memory": lambda x: x.T.contiguous().T,
+    "every other row": lambda x: x[::2],
+    "every other column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "one row for all": lambda x: x[:1].expand(4, -1),
+    "four dimensions": lambda x: x.view(2, 1, 3, 128),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_of_every_form(name, bits, dtype):
+    layers = [packed_layer(bits, 32, 128), packed_layer(bits, 16, 128)]
+    kernel = Kernel(layers, most=64)
+    x = INPUTS[name](torch.randn(6, 128, generator=torch.Generator().manual_seed(2)).to(dtype))
+    for place, layer in enumerate(layers):
+        got, want = deployment._with_kernel(layer, kernel, place)(x), layer(x)
+        assert got.shape == want.shape and got.dtype == want.dtype == dtype
+        assert torch.allclose(got, want, rtol=0.02, atol=0.6)  # sums of 128 products of about 1
+
+
+@needs_kernel
+def test_a_gradient_with_respect_to_an_input_is_that_of_the_packed_model():
+    packed = pack_up(gpt())
+    quick, _ = faster(packed, **INT4)
+    found = []
+    for model in (packed, quick):
+        x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        turns = torch.ones(5, 8), torch.zeros(5, 8)
+        model.blocks[0](x, rotation=turns, mask=None, cache=None).square().sum().backward()
+        found.append(x.grad)
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4) and found[0].abs().max() > 0.1
+    # and a call that wants none uses the kernel, also where nobody has switched gradients off
+    ids = some_ids()
+    out = quick(ids)
+    assert not out.requires_grad and torch.equal(out, logits(quick, ids)) and not torch.equal(out, packed(ids))
+
+
+@needs_kernel
+@pytest.mark.parametrize("assign", [False, True])
+def test_other_weights_that_are_loaded_are_the_ones_that_count(assign):
+    quick, _ = faster(pack_up(gpt()), **INT4)
+    torch.manual_seed(7)
+    other = pack_up(GPT(gpt().config).eval())
+    ids, exact = some_ids(), logits(other, some_ids())
+    before = logits(quick, ids)
+    norms = {n: t for n, t in quick.state_dict().items() if "norm" in n}
+    quick.load_state_dict(norms, strict=False)
+    assert torch.equal(logits(quick, ids), before)  # no packed weight was among them: the kernels stay
+    quick.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.allclose(logits(quick, ids), exact, atol=1e-5)
+    for copied in (copy.deepcopy(quick), pickle.loads(pickle.dumps(quick))):
+        assert torch.allclose(logits(copied, ids), exact, atol=1e-5)
+    again, _ = faster(quick, **INT4)
+    assert torch.equal(logits(again, ids), logits(faster(other, **INT4)[0], ids))
+
+
+@needs_kernel
+def test_copies_keep_their_kernels(monkeypatch):
+    quick, _ = faster(pack_up(gpt()), **INT4)
+    ids, before = some_ids(), logits(quick, some_ids())
+    quick.blocks[0].attn.q(torch.randn(1, 64))  # outputs that wait for k and v
+    file = io.BytesIO()
+    torch.save(quick, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(quick), pickle.loads(pickle.dumps(quick)), torch.load(file, weights_only=False)):
+        assert torch.equal(logits(copied, ids), before)
+        q, k, v = (getattr(copied.blocks[0].attn, n) for n in "qkv")
+        assert q.kernel is k.kernel is v.kernel is not quick.blocks[0].attn.q.kernel and q.kernel._kept is None
+        assert q.kernel_codes is q.kernel.codes and weight_bytes(copied) == weight_bytes(quick)
+    # on a processor with other instructions the codes would lie in another order
+    packed = pickle.dumps(quick)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert torch.allclose(logits(pickle.loads(packed), ids), logits(without_kernels(copy.deepcopy(quick)), ids))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_number_format_leaves_the_kernels_as_they_are(dtype):
+    packed = pack_up(gpt())
+    quick = faster(packed, **INT4)[0].to(dtype)
+    for m in quick.modules():
+        if isinstance(m, (FastLinear, FastHead)):
+            assert m.kernel_scales is m.kernel.scales and m.kernel_scales.dtype == torch.bfloat16
+    got, want = logits(quick, some_ids()), logits(copy.deepcopy(packed).to(dtype), some_ids())
+    assert got.dtype == want.dtype and torch.allclose(got, want, rtol=0.02, atol=0.05)
+
+
+@needs_kernel
+def test_two_threads_share_a_model():
+    quick, _ = faster(pack_up(gpt()), **INT4)
+    texts = [some_ids()[:1, :n] for n in range(2, 10)] * 4
+    alone = [logits(quick, ids) for ids in texts]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda ids: logits(quick, ids), texts))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward"])
+@pytest.mark.parametrize("name", ["norm", "blocks.1.ffn_norm", "blocks.0.attn.o"])
+def test_whoever_listens_to_a_module_goes_on_to_hear_it(name, kind):
+    packed, heard = pack_up(gpt()), []
+    listen = getattr(packed.get_submodule(name), f"register_{kind}_hook")
+    listen(lambda *args: heard.append(1) and None)
+    quick, report = faster(packed, **INT4)
+    assert type(quick.get_submodule(name)) is type(packed.get_submodule(name))
+    assert report.norms == (5 if "attn" in name else 4)
+    heard.clear()
+    x = torch.randn(1, 3, 64).requires_grad_()
+    quick.get_submodule(name)(x).sum().backward()
+    assert heard
+
+
 @needs_kernel
 def test_the_border_between_kernel_and_unpacking():
     layer = packed_layer(4, 32, 128, bias=torch.randn(32))
@@ -377,8 +535,11 @@ def test_portable_changes_nothing_and_bad_arguments_are_refused():
     assert report.layers == () and [type(m) for m in same.modules()] == [type(m) for m in packed.modules()]
     with pytest.raises(BadInput, match="kernels is 'int8'; allowed: auto, int4, portable"):
         faster(packed, kernels="int8")
-    with pytest.raises(BadInput, match="most is 0; allowed: a whole number of at least 1"):
-        faster(packed, most=0)
+    for prepare in (faster, faster_):
+        with pytest.raises(BadInput, match="most is 0; allowed: a whole number of at least 1"):
+            prepare(packed, most=0)
+        with pytest.raises(BadInput, match="fuse is 'yes'"):
+            prepare(packed, fuse="yes")
 
 
 # ------------------------------------------------------------------------------------------------ counted and stored
@@ -472,6 +633,23 @@ def test_bytes_of_the_cache_are_those_of_a_cache():
         model(some_ids(3, 7), past_key_values=cache)
     assert cache_bytes(model.config, tokens=7, batch=3) == cache.bytes == 2 * 2 * 2 * 16 * 7 * 3 * 4
     assert cache_bytes(llama().config, tokens=7, batch=3, element=2) * 2 == cache.bytes
+
+
+def test_the_cache_of_a_model_without_grouped_queries_and_of_none():
+    how = dict(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**how)).eval()
+    with torch.no_grad():
+        past = model(some_ids(2, 7), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
+    assert cache_bytes(model.config, tokens=7, batch=2) == held
+    with pytest.raises(BadInput, match="config is 'SimpleNamespace'; allowed: one that says n_layers or num_hidden"):
+        cache_bytes(SimpleNamespace(hidden_size=64), tokens=1)
+    for wrong in (dict(tokens=-1), dict(tokens=1, batch=0), dict(tokens=1, element=0), dict(tokens=1.5)):
+        with pytest.raises(BadInput, match=f"{list(wrong)[-1]} is"):
+            cache_bytes(model.config, **wrong)
+    for wrong in (dict(tokens=0), dict(batch=-1), dict(past=-1)):
+        with pytest.raises(BadInput):
+            step_cost(gpt(), **wrong)
 
 
 def test_the_cost_of_a_step():

@@ -229,10 +229,7 @@ def test_a_layer_on_a_table_of_values_becomes_dense(tmp_path, tokenizer, to):
 MLP, ATTENTION = "*.mlp.*", "*.self_attn.*"
 COMPUTED = {  # layers whose weights are made anew when somebody asks for them
     "tables": [NF4(group_size=32, layers=MLP), RTN(bits=4, group_size=32, symmetric=True, layers=ATTENTION)],
-    "masks without a rounding": [
-        Magnitude(sparsity=0.5),
-        RTN(bits=4, group_size=32, symmetric=True, layers=ATTENTION),
-    ],
+    "masks without a rounding": [Magnitude(sparsity=0.5), RTN(bits=4, group_size=32, symmetric=True, layers=ATTENTION)],
     "both": [
         Magnitude(sparsity=0.5, layers=MLP),
         Ternary(steps=0, layers="*.self_attn.[qk]_proj"),
