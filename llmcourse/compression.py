@@ -228,8 +228,11 @@ class Codebook:
     def __post_init__(self):
         whole("group_size", self.group_size, 1)
         require(self.scale.dim() == 2, "scale", tuple(self.scale.shape), "a matrix (R, G)")
-        fits = self.values.dim() == 1 and 2 <= len(self.values) <= 256
-        require(fits, "values", tuple(self.values.shape), "2 to 256 ascending numbers")
+        v, allowed = self.values, "2 to 256 ascending numbers"
+        require(v.dim() == 1 and 2 <= len(v) <= 256, "values", tuple(v.shape), allowed)
+        if v.device.type == "cpu":  # elsewhere each look would wait for the device
+            ascend = bool(v.isfinite().all() and (v.diff() > 0).all())
+            require(ascend, "values", v.tolist()[:4], allowed)
 
     def _in_units(self, W: Tensor) -> Tensor:
         """Weights (O, I) divided by the scale of their group: (O, G, group_size)."""

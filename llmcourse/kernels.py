@@ -51,15 +51,15 @@ def w4a16_reference(
     return F.linear(x, W.to(x.dtype), bias)
 
 
-def fits(x: Tensor, group_size: int) -> bool:
+def fits(x: Tensor, group_size: int, bias: Tensor | None = None) -> bool:
     """Whether the kernel can take this x (…, I), and has something to gain from it.
 
-    It has no backward pass. With more rows than one block holds, every weight would be unpacked again for each block,
-    and unpacking once for a plain product is the better plan.
+    It has no backward pass, neither for x nor for the bias. With more rows than one block holds, every weight would be
+    unpacked again for each block, and unpacking once for a plain product is the better plan.
     """
     if triton is None or not (x.is_cuda or INTERPRETED):
         return False
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
     rows, shapes = x.numel() // max(1, x.shape[-1]), group_size % 32 == 0 and x.shape[-1] % group_size == 0
     oldest = {torch.float16: (7, 0), torch.float32: (7, 0), torch.bfloat16: (8, 0)}.get(x.dtype)
@@ -114,10 +114,12 @@ def w4a16(
     Sums are kept in float32. Any number of rows; groups of a multiple of 32 columns.
 
     Raises:
-        BadInput: Triton is not installed, or groups that a step of the kernel does not divide.
+        BadInput: Triton is not installed, x and the codes differ in columns, or groups that a step of the kernel
+            does not divide.
     """
     require(triton is not None, "triton", "not installed", "the extra: pip install 'llmcourse[triton]'")
     I, O = x.shape[-1], codes.shape[0]
+    require(2 * codes.shape[1] == I, "columns of x", I, f"{2 * codes.shape[1]}, as many as codes in a row")
     whole_groups = group_size % 32 == 0 and I % group_size == 0
     require(whole_groups, "group_size", group_size, f"a multiple of 32 that divides the {I} columns")
     rows = x.reshape(-1, I).contiguous()  # (…, I) -> (M, I)

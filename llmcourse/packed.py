@@ -276,7 +276,7 @@ class PackedLinear(_Linear, _OnGrid):
         if self.bits == 4 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
             from llmcourse import kernels  # imports Triton, which takes longer than all of this module
 
-            if kernels.fits(x, self.group_size):
+            if x.shape[-1] == self.columns and kernels.fits(x, self.group_size, self.bias):
                 return kernels.w4a16(x, self.codes, self.scale, self.zero, group_size=self.group_size, bias=self.bias)
         return super().forward(x)
 
@@ -666,7 +666,7 @@ def load_student(
     """Read a folder written by `save_student`.
 
     Args:
-        dtype: format of what is not packed, and so of the computation.
+        dtype: format of what is not packed, and so of the computation; one of floating point.
         dequantize: make ordinary dense layers with the same weights: faster, and as large as before.
         kernels: portable (packed layers unpack themselves), int4 or auto, as in `llmcourse.deployment.faster`; what was
             chosen is in the model's `speed`. Of no effect with `dequantize`.
@@ -678,6 +678,7 @@ def load_student(
     from safetensors.torch import load_file
 
     one_of("kernels", kernels, ("auto", "int4", "portable"))
+    one_of("dtype", dtype, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     folder = Path(folder)
     config = _read_config(folder)
     about = config.pop("quantization_config")

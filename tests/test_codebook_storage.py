@@ -208,6 +208,31 @@ def test_an_embedding_has_no_table(tmp_path):
     assert not (tmp_path / "m").exists() or not any((tmp_path / "m").iterdir())
 
 
+@pytest.mark.parametrize(
+    "values", [[1.0, -1.0, 0.0], [-1.0, 0.0, 0.0], [-1.0, math.nan], [0.0, math.inf], [1.0], [[0.0, 1.0]]]
+)
+def test_a_table_that_does_not_ascend_is_refused(values):
+    """Its codes would be found, and stand for other weights: the borders between neighbors are searched in order."""
+    with pytest.raises(BadInput, match=r"values is .*; allowed: 2 to 256 ascending numbers") as caught:
+        Codebook(torch.ones(4, 1), torch.tensor(values), 8)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_folder_is_read_in_every_format(folder, dtype):
+    model, exact = load_student(folder, dtype=dtype).model, load_student(folder).model
+    assert logits(model, ids()).dtype == dtype
+    for name, layer in exact.named_modules():
+        if isinstance(layer, CodebookLinear):  # no packed weight moves
+            assert torch.equal(model.get_submodule(name).dequantized(), layer.dequantized())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, "float16", None])
+def test_a_format_that_is_none_is_refused(folder, dtype):
+    with pytest.raises(BadInput, match=r"dtype is .*; allowed: torch.float32"):
+        load_student(folder, dtype=dtype)
+
+
 def test_a_scale_that_float16_does_not_hold_is_refused():
     table = Codebook(torch.full((4, 1), 1 + 2.0**-20), normal_float(), 16)
     with pytest.raises(BadInput, match="not exact in float16"):

@@ -79,6 +79,16 @@ def in_the_interpreter() -> None:
     learning = inputs(3, 128, torch.float32).requires_grad_()
     layer(learning).sum().backward()  # no backward pass in the kernel
     assert len(calls) == 2 and learning.grad is not None
+    layer.bias = torch.nn.Parameter(torch.zeros(40))
+    layer(x).sum().backward()  # nor for the bias
+    assert len(calls) == 2 and torch.equal(layer.bias.grad, torch.full((40,), 3.0))
+    for columns in (64, 96, 256):  # of another layer: it would read the wrong codes, or beyond the last one
+        odd = inputs(3, columns, torch.float32)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(odd)
+        with pytest.raises(BadInput, match=f"columns of x is {columns}; allowed: 128"):
+            kernel(odd, layer.codes, layer.scale, layer.zero, group_size=32)
+    assert len(calls) == 2
     assert kernel(torch.empty(0, 128), layer.codes, layer.scale, layer.zero, group_size=32).shape == (0, 40)
     print(tried, "cases")
 
