@@ -237,8 +237,8 @@ def test_a_hook_that_comes_later_and_changes_the_input_in_place(mode):
     packed = pack_up(gpt())
     quick, _ = faster(packed, **INT4)
     for model in (packed, quick):
-        model.blocks[0].attn.k.register_forward_pre_hook(lambda layer, args: (args[0].mul_(3),))
-        model.blocks[0].attn.v.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
+        model.blocks[0].attn.k.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
+        model.blocks[1].attn.v.register_forward_pre_hook(lambda layer, args: (args[0].mul_(3),))
     with MODES[mode]():
         ids = some_ids()
         assert torch.allclose(quick(ids), packed(ids), atol=0.05)
