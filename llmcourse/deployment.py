@@ -272,7 +272,7 @@ class Kernel:
         if self.cpu != torch.backends.cpu.get_cpu_capability():  # arranged for another processor
             self.most = 0
 
-# %% ../nbs/15_deployment.ipynb #dp000026
+# %% ../nbs/15_deployment.ipynb #dp0000k2
 class _Fast(nn.Module):
     """What a layer with a `Kernel` behind it adds."""
 
@@ -282,7 +282,7 @@ class _Fast(nn.Module):
     """how often weights had been loaded into the layer when the kernel was made of them"""
 
     def asks(self, x: Tensor, packed: PackedLinear | PackedEmbedding) -> bool:
-        """Whether the kernel serves x: few rows, no gradient, and still the weights of the kernel."""
+        """Whether the kernel serves x: few rows, no gradient, the weights that it was made of."""
         if x.device.type != "cpu" or not 0 < x.numel() <= self.kernel.most * packed.columns:
             return False
         return packed.loaded == self.made_at and not (x.requires_grad and torch.is_grad_enabled())
@@ -294,7 +294,7 @@ class _Fast(nn.Module):
         self._buffers |= own
         return self
 
-
+# %% ../nbs/15_deployment.ipynb #dp000026
 class FastLinear(_Fast, PackedLinear):
     """A `PackedLinear` that asks a `Kernel` where the input has few rows, and itself elsewhere.
 

@@ -439,6 +439,12 @@ class OnnxCache:
                 self.binding.bind_ortvalue_output(f"new_{kind}.{i}", buffer)  # the same memory
 
 
+def _shape_of(ids: Tensor) -> tuple[int, int]:
+    shaped = ids.ndim == 2 and ids.numel() > 0
+    require(shaped, "shape of ids", tuple(ids.shape), "(B, T), both at least 1")
+    return ids.shape[0], ids.shape[1]
+
+
 def _check_call(ids: Tensor, c: GPTConfig, cache: OnnxCache, keep: int) -> None:
     """Raise BadInput for what the graph would answer with other numbers, or not at all."""
     B, T = ids.shape
@@ -476,9 +482,7 @@ class OnnxLlama:
         self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
     def __call__(self, ids: Tensor, cache: OnnxCache | None = None, keep: int | None = None):
-        shaped = ids.ndim == 2 and ids.numel() > 0
-        require(shaped, "shape of ids", tuple(ids.shape), "(B, T), both at least 1")
-        B, T = ids.shape
+        B, T = _shape_of(ids)
         cache = OnnxCache(self, B, T) if cache is None else cache
         keep, total = T if keep is None else keep, cache.filled + T
         _check_call(ids, self.config, cache, keep)
@@ -501,9 +505,9 @@ class OnnxLlama:
             stop: tokens after which a text ends; by default the model's own. A text that has ended
                 repeats its last token until all have.
         """
-        total = ids.shape[1] + whole("max_new_tokens", max_new_tokens, 1) - 1  # the last is not read
+        read = ids.shape[1] + whole("max_new_tokens", max_new_tokens, 1) - 1  # all but the last
         most = self.config.context
-        require(total <= most, "tokens to read", total, f"at most {most}, the context of the model")
+        require(read <= most, "tokens to read", read, f"at most {most}, the context of the model")
         stop = set(self.stop if stop is None else stop)
         done = torch.zeros(len(ids), dtype=torch.bool)
         cache, new = OnnxCache(self, len(ids), ids.shape[1] + max_new_tokens), ids
