@@ -289,12 +289,18 @@ def test_one_deadline_for_a_file(sheet) -> None:
     assert graded.results[0].passed and [r.sentence[:10] for r in graded.results[1:]] == ["Not graded"] * 3
 
 
-def test_a_slow_cell_of_no_exercise_runs_once(sheet) -> None:
-    nb = copy.deepcopy(sheet)
-    nb.cells.insert(0, nbformat.v4.new_code_cell("import time; time.sleep(2.2)"))
-    started = time.monotonic()
-    assert grading.grade(nb, limits=FAST).passed
-    assert time.monotonic() - started < 8, "four exercises would wait for 8.8 seconds"
+@pytest.mark.parametrize("allowed", [60.0, 2.0], ids=["slow", "stopped"])
+def test_a_slow_cell_of_no_exercise_runs_once(sheet, monkeypatch, allowed: float) -> None:
+    nb, ran, run_cells = copy.deepcopy(sheet), [], grading._run_cells
+    nb.cells.insert(0, nbformat.v4.new_code_cell(f"import time; time.sleep({grading.SLOW + 0.2})"))
+
+    def counted(child, setup, cells, *rest):
+        ran.append(sum("time.sleep" in cell.source for cell in cells))
+        return run_cells(child, setup, cells, *rest)
+
+    monkeypatch.setattr(grading, "_run_cells", counted)
+    assert grading.grade(nb, limits=grading.Limits(cell_seconds=allowed, sheet_seconds=600.0)).passed
+    assert len(ran) >= 4 and sum(ran) == 1, "each of four exercises would wait for it"
 
 
 @linux
