@@ -196,6 +196,16 @@ def one_text(model, texts, *a):
     return _step(model, min(texts, 1), *a)
 
 
+@ex.wrong("You divide the bytes by the peak and the operations by the bandwidth. It is the other way round: bytes are read at the bandwidth.")
+def limits_exchanged(model, texts, past, peak, bandwidth):
+    return _step(model, texts, past, bandwidth, peak)
+
+
+@ex.wrong("Your cache has one head for each query head that shares a key-value head. There are `kv_heads` heads of keys and of values.")
+def heads_of_a_group(model, *a):
+    return _step(model | {"kv_heads": model["heads"] // model["kv_heads"]}, *a)
+
+
 # %% solution halves
 def halves(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (O, I) of 8 bits as codes (O, 2 I) of 4 bits, with scales and offsets (O, 2 G)."""
@@ -359,6 +369,12 @@ def high_half_too_large(codes, scale):
     return torch.cat((codes & 240, codes & 15), 1), torch.cat((scale, scale), 1), halves(codes, scale)[2]
 
 
+@ex.wrong("Your offset gives back all that the two halves subtract, 136 steps. 128 of them should be subtracted: 8 are too many.")
+def all_given_back(codes, scale):
+    four, wide, offset = halves(codes, scale)
+    return four, wide, 17 * offset
+
+
 # %% solution exact_type
 def exact_type(codes: Tensor, scale: Tensor, zero: Tensor) -> str | None:
     """The smaller type of blocks that holds codes (O, I), scale and zero (O, G) without loss."""
@@ -496,6 +512,11 @@ def groups_of_32_only(*a):
     return _type(*a, multiple=lambda n: n == 32)
 
 
+@ex.wrong("You accept the divisors of 32 as group sizes. It is the other way round: the blocks of 32 have to fit into a group.")
+def divisors_of_32(*a):
+    return _type(*a, multiple=lambda n: 32 % n == 0)
+
+
 @ex.wrong("You accept every group of at least 32 columns. With 48, the second block would lie in two groups.")
 def at_least_32(*a):
     return _type(*a, multiple=lambda n: n >= 32)
@@ -562,6 +583,12 @@ def eight_for_four_bits(codes, scale, zero):
 def small_codes_too(codes, scale, zero):
     found = _type(codes, scale, zero)
     return "Q8" if found == "Q4" and codes.max() > 15 else found
+
+
+@ex.wrong("You never answer \"Q4\". Where its steps are enough it is the smaller type, and loses nothing either.")
+def never_four_bits(*a):
+    found = _type(*a)
+    return "Q8" if found else None
 
 
 # %% solution idle_shares
@@ -750,6 +777,20 @@ def shortest_possible(lengths, slots):
     return static, 1 - sum(lengths) / (slots * max(max(lengths), math.ceil(sum(lengths) / slots)))
 
 
+@ex.wrong("Your static share counts the places whose text is finished, and not those that had no text in the last batch. They are idle, too.")
+def finished_ones_only(lengths, slots):
+    _, continuous = idle_shares(lengths, slots)
+    waits = sum(max(b) - n for b in _batches(lengths, slots) for n in b)
+    return waits / (slots * sum(max(b) for b in _batches(lengths, slots))), continuous
+
+
+@ex.wrong("Your static share leaves out the last batch where it is not full. Its texts are written as well, and its empty places are idle.")
+def last_batch_left_out(lengths, slots):
+    _, continuous = idle_shares(lengths, slots)
+    full = [b for b in _batches(lengths, slots) if len(b) == slots]
+    return 1 - sum(map(sum, full)) / (slots * sum(map(max, full))) if full else 0.0, continuous
+
+
 # %% solution places
 def places(table: list[int], length: int, block_size: int) -> tuple[list[int], int]:
     """The place of each token in the cache, and the number of places that are not used."""
@@ -892,6 +933,12 @@ def reserve_not_checked(table, length, block_size):
 def wrong_one_multiplied(table, length, block_size):
     _, unused = places(table, length, block_size)
     return [table[i // block_size] + i % block_size * block_size for i in range(length)], unused
+
+
+@ex.wrong("You added the number of the token in the text. Inside a block the count begins anew: i % block_size.")
+def number_in_the_text(table, length, block_size):
+    _, unused = places(table, length, block_size)
+    return [table[i // block_size] * block_size + i for i in range(length)], unused
 
 
 # %% solution Pool
@@ -1182,6 +1229,21 @@ class two_at_most(Pool):
 class write_not_checked(Pool):
     def write(self, block):
         return block if self.holders[block] <= 1 else super().write(block)
+
+
+@ex.wrong("Your `drop` takes a block from all who hold it. It should have one holder less, and be free only when none is left.")
+class dropped_for_all(Pool):
+    def drop(self, block):
+        self._check(block)
+        self.holders[block] = 0
+
+    def write(self, block):
+        self._check(block)
+        if self.holders[block] == 1:
+            return block
+        new = self.take()
+        self.holders[block] -= 1
+        return new
 
 
 # %% solution shared_tokens
@@ -1539,6 +1601,12 @@ def by_halving(rate, tokens, step):
         middle = (low + high) // 2
         low, high = (low, middle) if middle / (tokens * step[middle - 1]) >= rate else (middle + 1, high)
     return low, tokens * step[low - 1]
+
+
+@ex.wrong("You took the number of texts whose finished requests are closest to the rate. The smallest that is enough was asked for: each text then takes less time, or as little.")
+def closest_to_the_rate(rate, tokens, step):
+    b = _enough(rate, tokens, step, choose=lambda found: min(found, key=lambda b: b / step[b - 1]))
+    return _with_time(b, tokens, step)
 
 
 # %% solution latency
@@ -2247,9 +2315,9 @@ def first_character(*a):
     return _mask(*a, fits=lambda w, t, texts: t != "" and any(x.startswith(w + t[0]) for x in texts))
 
 
-@ex.wrong("You allow a token that begins with what is left of a text: with it, too much is written.")
+@ex.wrong("You allow a token with which more is written than the text has. What is written has to be the beginning of a text, not the other way round.")
 def too_much(*a):
-    return _mask(*a, fits=lambda w, t, texts: t != "" and any(x.startswith(w + t) or (x.startswith(w) and x != w and t.startswith(x[len(w) :])) for x in texts))
+    return _mask(*a, fits=lambda w, t, texts: t != "" and any(x.startswith(w + t) or (w + t).startswith(x) for x in texts))
 
 
 @ex.wrong("You allow the end only where nothing else can follow. Where a complete text is the beginning of a longer one, both are possible.")
@@ -2337,6 +2405,16 @@ def taken_out_everywhere(*a):
 def end_known_by_its_string(written, texts, vocabulary, end):
     mask = _mask(written, texts, vocabulary, end)
     return torch.tensor([bool(mask[end]) if t == vocabulary[end] else bool(m) for t, m in zip(vocabulary, mask)])
+
+
+@ex.wrong("You allow the end where what is written is the end of a text. All of the text has to be written.")
+def end_of_a_text(*a):
+    return _mask(*a, ends=lambda w, texts: any(x.endswith(w) for x in texts))
+
+
+@ex.wrong("You look for what is written with the token anywhere in a text. It has to be the beginning of the text.")
+def in_the_middle(*a):
+    return _mask(*a, fits=lambda w, t, texts: t != "" and any(w + t in x for x in texts))
 
 
 # %% solution supported
