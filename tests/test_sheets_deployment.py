@@ -389,15 +389,15 @@ def test_accepting_and_drawing_again_gives_the_large_models_distribution():
     """Sum over all drafts, and over all parts of the unit square in which u and v decide alike."""
     speculative_token = checking.find("deployment.speculative_token").solution
     p, q = torch.tensor([0.2, 0.5, 0.3, 0.0]), torch.tensor([0.4, 0.25, 0.1, 0.25])
-    grid = [(i + 0.5) / 80 for i in range(80)]
+    grid = [(i + 0.5) / 40 for i in range(40)]
     came = torch.zeros(4, dtype=torch.float64)
     for draft, u, v in itertools.product(range(4), grid, grid):
         came[speculative_token(p, q, draft, u, v)[0]] += q[draft].item() / len(grid) ** 2
-    assert (came - p.double()).abs().max() < 1e-2
+    assert (came - p.double()).abs().max() < 0.015
     resampled = checking.find("deployment.speculative_token").wrong_answers["drawn_from_p"][1]
     wrong = torch.zeros(4, dtype=torch.float64)
-    for draft, u, v in itertools.product(range(4), grid[::4], grid[::4]):
-        wrong[resampled(p, q, draft, u, v)[0]] += q[draft].item() / len(grid[::4]) ** 2
+    for draft, u, v in itertools.product(range(4), grid[::2], grid[::2]):
+        wrong[resampled(p, q, draft, u, v)[0]] += q[draft].item() / len(grid[::2]) ** 2
     assert (wrong - p.double()).abs().max() > 3e-2
 
 
