@@ -4,15 +4,17 @@
 __all__ = ['Sampling', 'Request', 'BlockPool', 'block_name', 'BlockStore', 'PagedCache', 'PagedLayer', 'next_logits', 'Limits',
            'limits_of', 'try_out', 'Text', 'Event', 'EngineStats', 'Scheduler', 'names_of', 'find_shared', 'give_back',
            'Engine', 'advance', 'decode', 'read_prompts', 'write', 'draw', 'end', 'blocks_in', 'check_request',
-           'new_text', 'stats_of', 'is_idle', 'run_all']
+           'new_text', 'stats_of', 'is_idle', 'run_all', 'Served', 'Load', 'open_loop']
 
 # %% ../nbs/15c_serving.ipynb #sv000008
 import hashlib
 import inspect
+import time
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -618,3 +620,64 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
             if event.id in new and event.token is not None:
                 new[event.id].append(event.token)
     return list(new.values())
+
+# %% ../nbs/15c_serving.ipynb #sv000057
+class Served(NamedTuple):
+    """One request under load; seconds from the start."""
+
+    arrived: float
+    submitted: float
+    """when the engine got it: not before the step was over that ran when it arrived"""
+    first: float
+    """when its first token was there"""
+    ended: float
+
+
+class Load(NamedTuple):
+    """What `open_loop` saw."""
+
+    served: list[Served]
+    """in the order of arrival"""
+    seconds: float
+    """from the start to the end of the last request"""
+    present: float
+    """requests that waited or ran in the engine, on average over the time"""
+    busy: float
+    """share of the time in which the engine worked"""
+
+
+def open_loop(
+    engine: Engine, requests: Sequence[Request], arrivals: Sequence[float], *,
+    sleep: bool = False, cost: Callable[[int, int], float] | None = None,
+) -> Load:  # fmt: skip
+    """Submit each request at its time, whether or not earlier ones were answered.
+
+    Args:
+        arrivals: seconds from the start, in order, one for each request.
+        sleep: wait for the arrivals. False: the clock is that of the steps, and jumps over the time
+            in which there is nothing to do.
+        cost: seconds of a step that writes one token for so many texts, and reads so many tokens
+            of prompts. None: they are measured.
+    """
+    seen: dict[int, list[float]] = {}  # id → arrived, submitted, first token, ended
+    start, now, came, area, busy = perf_counter(), 0.0, 0, 0.0, 0.0
+    require(not (sleep and cost), "cost", "given", "None with real waiting")
+    while came < len(requests) or not engine.idle:
+        while came < len(requests) and arrivals[came] <= now:
+            seen[engine.submit(requests[came])] = [arrivals[came], now]
+            came += 1
+        present = engine.stats.waiting + engine.stats.running
+        begin, works, events, read = now, not engine.idle, [], engine.read_tokens
+        rows, tick = sum(t.unread == 1 for t in engine.scheduler.running), perf_counter()
+        if works:
+            events = engine.step()
+        elif sleep:
+            time.sleep(arrivals[came] - now)
+        took = cost(rows, engine.read_tokens - read - rows) if cost else perf_counter() - tick
+        now = perf_counter() - start if sleep else now + took if works else arrivals[came]
+        area, busy = area + present * (now - begin), busy + took * works
+        for e in events:
+            if len(seen[e.id]) == 2:
+                seen[e.id].append(now)
+            seen[e.id] += [now] if e.finished else []
+    return Load([Served(*times) for times in seen.values()], now, area / now, busy / now)

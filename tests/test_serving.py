@@ -28,6 +28,7 @@ from llmcourse.serving import (
     Scheduler,
     Text,
     block_name,
+    open_loop,
     run_all,
 )
 from llmcourse.settings import BadInput
@@ -520,3 +521,41 @@ def test_what_can_never_be_served_is_refused_at_once():
     for engine, n, new in ((wide, 60, 4), (wide, 63, 1), (narrow, 30, 3), (narrow, 32, 1)):  # as much as fits
         request = Request(prompt=prompt(n), max_new_tokens=new, stop=())
         assert run_all(engine, [request]) == [alone(MODEL, request)]
+
+
+# -------------------------------------------------------------------------------------- under load
+
+
+def test_a_modeled_clock_says_when_tokens_are_there():
+    """A second for each step, and a hundredth for each token of a prompt: everything can be counted by hand."""
+    cost = lambda rows, tokens: 1 + 0.01 * tokens
+    asked = [Request(prompt=prompt(10, i), max_new_tokens=n, stop=()) for i, n in enumerate((3, 2, 1))]
+    load = open_loop(Engine(MODEL, max_batch=2), asked, [0.0, 0.5, 20.0], cost=cost)
+    first, second, third = load.served
+    assert first == pytest.approx((0.0, 0.0, 1.1, 3.2))  # the second step also reads the second prompt
+    assert second == pytest.approx((0.5, 1.1, 2.2, 3.2))  # came in the middle of a step
+    assert third == pytest.approx((20.0, 20.0, 21.1, 21.1))
+    assert load.seconds == pytest.approx(21.1) and load.busy == pytest.approx(4.3 / 21.1)
+    assert load.present == pytest.approx((3.2 + 2.1 + 1.1) / 21.1)
+
+
+@pytest.mark.parametrize("rate", [0.2, 1.0, 5.0])
+def test_littles_law_holds_between_the_engines_count_and_the_clients_times(rate):
+    dice = torch.Generator().manual_seed(3)
+    asked = [Request(prompt=prompt(5 + i % 7, i), max_new_tokens=2 + i % 9, stop=()) for i in range(20)]
+    arrivals = (torch.empty(20).exponential_(rate, generator=dice)).cumsum(0).tolist()
+    load = open_loop(Engine(MODEL, max_batch=3), asked, arrivals, cost=lambda rows, tokens: 0.1 + 0.02 * tokens)
+    stay = sum(r.ended - r.submitted for r in load.served)
+    assert load.present * load.seconds == pytest.approx(stay, rel=1e-12)
+    assert all(r.arrived <= r.submitted < r.first <= r.ended <= load.seconds for r in load.served)
+    assert [r.arrived for r in load.served] == arrivals
+
+
+def test_the_measured_clock_and_real_waiting():
+    asked, arrivals = requests(4, 5, 6, new=3), [0.0, 0.05, 0.1]
+    for sleep in (False, True):
+        load = open_loop(Engine(MODEL), asked, arrivals, sleep=sleep)
+        assert load.seconds >= 0.1 and 0 < load.busy <= 1 and len(load.served) == 3
+        assert load.present * load.seconds == pytest.approx(sum(r.ended - r.submitted for r in load.served))
+    with pytest.raises(BadInput, match="cost is 'given'; allowed: None with real waiting"):
+        open_loop(Engine(MODEL), asked, arrivals, sleep=True, cost=lambda rows, tokens: 1.0)
