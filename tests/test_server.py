@@ -27,7 +27,7 @@ from llmcourse.server import ModelServer, ServerConfig, _engine, listen, read_ke
 from llmcourse.settings import BadInput  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-END = 2  # the end token of the tiny model, by its configuration
+END = 0
 PROMPTS = ("kalo mine", "rusa", "to vi qu ze ka", "sato ne", "mi", "ze ze ze lo")
 
 
@@ -37,7 +37,7 @@ def tiny(tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    assert model.generation_config.eos_token_id == END
+    model.generation_config.eos_token_id = END
     torch.manual_seed(1)
     with torch.no_grad():  # a head of its own and larger weights: else it only repeats the last token
         model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn_like(model.lm_head.weight))
@@ -46,6 +46,7 @@ def tiny(tiny_model):
                 p.mul_(8)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = TEMPLATE
+    assert tokenizer.eos_token_id == END
     return SimpleNamespace(model=model, tokenizer=tokenizer)
 
 
@@ -59,8 +60,6 @@ def alone(tiny, prompt: str, n: int) -> list[int]:
 
 
 def text_of(tiny, ids: list[int]) -> str:
-    """The end token is no text."""
-    ids = ids[:-1] if ids[-1:] == [END] else ids
     return tiny.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -301,7 +300,7 @@ def test_the_text_of_a_real_tokenizer_in_pieces(tiny):
     decode = lambda ids: text_of(tiny, ids)
     rng = random.Random(2)
     for _ in range(50):
-        ids = [rng.randrange(END + 1, len(tiny.tokenizer)) for _ in range(20)]
+        ids = [rng.randrange(len(tiny.tokenizer)) for _ in range(20)]
         assert "".join(written(ids, decode)) == decode(ids)
 
 
