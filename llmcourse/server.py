@@ -35,6 +35,8 @@ from llmcourse.settings import BadInput, number, read_text, require, whole
 __all__ = ["ModelServer", "ServerConfig", "listen", "read_key", "serve"]
 
 KEY_VARIABLE = "LLMCOURSE_API_KEY"
+MASKS = 32
+"""token masks that are kept"""
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -257,9 +259,13 @@ class ModelServer:
         make_engine: Callable[[], Any] | None = None,
     ):  # fmt: skip
         _need_extra()
+        from llmcourse.serving import limits_of
+
         require(tokenizer is not None, "model", name, "a model with a tokenizer")
         self.tokenizer, self.name, self.config = tokenizer, name, config or ServerConfig()
-        self.context = min(_positions(model.config) or 2**31, self.config.cache_tokens)
+        limits = limits_of(model)
+        self.vocab_size, self.ends = limits.vocabulary, limits.stop
+        self.context = min(limits.context or self.config.cache_tokens, self.config.cache_tokens)
         make_engine = make_engine or functools.partial(_engine, model, self.config)
         self.runner = Runner(make_engine, max_batch=self.config.max_batch, waiting=self.config.queue)
         self.meters = Meters(self.runner)
@@ -346,9 +352,29 @@ class ModelServer:
             raise Refused(text, param=what, code="context_length_exceeded")
 
     def _mask(self, schema: Any) -> Any:
-        """The token mask of a response format."""
-        raise Refused("response_format is not text; allowed: text: this server has no token masks.",
-                      param="response_format")  # fmt: skip
+        """The token mask of a response format. The last ones are kept: clients ask for the same form again."""
+        from llmcourse.structured import TokenMask, schema_pattern
+
+        if schema is True:
+            text = "response_format.type is 'json_object'; allowed: text, json_schema: the masks need a schema."
+            raise Refused(text, param="response_format")
+        try:
+            pattern = schema_pattern(schema)
+            if pattern not in self._masks:
+                mask = TokenMask(pattern, self._vocabulary, vocab_size=self.vocab_size)
+                self._masks[pattern] = mask
+                for old in list(self._masks)[:-MASKS]:
+                    del self._masks[old]
+        except BadInput as e:
+            raise Refused(f"response_format cannot be held: {e}", param="response_format") from None
+        return self._masks[pattern]
+
+    @functools.cached_property
+    def _vocabulary(self) -> Any:
+        """What each token spells, and which ones end a text: those at which the engine stops."""
+        from llmcourse.structured import vocabulary
+
+        return vocabulary(self.tokenizer, end=self.ends or None)
 
     # ---- the life of a server ----
 
@@ -414,12 +440,6 @@ class ModelServer:
         while self.open and self._loop.time() < end:
             await asyncio.sleep(0.02)
         self._http.should_exit = True
-
-
-def _positions(config: Any) -> int | None:
-    from llmcourse.jobs import positions
-
-    return getattr(config, "context", None) or positions(config)  # a GPT of the course, a model of transformers
 
 
 def _engine(model: Any, config: ServerConfig) -> Any:

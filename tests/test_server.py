@@ -304,6 +304,41 @@ def test_the_text_of_a_real_tokenizer_in_pieces(tiny):
         assert "".join(written(ids, decode)) == decode(ids)
 
 
+# ---- answers of a given form ----
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "sure": {"type": "boolean"},
+        "word": {"enum": ["kalo", 'mi"ne']},
+        "some": {"type": "array", "items": {"type": "null"}, "maxItems": 2},
+    },
+    "required": ["sure", "word", "some"],
+    "additionalProperties": False,
+}
+
+
+def form_of(schema) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
+
+
+def test_an_answer_has_the_form_of_its_schema(up):
+    how = {"model": "tiny", "messages": [{"role": "user", "content": "ka lo"}], "response_format": form_of(SCHEMA)}
+    found = set()
+    for seed in range(6):
+        made = up.client.chat.completions.create(**how, temperature=1.5, seed=seed)
+        value = json.loads(made.choices[0].message.content)
+        assert made.choices[0].finish_reason == "stop" and list(value) == ["sure", "word", "some"]
+        assert value["sure"] in (True, False) and value["word"] in ("kalo", 'mi"ne')
+        assert value["some"] in ([], [None], [None, None])
+        stream = up.client.chat.completions.create(**how, temperature=1.5, seed=seed, stream=True)
+        assert chat_joined(list(stream))[0] == made.choices[0].message.content
+        found.add(made.choices[0].message.content)
+    assert len(found) > 1 and len(up.server._masks) == 1
+    with pytest.raises(json.JSONDecodeError):  # the control: without a form it writes anything
+        json.loads(ask(up, max_tokens=30, temperature=1.5, seed=0).choices[0].text)
+
+
 # ---- what is refused ----
 
 BAD = {  # arguments of a completion -> what the sentence names
@@ -365,6 +400,11 @@ BAD_CHAT = {
     "top logprobs": ({"top_logprobs": 2}, "top_logprobs"),
     "a grammar": ({"response_format": {"type": "grammar"}}, "response_format"),
     "a schema of nothing": ({"response_format": {"type": "json_schema"}}, "response_format"),
+    "any object": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "a schema that cannot be held": (
+        {"response_format": form_of({"type": "string", "pattern": "a"})},
+        "response_format",
+    ),
     "effort": ({"reasoning_effort": "high"}, "reasoning_effort"),
     "a prompt": ({"prompt": "a"}, "prompt"),
 }
