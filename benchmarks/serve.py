@@ -293,11 +293,13 @@ def load(options: argparse.Namespace, who: Candidate) -> dict[str, Any]:
     """Many requests of few different prompts in random order; every answer is held against the model alone."""
     prompts = some_prompts(max(2, options.requests // 8), options.words, seed=1)
     model, tokenizer, _ = load_model(options.model, rt=Runtime.auto("cpu", "float32"))
+    print(f"{len(prompts)} prompts, each by the model alone", flush=True)
     alone = {i: greedy(model, tokenizer(p)["input_ids"], options.new) for i, p in enumerate(prompts)}
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     expected = {i: text(ids) for i, (ids, _) in alone.items()}
     order = [i % len(prompts) for i in range(options.requests)]
     random.Random(2).shuffle(order)
+    print(f"{options.requests} requests of {max(options.clients)} clients", flush=True)
     took, got = asyncio.run(crowd(who, [(i, prompts[i]) for i in order], max(options.clients), options.new))
     wrong = [g for g in got if g.text != expected[g.prompt]]
     others = collections.Counter(expected.values())
