@@ -347,6 +347,28 @@ def test_nested_folders_are_removed(sheet, place: str) -> None:
 
 
 @linux
+def test_a_child_that_ends_before_its_first_word_is_not_number_0(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel names 0 as the sender of an end. `killpg(0)` would be the end of the grader and of its shell."""
+    takes_and_ends = "import socket, sys; socket.recv_fds(socket.socket(fileno=int(sys.argv[2])), 1, 1)"
+    python, killed = grading._command()[0], []
+    monkeypatch.setattr(grading, "_command", lambda *more: [python, "-c", takes_and_ends, *more])
+    monkeypatch.setattr(grading.os, "killpg", lambda *which: killed.append(which))
+    with pytest.raises(RuntimeError, match="could not be started"):
+        grading.Child(grading.Limits(), 5.0)
+    assert killed == [] and grading._Nursery.current is None
+
+
+@linux
+def test_an_environment_behind_a_link_grades(
+    sheet, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual environment that is reached through a link, as home folders often are."""
+    (tmp_path / "link").symlink_to(Path(sys.executable).parent, target_is_directory=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "link" / Path(sys.executable).name))
+    assert attend(sheet, "return (q @ k.mT).softmax(-1) @ v").wrong_answer == "no_scale"
+
+
+@linux
 def test_a_killed_grader_leaves_nothing(sheet, tmp_path: Path, place: str) -> None:
     nb = copy.deepcopy(sheet)
     next(c for c in nb.cells if c.get("id") == "attend-answer").source = "while True: pass"

@@ -83,7 +83,9 @@ def _command(*arguments: str) -> list[str]:
     start = (
         f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); from llmcourse.practice.worker import main; main()"
     )
-    return [sys.executable, "-P", "-c", start, *arguments]
+    # the folder without links: inside bubblewrap only real paths exist, and the name alone says which environment it is
+    python = os.path.join(os.path.realpath(os.path.dirname(sys.executable)), os.path.basename(sys.executable))
+    return [python, "-P", "-c", start, *arguments]
 
 
 def _hidden() -> list[str]:
@@ -169,8 +171,10 @@ class _Nursery:
         try:
             socket.send_fds(self.control, [b"x"], [theirs.fileno()])
             theirs.close()
-            _, about, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(struct.calcsize("3i")))
+            word, about, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(struct.calcsize("3i")))
             pid = struct.unpack("3i", about[0][2])[0]
+            if not word or pid <= 0:  # it ended before its first word: 0 stands for nobody, and in killpg for ourselves
+                raise OSError
         except (OSError, IndexError):
             ours.close()
             self.close()
