@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmcourse.data import load_model
 from llmcourse.model import GPT, GPTConfig, generate
+from llmcourse.serving import Engine, Request
 from llmcourse.settings import BadInput
 from llmcourse.structured import (
     Automaton,
@@ -574,3 +575,21 @@ def test_masks_are_those_of_outlines_core(house):
     assert same > 80 and len(unclear) > 5
     first = TokenMask("(yes|no|not sure)", house)([])
     assert first[house.tokens.index(b"not")] and re.fullmatch("(yes|no|not sure)", "not sure")
+
+
+def test_an_engine_keeps_to_the_masks_of_its_requests(house, noise):
+    """Three requests side by side: each text is that of its own pattern, and the same as alone."""
+    patterns = ["(yes|no|not sure)", "[0-9]{4}-[0-9]{2}", schema_pattern(SCHEMAS[0])]
+    engine, made = Engine(noise, max_batch=3, cache_tokens=512), {}
+    ids = {}
+    for pattern in patterns:
+        how = dict(prompt=(1, 2), max_new_tokens=100, stop=tuple(house.end))
+        ids[engine.submit(Request(allowed=TokenMask(pattern, house), **how))] = pattern
+    while not engine.idle:
+        for event in engine.step():
+            assert event.finished in (None, "stop"), event
+            if event.token is not None:
+                made.setdefault(event.id, []).append(event.token)
+    for i, pattern in ids.items():
+        assert re.fullmatch(pattern, text_of(house, made[i])), pattern
+        assert made[i] == masked_generate(noise, [1, 2], TokenMask(pattern, house), max_new_tokens=100).tokens
