@@ -27,7 +27,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,7 +231,8 @@ def _t(df: int) -> float:
     return float(np.interp(0.975, np.cumsum(density) / density.sum(), x))
 
 
-def measure(options: argparse.Namespace, candidates: dict[str, Candidate]) -> dict[str, Any]:
+def measure(options: argparse.Namespace, candidates: dict[str, Candidate], keep: Callable[[dict], None]) -> None:
+    """`keep` gets what is there after each number of clients: a run that is cut off keeps what it has."""
     prompts = some_prompts(max(options.clients) * options.each, options.words, seed=0)
     rng, found = random.Random(0), {}
     for who in candidates.values():  # everything is loaded and warm
@@ -266,7 +267,7 @@ def measure(options: argparse.Namespace, candidates: dict[str, Candidate]) -> di
         null = ratio(seconds[OURS], seconds[f"{OURS}, again"])
         print(f"null control, the same server twice: {null['low']:.2f} to {null['high']:.2f}")
         found[str(clients)] = {"requests_a_round": n, "rows": rows, "null": null}
-    return found
+        keep(found)
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -291,7 +292,7 @@ def greedy(model: Any, ids: list[int], new: int) -> tuple[list[int], float]:
 
 def load(options: argparse.Namespace, who: Candidate) -> dict[str, Any]:
     """Many requests of few different prompts in random order; every answer is held against the model alone."""
-    prompts = some_prompts(max(2, options.requests // 8), options.words, seed=1)
+    prompts = some_prompts(max(2, options.requests // 20), options.words, seed=1)
     model, tokenizer, _ = load_model(options.model, rt=Runtime.auto("cpu", "float32"))
     print(f"{len(prompts)} prompts, each by the model alone", flush=True)
     alone = {i: greedy(model, tokenizer(p)["input_ids"], options.new) for i, p in enumerate(prompts)}
@@ -385,15 +386,19 @@ def main() -> int:
                 candidates[THEIRS] = start(command, folder, url)
             except RuntimeError as e:
                 print(f"{THEIRS}: {e}")
-        report.setdefault("models", {})[options.model] = {
+        about = {
             "new_tokens": options.new,
             "words": options.words,
             "max_batch": options.max_batch,
             "rounds": options.rounds,
             "quick": options.quick,
-            "clients": measure(options, candidates),
         }
-    save(report, options.out)
+
+        def keep(found: dict) -> None:
+            report.setdefault("models", {})[options.model] = about | {"clients": found}
+            save(report, options.out)
+
+        measure(options, candidates, keep)
     print(f"written to {options.out.name}")
     return 0
 

@@ -353,11 +353,8 @@ class ModelServer:
 
     def _mask(self, schema: Any) -> Any:
         """The token mask of a response format. The last ones are kept: clients ask for the same form again."""
-        try:
-            from llmcourse.structured import TokenMask, schema_pattern
-        except ImportError:
-            text = "response_format is not text; allowed: text: this server has no token masks."
-            raise Refused(text, param="response_format") from None
+        from llmcourse.structured import TokenMask, schema_pattern
+
         if schema is True:
             text = "response_format.type is 'json_object'; allowed: text, json_schema: the masks need a schema."
             raise Refused(text, param="response_format")

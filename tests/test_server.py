@@ -323,7 +323,6 @@ def form_of(schema) -> dict:
 
 
 def test_an_answer_has_the_form_of_its_schema(up):
-    pytest.importorskip("llmcourse.structured")
     how = {"model": "tiny", "messages": [{"role": "user", "content": "ka lo"}], "response_format": form_of(SCHEMA)}
     found = set()
     for seed in range(6):
