@@ -12,7 +12,7 @@ from conftest import ROOT, clean_env
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # these read the real model; the others the house model, which is trained too and thirty times smaller
-REAL = {"04_model", "05_evaluation", "15_deployment"}
+REAL = {"02_data", "02b_tokenization", "05_evaluation", "15_deployment"}
 
 
 @pytest.mark.slow

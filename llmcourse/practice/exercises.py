@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -87,8 +88,14 @@ class Case:
         """The call as a message: encoded arguments, the text of the driver, what is asked for."""
         both, blobs = encode([list(self.args), self.kwargs])
         args, kwargs = both["list"]
-        source = inspect.getsource(self.driver) if self.driver else None
+        source = _source(self.driver) if self.driver else None
         return {"args": args, "kwargs": kwargs, "gradients": list(self.grads), "driver": source, "value": False}, blobs
+
+
+@functools.cache
+def _source(driver: Callable) -> str:
+    """Text of a driver; to find it takes longer than most calls, and every answer is asked with the same ones."""
+    return inspect.getsource(driver)
 
 
 def case(name: str, /, *args: Any, **kwargs: Any) -> Case:
