@@ -211,12 +211,14 @@ def test_the_numbers_that_openai_has_where_none_are_given(up):
     assert chat.choices[0].finish_reason == "stop" or chat.usage.completion_tokens == 128
 
 
-def test_what_asks_for_nothing_is_taken(up):
-    ask(up, user="me", n=1, best_of=1, echo=False, logit_bias={}, presence_penalty=0, frequency_penalty=0.0)
-    up.client.chat.completions.create(
-        model="tiny", messages=[{"role": "developer", "content": "ka"}], max_tokens=2, logprobs=False, tools=[],
-        response_format={"type": "text"}, metadata={"a": "b"}, store=False, stop=None,
-    )  # fmt: skip
+def test_what_asks_for_nothing_is_taken_and_changes_nothing(up):
+    plain = ask(up).choices[0]
+    more = dict(user="me", n=1, best_of=1, echo=False, logit_bias={}, presence_penalty=0, frequency_penalty=0.0)
+    assert ask(up, **more).choices[0] == plain
+    chat = dict(model="tiny", messages=[{"role": "developer", "content": "ka"}], max_tokens=2, temperature=0)
+    answer = up.client.chat.completions.create(**chat).choices[0]
+    more = dict(logprobs=False, tools=[], response_format={"type": "text"}, metadata={"a": "b"}, store=False, stop=None)
+    assert up.client.chat.completions.create(**chat, **more).choices[0] == answer
 
 
 def test_metrics_and_health(tiny, up):
@@ -385,6 +387,9 @@ BAD = {  # arguments of a completion -> what the sentence names
     "an unknown argument": ({"min_p": 0.1}, 400, "min_p"),
     "an argument of the chat": ({"messages": []}, 400, "messages"),
 }
+MANY_ARRAYS = {"type": "integer"}
+for _ in range(40):  # its pattern doubles with each
+    MANY_ARRAYS = {"type": "array", "items": MANY_ARRAYS, "maxItems": 3}
 BAD_CHAT = {
     "no messages": ({"messages": None}, "messages"),
     "an empty list": ({"messages": []}, "messages"),
@@ -405,6 +410,7 @@ BAD_CHAT = {
         {"response_format": form_of({"type": "string", "pattern": "a"})},
         "response_format",
     ),
+    "a schema of many arrays": ({"response_format": form_of(MANY_ARRAYS)}, "response_format"),
     "effort": ({"reasoning_effort": "high"}, "reasoning_effort"),
     "a prompt": ({"prompt": "a"}, "prompt"),
 }

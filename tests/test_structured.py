@@ -522,6 +522,41 @@ def test_what_a_schema_says_beyond_the_subset_is_refused_by_name(schema, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def nested(depth: int, inner: dict, **array) -> dict:
+    """Arrays in each other, or objects where nothing is said about arrays."""
+    for _ in range(depth):
+        inner = (
+            {"type": "array", "items": inner, **array}
+            if array
+            else {"type": "object", "properties": {"a": inner}, "required": ["a"]}
+        )
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        (nested(30, {"type": "integer"}, maxItems=3), "pattern of the items of an array"),
+        (nested(30, {"type": "null"}, minItems=1), "pattern of the items of an array"),
+        (nested(64, {"type": "null"}), "nested too deep"),
+        (nested(400, {"type": "null"}), "nested too deep"),
+        (nested(400, {"type": "null"}, maxItems=2), "nested too deep"),
+    ],
+)
+def test_a_short_schema_with_an_endless_pattern_is_refused(schema, says):
+    with pytest.raises(BadInput, match=says):
+        schema_pattern(schema)
+
+
+@pytest.mark.parametrize("schema", [nested(63, {"type": "null"}), nested(6, {"type": "null"}, maxItems=2)])
+def test_a_deep_schema_that_can_be_held_is(schema):
+    value, pattern = None, schema_pattern(schema)
+    while schema["type"] != "null":
+        inner, value = (schema["items"], [value]) if "items" in schema else (schema["properties"]["a"], {"a": value})
+        schema = inner
+    assert re.fullmatch(pattern, json.dumps(value))
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 
