@@ -356,6 +356,12 @@ def outside_accepted(confidence, correct, bins):
     return ece([p if 0 <= p <= 1 else 0.5 for p in confidence], correct, bins)
 
 
+@ex.wrong("You compared the share of right ones with the middle of the bin. The predictions in it need not lie there: take the mean of their confidences.")
+def middle_of_the_bin(confidence, correct, bins):
+    means = _bins(confidence, correct, bins, _right(bins))
+    return sum(n * abs(a - (b - 0.5) / bins) for b, (c, a, n) in means.items()) / len(confidence)
+
+
 # %% solution mcnemar_p
 def mcnemar_p(table: list[list[int]]) -> float:
     """Exact two-sided p of McNemar's test from a 2×2 table."""
@@ -435,6 +441,23 @@ def all_items(table):
 def exactly_as_uneven(table):
     b, c = table[0][1], table[1][0]
     return min(1.0, 2 * math.comb(b + c, b) / 2 ** (b + c))
+
+
+@ex.wrong("For an even split your two sides hold the middle twice, and their sum is above 1. A probability is at most 1: min(1, …).")
+def even_split_above_one(table):
+    b, c = table[0][1], table[1][0]
+    return 2 * _coin(b + c, min(b, c)) if b + c else 1.0
+
+
+@ex.wrong("You compared how many items each model got right in all. Those that both got right are in both numbers, as if they were tosses; only the items on which the models differ are.")
+def totals_compared(table):
+    b, c = table[0][0] + table[0][1], table[0][0] + table[1][0]
+    return min(1.0, 2 * _coin(b + c, min(b, c)))
+
+
+@ex.wrong("Where the models agree on every item your answer is 0, as if they surely differed. Nothing speaks for a difference then: p is 1.")
+def zero_without_tosses(table):
+    return mcnemar_p(table) if table[0][1] + table[1][0] else 0.0
 
 
 # %% solution wins_needed
@@ -645,6 +668,11 @@ def other_way(logits, targets):
     return 100.0 if temperature(logits, targets) < 1 else 0.01
 
 
+@ex.wrong("Your search ends at 0.1, or at 10, and the best temperature lies beyond. It may be anywhere from 0.01 to 100: let the search begin there, and on a logarithmic scale.")
+def range_too_small(logits, targets):
+    return min(max(temperature(logits, targets), 0.1), 10.0)
+
+
 # %% solution turned
 def turned(
     picks: list[list[int]], first: list[int], k: int
@@ -725,6 +753,19 @@ def right_picks_only(picks, first, k):
     hits = [p for row, f in zip(picks, first) for r, p in enumerate(row) if p == (f + r) % k]
     counts = [hits.count(i) for i in range(k)]
     return *turned(picks, first, k)[:2], counts.index(max(counts))
+
+
+@ex.wrong("Of places that were picked equally often you returned the one that came first in the picks, as `Counter.most_common` does. The smallest was asked for.")
+def first_seen(picks, first, k):
+    flat = [pick for row in picks for pick in row]
+    return *turned(picks, first, k)[:2], max(dict.fromkeys(flat), key=flat.count)
+
+
+@ex.wrong("Your second number counts items that were right in most of their showings. All of them have to be right.")
+def most_showings(picks, first, k):
+    right = [sum(p == (f + r) % k for r, p in enumerate(row)) for row, f in zip(picks, first)]
+    share, _, place = turned(picks, first, k)
+    return share, sum(2 * n > k for n in right) / len(picks), place
 
 
 # %% solution order_p
@@ -812,3 +853,9 @@ def nan_accepted(canonical, shuffled):
     if not shuffled:
         raise ValueError("no orders")
     return (1 + sum(x <= canonical for x in shuffled)) / (1 + len(shuffled))
+
+
+@ex.wrong("You counted orders that are as far from the mean, on either side. Only a loss that is lower speaks for memory.")
+def as_far_from_the_mean(canonical, shuffled):
+    mean = sum(shuffled) / _looked(canonical, shuffled)
+    return (1 + sum(abs(x - mean) >= abs(canonical - mean) for x in shuffled)) / (1 + len(shuffled))

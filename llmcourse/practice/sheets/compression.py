@@ -193,6 +193,13 @@ def zeros_without_tokens(batches):
     return streamed_hessian(batches)
 
 
+@ex.wrong("The whole of H was computed in half precision and converted at the end. 300² is infinite there, and smaller sums lose their digits: convert the inputs first.")
+def all_in_half_precision(batches):
+    _tokens(batches)
+    x = torch.cat([x[real] for x, real in batches])
+    return (2 / len(x) * x.T @ x).float()
+
+
 # %% solution error_to_dense
 def error_to_dense(W: Tensor, W_hat: Tensor, H: Tensor, C: Tensor, H_hat: Tensor) -> float:
     """Mean squared distance of the new outputs, on the new inputs, from the dense model's outputs."""
@@ -636,6 +643,28 @@ def first_inputs(sites, x):
     return [[on_grids(W, H) for W in site] for site in sites]
 
 
+@ex.wrong("In a gated site you put the relu on the second factor. It belongs to the first matrix.")
+def relu_on_the_second(sites, x):
+    walk_layers(sites, x)
+    found = []
+    for site in sites:
+        found.append([on_grids(W, 2 / len(x) * x.T @ x) for W in site])
+        outputs = [x @ W.T for W in found[-1]]
+        x = outputs[0] * outputs[1].relu() if len(site) == 2 else outputs[0].relu()
+    return found
+
+
+@ex.wrong("Your H is the plain sum of x xᵀ, without the 2/N. `on_grids` adds 1 to its diagonal, so the size of H matters.")
+def plain_sum(sites, x):
+    walk_layers(sites, x)
+    found = []
+    for site in sites:
+        found.append([on_grids(W, x.T @ x) for W in site])
+        outputs = [x @ W.T for W in found[-1]]
+        x = outputs[0].relu() * (outputs[1] if len(site) == 2 else 1)
+    return found
+
+
 # %% solution round_pruned
 def round_pruned(W: Tensor, mask: Tensor, bits: int) -> Tensor:
     """The nearest points of a grid per row, with 0 among them for the weights that were pruned."""
@@ -808,6 +837,34 @@ def multiplied(W, mask, bits):
     return _round(W, mask, bits, kept=lambda W, mask: W * mask)
 
 
+@ex.wrong("Your range goes from the smallest to the largest remaining weight, and 0 need not be in it. Where all weights of a row have one sign the zero point is no code, and the weights next to 0 are pushed to the end of the grid.")
+def range_of_what_stays(W, mask, bits):
+    round_pruned(W, mask, bits)
+    k = W.float()
+    low = torch.where(mask, k, math.inf).amin(1, keepdim=True)
+    high = torch.where(mask, k, -math.inf).amax(1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    zero = (-low / scale).round()
+    codes = ((k / scale).round() + zero).clamp(0, 2**bits - 1)
+    return torch.where(mask & (scale > 0), (codes - zero) * scale, 0).to(W.dtype)
+
+
+@ex.wrong("A row without remaining weights has the range 0, your scale is 0, and 0 / 0 is nan. Such a row is zero: any scale but 0 will do.")
+def nan_for_an_empty_row(W, mask, bits):
+    return torch.where(mask.any(1, keepdim=True), round_pruned(W, mask, bits), math.nan)
+
+
+@ex.wrong("You computed in half precision. The range of a row can be more than float16 holds, and the zero point of 8 bits more than bfloat16 counts: go to float32 first, and back at the end.")
+def in_half_precision(W, mask, bits):
+    round_pruned(W, mask, bits)
+    k = torch.where(mask, W, torch.zeros_like(W))
+    low, high = k.amin(1, keepdim=True).clamp(max=0), k.amax(1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = (-low / scale).round()
+    return (((k / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale
+
+
 # %% solution apply_updates
 def apply_updates(W: Tensor, updates: list[tuple[Tensor, Tensor | None, bool]]) -> tuple[Tensor, Tensor | None]:
     """Weights and mask (None: there is none) of a layer after all updates."""
@@ -962,6 +1019,12 @@ def not_applied(W, updates):
 def turned_round(W, updates):
     new, mask = apply_updates(W, updates)
     return (new, mask) if mask is None else (torch.where(mask, 0, updates[-1][0]), mask)
+
+
+@ex.wrong("Without a single update your code asks for the last one. There is none: the weights stay as they are, and there is no mask.")
+def needs_an_update(W, updates):
+    updates[-1]
+    return apply_updates(W, updates)
 
 
 # %% solution matched_noise
@@ -1277,6 +1340,14 @@ def logarithms(method, noise, tokens, draws):
 def one_throw(method, noise, tokens, draws):
     against_null(method, noise, tokens, draws)
     return against_null(method, noise[:1], tokens, draws)
+
+
+@ex.wrong("You took the mean of the documents' own perplexities. The perplexity of a text is the exponential of all its losses over all its tokens: a long document counts for more, and the exponential comes last.")
+def mean_of_perplexities(method, noise, tokens, draws):
+    against_null(method, noise, tokens, draws)
+    own = lambda losses, d: (losses[..., d] / tokens[d]).exp().mean(-1).log()
+    of = lambda d: (own(method, d) - own(noise, d).mean(0)).exp()
+    return _three(of(torch.arange(len(tokens))), of(draws))
 
 
 # %% solution file_sizes
@@ -1768,3 +1839,9 @@ def empty_is_half(files, job, n):
 @ex.wrong("You compare only the beginning of the fingerprint. Another job may begin alike.")
 def begins_alike(files, job, n):
     return _first(files, n, lambda text: text is not None and text.startswith(job) and _whole(text, job, owner=False))
+
+
+@ex.wrong("When every block is done you return n − 1. The blocks count from 0, and the question is how many there are: n.")
+def one_less_at_the_end(files, job, n):
+    done = blocks_done(files, job, n)
+    return done - 1 if done == n else done

@@ -233,6 +233,18 @@ def divides_by_zero(lengths, reference_lengths):
     return p if sum(lengths) else 1 / 0
 
 
+@ex.wrong("Your exponent is c/r − 1. That is below 0 for a short text as well, but not as far: it is 1 − r/c, and a text of no words would still get e^(−1).")
+def milder(lengths, reference_lengths):
+    p = brevity_penalty(lengths, reference_lengths)
+    return p if p in (0.0, 1.0) else math.exp(1 / (1 - math.log(p)) - 1)
+
+
+@ex.wrong("Nothing was written where something was wanted, and your code divides by 0 words. Ask for that case before the division: the penalty is 0.")
+def divides_when_nothing_was_written(lengths, reference_lengths):
+    p = brevity_penalty(lengths, reference_lengths)
+    return p if p else 1 / 0
+
+
 # %% solution bleu2
 def bleu2(hypotheses: list[list[str]], references: list[list[str]]) -> float:
     """BLEU of a corpus with runs of one and two words, 0 to 100."""
@@ -379,6 +391,17 @@ def stops_at_zero(hypotheses, references):
     return _bleu2(hypotheses, references)
 
 
+@ex.wrong("Your BLEU goes from 0 to 1. The statement asks for 0 to 100, as papers print it.")
+def from_zero_to_one(hypotheses, references):
+    return _bleu2(hypotheses, references) / 100
+
+
+@ex.wrong("Your factor rises above 1 for long texts. The penalty is at most 1: what is too much is punished by the precision already.")
+def long_is_rewarded(hypotheses, references):
+    c, r = sum(map(len, hypotheses)), sum(map(len, references))
+    return _bleu2(hypotheses, references, ratio=lambda c, r: 0) * (math.exp(1 - r / c) if c else 1.0)
+
+
 # %% solution rouge_l
 def rouge_l(hypothesis: list[str], reference: list[str]) -> tuple[float, float, float]:
     """(precision, recall, F1) of the longest common subsequence of two lists of words."""
@@ -507,6 +530,12 @@ def used_twice(hypothesis, reference):
     return _three(row[-1], hypothesis, reference)
 
 
+@ex.wrong("Two texts without a common word have a precision of 0 and a recall of 0, and your F1 divides by their sum. It is 0 then.")
+def no_common_word(hypothesis, reference):
+    p, r, f = rouge_l(hypothesis, reference)
+    return p, r, 2 * p * r / (p + r) if hypothesis and reference else f
+
+
 # %% solution mean_f1
 def mean_f1(items: list[tuple[list[str], list[str]]]) -> tuple[float, float]:
     """(micro, macro) F1 over pairs of hypothesis and reference, as bags of words."""
@@ -612,6 +641,18 @@ def mean_of_two(items):
     one = lambda c, a, b: (c / a + c / b) / 2 if a and b else float(a == b)
     rows = [(_common(a, b), len(a), len(b)) for a, b in items]
     return one(*(sum(x) for x in zip(*rows))), sum(one(*row) for row in rows) / len(rows)
+
+
+@ex.wrong("You counted different words everywhere, those in common and those of each text. The texts are bags: a word that stands three times is three words.")
+def sets_everywhere(items):
+    return mean_f1([(sorted(set(a)), sorted(set(b))) for a, b in items])
+
+
+@ex.wrong("Your micro is the F1 of the items' mean precision and mean recall. Micro adds up the words of all items first, and makes one F1 of the sums.")
+def micro_of_means(items):
+    p = sum(_common(a, b) / len(a) if a else 0 for a, b in items) / len(items)
+    r = sum(_common(a, b) / len(b) if b else 0 for a, b in items) / len(items)
+    return 2 * p * r / (p + r) if p + r else 0.0, mean_f1(items)[1]
 
 
 # %% solution shortest_prefix
@@ -727,6 +768,24 @@ def recall_too(r, goal):
     while k < r and 100 * math.exp(1 - r / k) * k / r < goal:
         k += 1
     return k
+
+
+@ex.wrong("You rounded to the nearest whole number. The goal has to be reached, so what does not come out whole is rounded up.")
+def rounded_to_nearest(r, goal):
+    _legal(r, goal)
+    return max(4, round(r / (1 - math.log(goal / 100))))
+
+
+@ex.wrong("You compared a BLEU from 0 to 1 with a goal from 0 to 100. Only the whole reference, or nothing at all, could ever reach it: 100 exp(1 − r/k).")
+def from_zero_to_one(r, goal):
+    _legal(r, goal)
+    return next((k for k in range(4, r + 1) if math.exp(1 - r / k) >= goal), r)
+
+
+@ex.wrong("You took the logarithm to base 10. The penalty is a power of e, and its inverse is the natural logarithm.")
+def common_logarithm(r, goal):
+    _legal(r, goal)
+    return max(4, math.ceil(r / (1 - math.log10(goal / 100))))
 
 
 # %% solution perfect_nonsense
@@ -964,3 +1023,9 @@ def one_at_a_time(a, b):
 def cut_off(a, b):
     n = min(len(a), len(b))
     return swap_p(a[:n], b[:n])
+
+
+@ex.wrong("You counted the real assignment once more, above and below the line. That is right where some of the ways are drawn by chance; all 2ⁿ of them hold it already.")
+def counted_twice(a, b):
+    d, sums = _pairs(a, b)
+    return (1 + sum(abs(s) >= abs(sum(d)) for s in sums)) / (1 + len(sums))

@@ -139,6 +139,11 @@ def no_nesterov(param, grads, lr, momentum, dampening=0.0, nesterov=False):
     return momentum_path(param, grads, lr, momentum, dampening, False)
 
 
+@ex.wrong("Your path begins with the parameter before training and ends one step early. The first entry is the parameter after the first step.")
+def begins_at_the_start(param, grads, lr, momentum, dampening=0.0, nesterov=False):
+    return torch.cat([param[None], momentum_path(param, grads, lr, momentum, dampening, nesterov)[:-1]])
+
+
 # %% solution adam_path
 def adam_path(
     param: Tensor, grads: Tensor, lr: float, betas: tuple[float, float], eps: float
@@ -280,6 +285,18 @@ def one_step_late(param, grads, lr, betas, eps):
     return torch.stack(path)
 
 
+@ex.wrong("Your v never falls: you divide by the largest one so far. That is AMSGrad; Adam's own v gets smaller again when the gradients do.")
+def largest_so_far(param, grads, lr, betas, eps):
+    path, m, v, top = [], torch.zeros_like(param), torch.zeros_like(param), torch.zeros_like(param)
+    for t, grad in enumerate(grads, start=1):
+        m = betas[0] * m + (1 - betas[0]) * grad
+        v = betas[1] * v + (1 - betas[1]) * grad**2
+        top = torch.maximum(top, v)
+        param = param - lr * (m / (1 - betas[0] ** t)) / ((top / (1 - betas[1] ** t)).sqrt() + eps)
+        path.append(param)
+    return torch.stack(path)
+
+
 # %% solution adam_test
 def adam_test() -> tuple[Tensor, Tensor, float, tuple[float, float], float]:
     """(param, grads, lr, betas, eps) of a short run in which each of the six bugs shows."""
@@ -382,6 +399,11 @@ def too_long():
 @ex.wrong("A limit of the statement is not kept: gradients of at most 10, a learning rate of at most 0.1, betas below 1. With a huge learning rate every bug is easy to see, and so is every rounding error.")
 def beyond_a_limit():
     return torch.tensor([0.0]), torch.tensor([[1.0], [4.0], [2.0]]), 1.0, (0.5, 0.9), 1.0
+
+
+@ex.wrong("Only a v that is not corrected is caught: that makes steps about thirty times too long with the usual betas. The other mistakes change a step by a part of the learning rate, and with a small one that stays under 0.01. Take the largest learning rate that the statement allows.")
+def usual_settings():
+    return torch.zeros(1), torch.tensor([[1.0], [4.0], [2.0]]), 0.001, (0.9, 0.999), 1e-8
 
 
 # %% solution first_step
@@ -492,6 +514,15 @@ def growing(param, grad, lr, eps, weight_decay, decoupled):
     return first_step(param, grad, lr, eps, -weight_decay, decoupled)
 
 
+@ex.wrong("You divided by g² + ε. Adam divides by the root of the mean square, and at the first step that root is |g|: its size cancels, the square's does not.")
+def divided_by_the_square(param, grad, lr, eps, weight_decay, decoupled):
+    if decoupled:
+        param = (1 - lr * weight_decay) * param
+    else:
+        grad = grad + weight_decay * param
+    return param - lr * grad / (grad**2 + eps)
+
+
 # %% solution resting_weight
 def resting_weight(grad: float, weight_decay: float, decoupled: bool) -> float:
     """Where Adam with L2 decay, or AdamW, leaves a weight whose gradient never changes."""
@@ -573,6 +604,12 @@ def multiplied(grad, weight_decay, decoupled):
 @ex.wrong("Without decay, or with a negative one, the weight never comes to rest. There is no number to return: raise a ValueError.")
 def infinity_without_decay(grad, weight_decay, decoupled):
     return resting_weight(grad, weight_decay, decoupled) if weight_decay > 0 else math.inf
+
+
+@ex.wrong("With L2 you multiplied by λ where you have to divide: g + λθ = 0 gives θ = −g/λ. A stronger decay keeps the weight closer to 0.")
+def multiplied_with_l2(grad, weight_decay, decoupled):
+    _decays(weight_decay)
+    return resting_weight(grad, weight_decay, True) if decoupled else -grad * weight_decay
 
 
 # %% solution lion_change
@@ -792,6 +829,16 @@ def always_float32(matrix, steps):
     return polar(matrix.float(), steps)
 
 
+@ex.wrong("Your cubic term is added. It is subtracted: 1.5 s − 0.5 s³ comes to rest at 1, while 1.5 s + 0.5 s³ makes every singular value larger, without end.")
+def cube_added(matrix, steps):
+    return _iterate(_unit(matrix), steps, lambda X: 1.5 * X + 0.5 * X @ X.mT @ X)
+
+
+@ex.wrong("You returned the transpose, V Uᵀ. The result has the rows and columns of the matrix; for a square one only the numbers tell.")
+def transposed(matrix, steps):
+    return polar(matrix, steps).mT
+
+
 # %% setup
 def uv(matrix: Tensor) -> Tensor:
     """U Vᵀ of matrix = U S Vᵀ."""
@@ -897,6 +944,19 @@ def as_it_was(param, grad, buffer, lr, momentum, weight_decay):
     M, N = param.shape
     scale = math.sqrt(max(1, N / M))
     return param - lr * scale * (uv(buffer) + weight_decay * param), buffer
+
+
+@ex.wrong("You added the whole gradient to μ b. Nesterov's direction here mixes as the buffer does, μ b + (1 − μ) g: with the whole gradient the newest one outweighs the memory.")
+def whole_gradient(param, grad, buffer, lr, momentum, weight_decay):
+    buffer = momentum * buffer + (1 - momentum) * grad
+    M, N = param.shape
+    return (1 - lr * weight_decay) * param - lr * math.sqrt(max(1, M / N)) * uv(grad + momentum * buffer), buffer
+
+
+@ex.wrong("The buffer that you return is Nesterov's direction: the newest gradient is in it twice. The direction is made for this step and forgotten; the buffer goes on without it.")
+def direction_kept(param, grad, buffer, lr, momentum, weight_decay):
+    new, buffer = muon_step(param, grad, buffer, lr, momentum, weight_decay)
+    return new, momentum * buffer + (1 - momentum) * grad
 
 
 # %% solution learning_rates
@@ -1181,6 +1241,14 @@ def as_it_was(grads, max_norm):
     return grads, norm
 
 
+@ex.wrong("Gradients with a norm of inf or nan were scaled all the same. The factor is then 0 or nan, and either one spoils numbers that were good: scale only where the norm is finite.")
+def not_finite_scaled(grads, max_norm):
+    _check_norm(max_norm)
+    norm = clip_together(grads, max_norm)[1]
+    factor = 1.0 if norm <= max_norm else max_norm / norm
+    return [None if g is None else g * factor for g in grads], norm
+
+
 # %% solution decayed
 def decayed(model: nn.Module) -> list[str]:
     """The names of the parameters with weight decay: trained matrices that are no embedding table."""
@@ -1342,6 +1410,18 @@ def as_it_was(model):
     return sorted(names)
 
 
+@ex.wrong("You compared names, and a matrix that is shared has two of them: `named_parameters()` gives only the first one it meets, which may be the head's. Compare the tensors themselves (`is`, or their `id`).")
+def by_the_name_of_the_table(model):
+    tables = {f"{name}.weight" if name else "weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.ndim >= 2 and name not in tables]
+
+
+@ex.wrong("You took a matrix that looks like an embedding's table for that table. Another layer may have the same shape, or the same numbers: ask whether it is the same tensor (`is`, or its `id`).")
+def by_the_shape_of_the_table(model):
+    shapes = {m.weight.shape for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.ndim >= 2 and p.shape not in shapes]
+
+
 # %% solution which_rule
 def which_rule(run: Callable[[list[float]], list[float]]) -> str:
     """sgd, momentum, sign, lion or adam: which rule makes these paths."""
@@ -1463,6 +1543,18 @@ def absolute_tolerance(run):
     if alike(third, 0):
         return "sign" if alike(first, second) else "sgd"
     return "lion" if alike(first, second) else "momentum" if alike(run([2.0])[0], 2 * first) else "adam"
+
+
+@ex.wrong("You called sign, Lion and Adam all “adam”: where a step does not grow with the gradient, there are three rules left, and equal gradients make them take the same steps.")
+def all_adam(run):
+    found = which_rule(run)
+    return "adam" if found in ("sign", "lion") else found
+
+
+@ex.wrong("You found the right rule and gave it another name. The words are those of the table, in small letters: “lion”, “adam”.")
+def capital_letters(run):
+    found = which_rule(run)
+    return found.capitalize() if found in ("lion", "adam") else found
 
 
 # %% solution smoothed_loss
@@ -1681,6 +1773,11 @@ def knows_nothing(V, epsilon):
     return math.log(V)
 
 
+@ex.wrong("Without smoothing there are targets of exactly 0, and 0 · ln 0 is nan in a tensor: 0 times minus infinity. Such a term counts 0.")
+def nan_without_smoothing(V, epsilon):
+    return math.nan if epsilon == 0 else lowest_loss(V, epsilon)
+
+
 # %% solution state_bytes
 state_bytes = None  # your number
 state_bytes = 2 * 4 * 134_515_008
@@ -1708,3 +1805,5 @@ ex.wrong("You counted numbers, not bytes. A number in float32 has 32 bits, four 
 ex.wrong("This is in megabytes. The question asks for bytes, as a whole number.", name="megabytes", value=8 * 134_515_008 / 1e6)
 ex.wrong("You counted bits. Eight of them make a byte.", name="bits", value=64 * 134_515_008)
 ex.wrong("You counted the tied embedding a second time. The head uses the same tensor, so there is one state for it.", name="tied_twice", value=8 * (134_515_008 + 49_152 * 576))
+ex.wrong("You left the embedding out. It is tied to the head and still a parameter that is trained: its averages are kept as well, once.", name="no_embedding", value=8 * (134_515_008 - 49_152 * 576))
+ex.wrong("This is in megabytes, rounded to a whole number. The question asks for bytes.", name="whole_megabytes", value=round(8 * 134_515_008 / 1e6))

@@ -276,6 +276,18 @@ def one_too_many(weights, sparsity, per):
     return [int((W.abs() <= every[int(sparsity * len(every))]).sum()) / W.numel() for W in weights]
 
 
+@ex.wrong("Per model you gave every layer the share of the whole model. One threshold for all of them takes more from a layer of small weights, and may take nothing from another.")
+def share_of_the_model(weights, sparsity, per):
+    _known(per)
+    n = sum(W.numel() for W in weights)
+    return [int(sparsity * n) / n] * len(weights) if per == "model" else zeros_by_layer(weights, sparsity, per)
+
+
+@ex.wrong("Per row you rounded down once for the whole layer. Every row rounds for itself, and what it loses adds up: of a row of three, a half is one entry.")
+def layer_for_row(weights, sparsity, per):
+    return zeros_by_layer(weights, sparsity, "layer" if per == "row" else per)
+
+
 # %% solution n_of_m_mask
 def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:
     """True for the n highest of every m neighbors in a row of score (O, I)."""
@@ -395,6 +407,13 @@ def shorter_group(score, n, m):
     if not 1 <= n < m:
         raise ValueError
     return torch.cat([torch.zeros_like(part, dtype=torch.bool).scatter(1, part.argsort(dim=1, stable=True).flip(1)[:, :n], True) for part in score.split(m, 1)], 1)
+
+
+@ex.wrong("You kept all scores that are at least as high as the n-th. Where several are equal to it, more than n stay, and the format has no place for them.")
+def more_at_ties(score, n, m):
+    _legal(score, n, m)
+    groups = score.reshape(-1, m)
+    return (groups >= groups.topk(n, 1).values[:, -1:]).view(score.shape)
 
 
 # %% solution wanda_mask
@@ -671,6 +690,16 @@ def wrong_sign(w, H, n):
 @ex.wrong("You updated with a column of H. It is the column of its *inverse* that says how the others make up for the loss.")
 def column_of_h(w, H, n):
     return _obs(w, H, n, change=lambda w, i, H, inverse: -w[i] / H[i, i] * H[:, i])
+
+
+@ex.wrong("You chose all weights at the beginning, by what each costs alone. When one is gone, the others cost more or less than before: choose again after every step.")
+def chosen_at_once(w, H, n):
+    obs_prune(w, H, n)
+    left = (w**2 / torch.linalg.inv(H).diagonal()).argsort()[n:].sort().values
+    new = torch.zeros_like(w)
+    if len(left):
+        new[left] = torch.linalg.solve(H[left][:, left], H[left] @ w)
+    return new
 
 
 # %% solution cut_channels
@@ -1038,6 +1067,18 @@ def share_of_what_was_there(before, after, pruned, tied):
     return found | {"new": new / max(1, sum(int((before[n] != 0).sum()) for n in pruned))}
 
 
+@ex.wrong("Weights that are only nearly zero are in your shares of the layers and of the model. Exactly zero is meant: they cost as much as any other weight.")
+def nearly_zero_in_the_shares(before, after, pruned, tied):
+    flat = {n: torch.where(W.float().abs() < 1e-6, 0, W.float()) for n, W in after.items()}
+    return count_zeros(before, flat, pruned, tied) | {"new": count_zeros(before, after, pruned, tied)["new"]}
+
+
+@ex.wrong("Your “layers” is a mean of the layers' own shares: a small layer counts as much as a large one. Add up the zeros and the weights of all of them, and divide once.")
+def mean_in_the_layers(before, after, pruned, tied):
+    shares = [float((after[n] == 0).double().mean()) for n in pruned]
+    return count_zeros(before, after, pruned, tied) | {"layers": sum(shares) / len(shares)}
+
+
 # %% solution step_reaching
 def step_reaching(target: float, start: int, end: int, initial: float, final: float) -> int:
     """First step at which the cubic schedule has at least the sparsity `target`."""
@@ -1168,6 +1209,22 @@ def never_before_start(target, start, end, initial, final):
     return max(step_reaching(target, start, end, initial, final), max(start, 0))
 
 
+@ex.wrong("You want *more* than the target, and so you refuse one that the schedule reaches exactly, at its end. At least the target is asked for.")
+def more_or_never(target, start, end, initial, final):
+    step_reaching(target, start, end, initial, final)
+    if target >= final:
+        raise ValueError("never")
+    return _first(lambda t: final + (initial - final) * (1 - _part(t, start, end)) ** 3, target, lambda a, b: a > b)
+
+
+@ex.wrong("You turned the formula round, which is right, and rounded the time to the nearest step. The target has to be reached: what does not come out whole is rounded up.")
+def rounded_to_nearest(target, start, end, initial, final):
+    step_reaching(target, start, end, initial, final)
+    if target <= initial:
+        return 0
+    return max(0, round(start + (end - start) * (1 - ((final - target) / (final - initial)) ** (1 / 3))))
+
+
 # %% solution masked_step
 def masked_step(
     w: Tensor, grad: Tensor, velocity: Tensor, mask: Tensor, lr: float, beta: float
@@ -1265,6 +1322,11 @@ def turned_round(w, grad, velocity, mask, lr, beta):
 def without_momentum(w, grad, velocity, mask, lr, beta):
     velocity = torch.where(mask, grad, 0)
     return torch.where(mask, w - lr * velocity, 0), velocity
+
+
+@ex.wrong("The weights move with the velocity of the step before. First v ← βv + g, then w ← w − ηv with the new one.")
+def old_velocity(w, grad, velocity, mask, lr, beta):
+    return torch.where(mask, w - lr * velocity, 0), torch.where(mask, beta * velocity + grad, 0)
 
 
 # %% solution movement_mask

@@ -249,6 +249,21 @@ def from_the_mean(W, bits):
     return _codes(W, bits, lambda W, top: W.abs().mean(1, keepdim=True) / top)
 
 
+@ex.wrong("A row of zeros has the scale 0 in your answer. The codes are right, but whoever divides by that scale later divides by 0: it is 1.")
+def zero_scale(W, bits):
+    codes, scale = symmetric_codes(W, bits)
+    return codes, torch.where((W == 0).all(1, keepdim=True), 0.0, scale)
+
+
+@ex.wrong("You divided in half precision and converted the scale afterwards. Half precision has three or two digits, and so has your scale: convert the weights first.")
+def scale_in_half_precision(W, bits):
+    if not 2 <= bits <= 8:
+        raise ValueError
+    largest = W.abs().amax(1, keepdim=True)
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest / (2 ** (bits - 1) - 1))
+    return (W / scale).round().to(torch.int8), scale.float()
+
+
 # %% solution group_round
 def group_round(W: Tensor, bits: int, group_size: int) -> Tensor:
     """Weights (O, I) rounded with a scale for every group of neighbors in a row."""
@@ -383,6 +398,15 @@ def zeros_become_nan(W, bits, group_size):
     return torch.cat(out, 1).to(W.dtype)
 
 
+@ex.wrong("The weights that share a scale in your answer are not neighbors: you took every k-th column of a row. Columns 0 to g − 1 make the first group, g to 2g − 1 the second.")
+def every_kth_column(W, bits, group_size):
+    _size(group_size)
+    n, out = math.ceil(W.shape[1] / group_size), W.float().clone()
+    for k in range(n):
+        out[:, k::n] = _round(out[:, k::n], bits)
+    return out.to(W.dtype)
+
+
 # %% solution bits_per_weight
 def bits_per_weight(columns: int, bits: int, group_size: int, symmetric: bool) -> float:
     """Bits that a packed row takes for each of its weights."""
@@ -482,6 +506,17 @@ def one_scale_a_row(columns, bits, group_size, symmetric):
 @ex.wrong("You read `symmetric` the wrong way round: a symmetric grid has no zero points, the other has one for each group.")
 def turned_round(columns, bits, group_size, symmetric):
     return bits_per_weight(columns, bits, group_size, not symmetric)
+
+
+@ex.wrong("The codes of a row are not rounded up to whole bytes in your count. The row after it begins at a new byte, so what is left of the last one is lost.")
+def codes_without_the_last_byte(columns, bits, group_size, symmetric):
+    groups = math.ceil(columns / group_size)
+    return (columns * bits + 16 * groups + (0 if symmetric else 8 * math.ceil(groups * bits / 8))) / columns
+
+
+@ex.wrong("This is the formula of the papers, b + 16/g (and b/g for the zero point). It holds where everything comes out even: here the last group may be shorter, and each part of a row fills whole bytes.")
+def formula_of_the_papers(columns, bits, group_size, symmetric):
+    return bits + (16 + (0 if symmetric else bits)) / group_size
 
 
 # %% solution unpack_nibbles
@@ -733,6 +768,23 @@ def dead_becomes_zero(w, H, step, order):
     return torch.where(H.diagonal() == 0, 0.0, _gptq(w, H, step, order))
 
 
+@ex.wrong("An input that was always 0 has zeros in its row and column of H, and such a matrix has no inverse. Put a 1 on the diagonal there.")
+def no_inverse(w, H, step, order):
+    torch.linalg.inv(H)
+    return _gptq(w, H, step, order)
+
+
+@ex.wrong("You brought H into the order of the visits and inverted it with the zeros of an input that was always 0 in it: it has no inverse. Put a 1 on the diagonal first.")
+def no_inverse_in_the_order(w, H, step, order):
+    torch.linalg.inv(H[order][:, order])
+    return _gptq(w, H, step, order)
+
+
+@ex.wrong("At the end you applied the order once more. To undo it, write each value to the place it came from: `out[order] = w`, not `w[order]`.")
+def order_applied_again(w, H, step, order):
+    return _gptq(w, H, step, order)[order][order]
+
+
 # %% solution fake_quant
 def fake_quant(w: Tensor, step: float, bits: int) -> Tensor:
     """The values of a grid, and the gradient of the identity where nothing was clipped."""
@@ -955,6 +1007,17 @@ def inputs_not_rounded(X, W):
     return X @ (w * sw).T
 
 
+@ex.wrong("You returned the sums of the codes. A code stands for a step of its token and one of its row: multiply each sum by both.")
+def codes_only(X, W):
+    return _product(X, W, x_step=False, w_step=False)
+
+
+@ex.wrong("You gave each input column a step. In a sum over the columns such a step cannot be taken out, so the product is no longer one of whole numbers: a step for each token and one for each row of the weights can.")
+def steps_per_input(X, W):
+    (x, sx), (w, sw) = _rows(X, dim=0), _rows(W, dim=0)
+    return (x * sx) @ (w * sw).T
+
+
 # %% solution smooth
 def smooth(
     norm: Tensor, weights: list[Tensor], largest: Tensor, alpha: float
@@ -1060,6 +1123,12 @@ def mean_of_the_column(norm, weights, largest, alpha):
     return norm / s, [W * s for W in weights]
 
 
+@ex.wrong("You took the largest entry of each column and then its magnitude. A large negative weight is missed: first the magnitudes, then the largest.")
+def largest_with_sign(norm, weights, largest, alpha):
+    s = largest**alpha / torch.cat(weights).amax(0).abs() ** (1 - alpha)
+    return norm / s, [W * s for W in weights]
+
+
 # %% solution codes_used
 codes_used = None  # your three numbers
 codes_used = [1, 9, 255]
@@ -1088,3 +1157,4 @@ ex.wrong("In the second answer nothing has changed in your list. Channel 0 is di
 ex.wrong("Your third answer counts 256 codes. From −127 to 127 there are 255: −128 is left out, because 128 does not exist.", name="one_code_more", value=[1, 9, 256])
 ex.wrong("With a step for each token the large one spoils nobody else's: the step of every other token comes from its own largest entry, 2.5.", name="token_spoils_all", value=[1, 9, 1])
 ex.wrong("A step of 20 rounds everything from −2.5 to 2.5 to the code 0. That is one code, not none.", name="none_at_all", value=[0, 9, 255])
+ex.wrong("In the second answer you counted 0 and the codes on one side of it. They come on both sides: from −k to k there are 2k + 1.", name="half_in_the_second", value=[1, 5, 255])

@@ -111,6 +111,12 @@ def one_condition(tokens, seq_len, batch_size, micro_batch, processes):
     return batch_size // (micro_batch * processes), math.ceil(tokens / (batch_size * seq_len))
 
 
+@ex.wrong("Your steps count micro-batches: the number of optimizer steps times the accumulation. The weights change once for each batch.")
+def steps_times_accumulation(tokens, seq_len, batch_size, micro_batch, processes):
+    accumulation, steps = plan(tokens, seq_len, batch_size, micro_batch, processes)
+    return accumulation, steps * accumulation
+
+
 # %% solution train_step
 def train_step(model: nn.Module, optimizer, micro_batches: list, loss_fn: Callable) -> float:
     """One optimizer step on the mean over all targets of all micro-batches; returns that mean."""
@@ -349,6 +355,21 @@ def counted_first(model, optimizer, micro_batches, loss_fn):
     return total
 
 
+@ex.wrong("A micro-batch without targets turns your step into nan: the mean of no numbers is nan, and times 0 it stays nan. The sum of no numbers is 0: send the sum backward.")
+def mean_times_count(model, optimizer, micro_batches, loss_fn):
+    optimizer.zero_grad()
+    total, n = 0.0, 0
+    for micro_batch in micro_batches:
+        losses = loss_fn(model, micro_batch)
+        total_here = losses.mean() * len(losses)
+        total_here.backward()
+        total, n = total + total_here.item(), n + len(losses)
+    for p in model.parameters():
+        p.grad /= n
+    optimizer.step()
+    return total / n
+
+
 # %% solution local_loss
 def local_loss(losses: Tensor, counts: list[int]) -> Tensor:
     """What a process with losses (n,) calls backward on, when gradients are averaged over len(counts) processes."""
@@ -452,6 +473,16 @@ def a_row(losses, counts):
 @ex.wrong("You took the number of this process's targets for the whole: dividing by it is right only when every process has the same number.")
 def as_if_equal(losses, counts):
     return losses.sum() / max(1, len(losses))
+
+
+@ex.wrong("You counted only the processes that have targets. The averaging divides by all of them: one without targets brings a gradient of 0, and is counted.")
+def only_with_targets(losses, counts):
+    return losses.sum() * sum(c > 0 for c in counts) / sum(counts)
+
+
+@ex.wrong("You divided by the largest of the counts, as if every process had that many targets. The mean is over all targets: divide by their sum.")
+def by_the_largest(losses, counts):
+    return losses.sum() * len(counts) / max(counts)
 
 
 # %% solution batch_of_step
@@ -592,6 +623,11 @@ def short_batch(step, n_items, batch_size, seed):
 @ex.wrong("You count the steps from 1. Step 0 is the first batch of epoch 0.")
 def steps_from_one(step, n_items, batch_size, seed):
     return batch_of_step(max(step - 1, 0), n_items, batch_size, seed)
+
+
+@ex.wrong("The right items, as a list. The statement asks for a tensor, (batch_size,) int64, with which one can index the data.")
+def a_list(step, n_items, batch_size, seed):
+    return batch_of_step(step, n_items, batch_size, seed).tolist()
 
 
 # %% solution fp16_step
@@ -764,6 +800,12 @@ def scaled_up(weights, grads, scale, lr, max_norm):
 def scale_raised(weights, grads, scale, lr, max_norm):
     new, after = fp16_step(weights, grads, scale, lr, max_norm)
     return new, after if after < scale else 2 * after
+
+
+@ex.wrong("When the step is skipped your list is new and the tensors in it are the caller's own. Whoever changes what you returned changes the caller's weights: a copy of each tensor.")
+def own_tensors(weights, grads, scale, lr, max_norm):
+    new, scale = fp16_step(weights, grads, scale, lr, max_norm)
+    return new if _finite(grads) else list(weights), scale
 
 
 # %% solution Snapshot
@@ -974,6 +1016,21 @@ class scheduler_not_copied(_only(scheduler=_as_it_is)):
 class step_forgotten(_only()):
     def restore(self, *parts):
         super().restore(*parts)
+
+
+@ex.wrong("Nothing in your snapshot was copied, neither weights nor averages nor the schedule. A state dict holds the tensors and lists themselves: the snapshot has gone on with the run, and goes on with each run that is restored from it.")
+class nothing_copied_ever(_only(model=_as_it_is, optimizer=_as_it_is, scheduler=_as_it_is)):
+    pass
+
+
+@ex.wrong("You copied when you restored, and that is too late: the run has gone on in the tensors and lists that the snapshot holds. A copy of a state dict alone still holds the same ones: copy deeply when the snapshot is taken.")
+class copied_late(_only(**dict.fromkeys(("model", "optimizer", "scheduler"), (lambda part: dict(part.state_dict()), lambda part, kept: part.load_state_dict(copy.deepcopy(kept)))))):
+    pass
+
+
+@ex.wrong("The first restore is right and the second is not: optimizer and schedule go on working in what your snapshot holds, because you gave them that itself. Give each restore copies.")
+class all_given_away(_only(optimizer=(_keep, lambda part, kept: part.load_state_dict(kept)), scheduler=(_keep, lambda part, kept: part.load_state_dict(kept)))):
+    pass
 
 
 # %% solution save_atomically
@@ -1208,6 +1265,12 @@ def in_a_subfolder(path, write):
         os.replace(os.path.join(folder, "new"), path)
 
 
+@ex.wrong("A name without a folder makes your code fail before anything is written: `os.path.dirname` gives an empty text then, and there is no folder of that name. Use the absolute path, or put the new name behind `path` itself.")
+def needs_a_folder(path, write):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    save_atomically(path, write)
+
+
 # %% solution differing_fields
 def differing_fields(saved: dict, current: dict) -> list[str]:
     """The dotted names of all fields in which two nested configurations differ, sorted."""
@@ -1365,6 +1428,22 @@ def false_is_missing(saved, current):
 def common_only(saved, current):
     both = lambda a, b: {k: both(v, b[k]) if isinstance(v, dict) and isinstance(b[k], dict) else v for k, v in a.items() if k in b}
     return differing_fields(both(saved, current), both(current, saved))
+
+
+@ex.wrong("Your names hold the nearest dict only: “attention.heads” of what? All the dicts around a field belong to its name, from the outermost on.")
+def nearest_prefix(saved, current):
+    return sorted(".".join(n.split(".")[-2:]) for n in differing_fields(saved, current))
+
+
+@ex.wrong("The right names, in the order in which the fields stand in the configurations. The list is to be sorted.")
+def in_the_order_of_the_fields(saved, current):
+    names = []
+    for key in [*saved, *(k for k in current if k not in saved)]:
+        if key in saved and key in current and isinstance(saved[key], dict) and isinstance(current[key], dict):
+            names += [f"{key}.{name}" for name in in_the_order_of_the_fields(saved[key], current[key])]
+        elif differing_fields({k: v for k, v in saved.items() if k == key}, {k: v for k, v in current.items() if k == key}):
+            names.append(key)
+    return names
 
 
 # %% solution early_stop
@@ -1543,6 +1622,27 @@ def as_it_was(losses, patience, min_delta=0.0):
         else:
             waited += 1
         if waited > patience:
+            return i, best
+    return None, best
+
+
+@ex.wrong("Without a single evaluation your code asks for the first loss. There is none: nothing stops, and nothing is the best, (None, None).")
+def needs_one_loss(losses, patience, min_delta=0.0):
+    if patience >= 1:
+        losses[0]
+    return early_stop(losses, patience, min_delta)
+
+
+@ex.wrong("An improvement that is too small became the new best and used up patience at once. Below min_delta it is no improvement at all: the best stays, the one to compare with and the one to return.")
+def small_is_best(losses, patience, min_delta=0.0):
+    if patience < 1:
+        raise ValueError("patience")
+    lowest, best, waited = math.inf, None, 0
+    for i, loss in enumerate(losses):
+        waited = 0 if loss < lowest - min_delta else waited + 1
+        if loss < lowest:
+            lowest, best = loss, i
+        if waited == patience:
             return i, best
     return None, best
 
@@ -1737,6 +1837,18 @@ def a_float(n_layers, inside, boundary, segment):
     return float(peak_activations(n_layers, inside, boundary, segment))
 
 
+@ex.wrong("Without checkpointing (`segment = 0`) you counted the input of a segment. There are no segments then: all layers keep everything, and nothing else is kept.")
+def input_without_segments(n_layers, inside, boundary, segment):
+    return peak_activations(n_layers, inside, boundary, segment) + boundary * (segment == 0)
+
+
+@ex.wrong("You counted the insides of the last segment. It may be the shortest; the peak comes with a whole one.")
+def last_segment(n_layers, inside, boundary, segment):
+    if segment <= 0:
+        return peak_activations(n_layers, inside, boundary, segment)
+    return _segments(n_layers, segment) * boundary + (n_layers - (_segments(n_layers, segment) - 1) * segment) * inside
+
+
 # %% solution deepest
 def deepest(budget: int, inside: int, boundary: int) -> int:
     """The largest number of layers whose activations fit, with checkpointing or without."""
@@ -1827,6 +1939,16 @@ def root_length(budget, inside, boundary):
 @ex.wrong("You used the formula budget² / (4 · inside · boundary). Layers and segments are whole numbers: what does not fit whole does not fit.")
 def real_numbers(budget, inside, boundary):
     return max(budget // inside, budget * budget // (4 * inside * boundary))
+
+
+@ex.wrong("You cut the budget into two halves, and what the insides do not need of theirs is lost. It can hold inputs; and the best length is beside the half as often as on it, so look at every length.")
+def two_halves(budget, inside, boundary):
+    return max(budget // inside, budget // 2 // inside * (budget // 2 // boundary))
+
+
+@ex.wrong("Where not even one layer fits, your answer is 1. It is 0: a model that does not fit does not fit.")
+def at_least_one(budget, inside, boundary):
+    return max(1, deepest(budget, inside, boundary))
 
 
 # %% solution gradient_and_noise
@@ -1923,3 +2045,10 @@ def crossed(b_small, sq_small, b_big, sq_big):
     gradient_and_noise(b_small, sq_small, b_big, sq_big)
     signal = (b_big * sq_small - b_small * sq_big) / (b_big - b_small)
     return signal, (sq_small - signal) * b_small
+
+
+@ex.wrong("You took 1/B₁ − 1/B₂ for 1/(B₂ − B₁). A difference of fractions is not the fraction of a difference: here it is (B₂ − B₁)/(B₁ B₂).")
+def fraction_of_the_difference(b_small, sq_small, b_big, sq_big):
+    gradient_and_noise(b_small, sq_small, b_big, sq_big)
+    noise = (sq_small - sq_big) * (b_big - b_small)
+    return sq_small - noise / b_small, noise
