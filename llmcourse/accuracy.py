@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data import separator_id
 from .evaluation import sees_later
-from .runtime import Runtime, evaluating, progress
+from .runtime import Runtime, device_of, evaluating, progress
 from .settings import number, one_of, require, whole
 from .verdicts import Difference, verdicts
 
@@ -233,7 +233,8 @@ def token_loglikelihood(
     cache: bool | None = None,
 ) -> list[Likelihood]:
     """The same for pairs of token ids; each context holds at least one."""
-    batch_size, device = whole("batch_size", batch_size, 1), _device_of(model, rt)
+    batch_size = whole("batch_size", batch_size, 1)
+    device = rt.device if rt is not None else device_of(model)
     longest = max((p.context + p.continuation for p in pairs), key=len)
     _check_length(model, len(longest) - 1)
     with evaluating(model), rt.autocast() if rt is not None else contextlib.nullcontext():
@@ -249,13 +250,6 @@ def token_loglikelihood(
     return [Likelihood(v, len(p.continuation), g, p.clean) for p, (v, g) in zip(pairs, values)]
 
 # %% ../nbs/05c_accuracy.ipynb #ac000022
-def _device_of(model: Any, rt: Runtime | None) -> torch.device:
-    if rt is not None:
-        return rt.device
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
 def _front(tokenizer: Any, bos: bool | None) -> list[int]:
     """The token in front of a context, if any."""
     if bos is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .packed import PackedEmbedding, PackedHead, PackedLinear
 from .quantization import unpack
-from .runtime import Runtime, benchmark, evaluating
+from .runtime import Runtime, benchmark, device_of, evaluating
 from .settings import one_of, require, whole
 
 # %% ../nbs/15_deployment.ipynb #dp000005
@@ -369,9 +369,8 @@ def _few_tokens(model: nn.Module, n: int = 8) -> Tensor:
     """The logits of a few tokens."""
     table = model.get_input_embeddings()
     rows = getattr(table, "num_embeddings", 2)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with evaluating(model):
-        out = model(torch.arange(n, device=device)[None] % rows, use_cache=False)
+        out = model(torch.arange(n, device=device_of(model))[None] % rows, use_cache=False)
     return getattr(out, "logits", out)
 
 # %% ../nbs/15_deployment.ipynb #dp000031

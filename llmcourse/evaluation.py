@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import TokenData, Window, windows
-from .runtime import Runtime, evaluating, progress
+from .runtime import Runtime, device_of, evaluating, progress
 from .settings import number, require, whole
 from .verdicts import held_level
 
@@ -69,7 +69,7 @@ def token_nll(
     """
     tokens = _check_tokens(model, tokens, context)
     found, batch_size = windows(len(tokens), context, stride), whole("batch_size", batch_size, 1)
-    device = rt.device if rt is not None else _device(model)
+    device = rt.device if rt is not None else device_of(model)
     nll = torch.full((len(tokens) - 1,), math.nan, dtype=torch.float64)
     batches = [found[i : i + batch_size] for i in range(0, len(found), batch_size)]
     with evaluating(model), rt.autocast() if rt is not None else contextlib.nullcontext():
@@ -96,12 +96,6 @@ def sees_later(model: Any, ids: Tensor) -> bool:
         before, after = before.float(), after.float()
         moved = (after - before).square().mean().sqrt()
         return bool(moved > rounding * (before - before.mean()).square().mean().sqrt())
-
-
-def _device(model: Any) -> torch.device:
-    """Where the model's parameters are; the CPU for what has none."""
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _check_tokens(model: Any, tokens: Any, context: int) -> Tensor:

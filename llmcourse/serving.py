@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .adapters import adapter_for
 from .model import GPT, next_probabilities
-from .runtime import evaluating
+from .runtime import device_of, evaluating
 from .settings import BadInput, number, one_of, require, whole
 
 # %% ../nbs/15c_serving.ipynb #sv000010
@@ -216,7 +216,7 @@ class PagedLayer:
 # %% ../nbs/15c_serving.ipynb #sv000020
 def next_logits(model: nn.Module, ids: Tensor, cache: PagedCache) -> Tensor:
     """Read `ids` (B, T) into the cache; logits (B, V) of the token after the last one."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids, cache = ids.to(device), cache.to(device)
     if isinstance(model, GPT):
         return model(ids, past_key_values=cache, last_only=True)[:, -1]
@@ -267,7 +267,7 @@ def try_out(model: nn.Module, limits: Limits) -> None:
     """
     kind, what = type(model).__name__, "a causal model that keeps keys and values and nothing else"
     ids = [(7 * i * i + i + 3) % limits.vocabulary for i in range(5)]
-    device = next(model.parameters()).device
+    device = device_of(model)
     plain = lambda n: getattr(out := model(torch.tensor([ids[:n]], device=device)), "logits", out)
     try:
         with evaluating(model):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import GPT, KVCache, next_probabilities
-from .runtime import evaluating
+from .runtime import device_of, evaluating
+from .serving import limits_of
 from .settings import require, whole
 
 # %% ../nbs/15d_speculative.ipynb #sp000009
@@ -68,7 +69,7 @@ class Reader:
 
     def __init__(self, model: nn.Module):
         self.model, self.cache, self.known = model, _new_cache(model), []
-        self.device = _device(model)
+        self.device = device_of(model)
         known = inspect.signature(model.forward).parameters
         self.short = next((n for n in ("logits_to_keep", "last_only") if n in known), None)
 
@@ -90,12 +91,6 @@ class Reader:
         out = self.model(x, past_key_values=self.cache, use_cache=True, **few)
         self.known = text
         return out.logits[0, -last:]
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where a model is; a packed one may have buffers only."""
-    tensors = (*model.parameters(), *model.buffers())
-    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _new_cache(model: nn.Module) -> Any:
@@ -197,7 +192,7 @@ def speculative_generate(
     whole("draft_tokens", draft_tokens, 0)
     choose = partial(next_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
     target, draft = Reader(model), ModelDraft(draft) if isinstance(draft, nn.Module) else draft
-    ends, start = set(_stops(model) if stop is None else stop), len(text)
+    ends, start = set(limits_of(model).stop if stop is None else stop), len(text)
     proposed, accepted = [], []
     with evaluating(model, getattr(draft, "model", None)), torch.inference_mode():
         if start > 1:
@@ -214,34 +209,22 @@ def speculative_generate(
     return Speculated(new[:end], proposed, accepted)
 
 # %% ../nbs/15d_speculative.ipynb #sp000022
-def _vocabulary(model: nn.Module) -> int:
-    return model.config.vocab_size
-
-
-def _stops(model: nn.Module) -> Sequence[int]:
-    """The tokens that end a text of this model."""
-    if isinstance(model, GPT):
-        return model.stop
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
-
-
 def _checked_prompt(model: nn.Module, draft: Any, prompt: Any, n: int) -> list[int]:
     """The prompt as a list, after a look at what can be wrong with it and with the draft."""
     text = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
     require(len(text) > 0, "prompt", text, "at least one token")
-    V = _vocabulary(model)
-    for token in text:
-        whole("token of the prompt", token, 0, V - 1)
     known = isinstance(draft, nn.Module) or callable(getattr(draft, "propose", None))
     require(known, "draft", type(draft).__name__, "a model, or an object with `propose`")
     inner = draft if isinstance(draft, nn.Module) else getattr(draft, "model", None)
-    for m in filter(None, (model, inner)):
-        name = "draft" if m is inner else "model"
+    both = [m for m in (model, inner) if m is not None]
+    for m in both:
         _new_cache(m)
-        require(_vocabulary(m) == V, f"vocabulary of the {name}", _vocabulary(m), f"{V} tokens")
-        names = ("context", "max_position_embeddings", "n_positions")
-        C = next((c for a in names if (c := getattr(m.config, a, None))), None)
+    V = limits_of(model).vocabulary
+    for token in text:
+        whole("token of the prompt", token, 0, V - 1)
+    for m in both:
+        name, (_, own, C, _) = "draft" if m is inner else "model", limits_of(m)
+        require(own == V, f"vocabulary of the {name}", own, f"{V} tokens")
         room = f"at most {0 if C is None else C - len(text)}: the context of the {name} is {C}"
         require(C is None or len(text) + n <= C, "max_new_tokens", n, room)
     return text
@@ -253,7 +236,7 @@ def token_probabilities(model: nn.Module, ids: Sequence[int], **sampling: Any) -
     Args:
         sampling: temperature, top_k, top_p of `next_probabilities`.
     """
-    x = torch.as_tensor(ids, device=_device(model))  # (T,)
+    x = torch.as_tensor(ids, device=device_of(model))  # (T,)
     with evaluating(model):
         out = model(x[None, :-1], use_cache=False)
     p = next_probabilities(getattr(out, "logits", out)[0], **sampling)  # (T − 1, V)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 # small enough that a whole job takes seconds; numbers mean nothing
@@ -48,14 +49,7 @@ def run_cli(*args: str, cwd: Path | str | None = None, timeout: float = 300, **e
     """`llmcourse ARGS` in a process that cannot reach the network."""
     env = clean_env(**env)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests" / "no_network"), env.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-m", "llmcourse", *map(str, args)],
-        cwd=cwd,
-        env=env,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-    )
+    return warm.run(["-m", "llmcourse", *args], cwd=cwd, env=env, timeout=timeout)
 
 
 @pytest.fixture(scope="session")

@@ -150,14 +150,14 @@ def test_grouped_queries_fold_into_the_values():
     assert site.source is None  # what is cut off at a limit does not scale
 
 
-DIMS = [n for n in ALL if type(adapter_for(build(n))) is not Traced]
-
-
-@pytest.mark.parametrize("name", DIMS)
+@pytest.mark.parametrize("name", ALL)
 def test_removing_is_the_same_as_zeroing(name):
     """A head or channel that is cut out of one block, against the same model with its output columns at zero."""
     model, adapter = prepared(name)
     dims = adapter.dims(1)
+    if type(adapter) is Traced:  # it has found the layers by itself, and does not know what may be cut
+        assert dims == []
+        return
     assert "channels" in [d.name for d in dims] or "experts" in name or type(adapter).__name__ == "Routed"
     for k, dim in enumerate(dims):
         if dim.name == "experts":

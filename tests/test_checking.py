@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -27,7 +29,7 @@ from conftest import exported_modules
 from example_sheet import CELLS, ROOT, build, tool
 from typer.testing import CliRunner
 
-from llmcourse.practice import cards, checking, commands, comparing, grading, worker
+from llmcourse.practice import cards, checking, commands, comparing, exercises, grading, worker
 from llmcourse.settings import BadInput
 
 MASTERS = sorted((ROOT / "solutions").glob("*/*.ipynb"))
@@ -177,6 +179,17 @@ class TestMasters:
                 for module in (n.split(".")[1] for n in names if n.startswith("llmcourse.")):
                     allowed = module in ("practice", "settings") or number.get(module, "99") <= chapter
                     assert allowed, f"{cell.id} imports llmcourse.{module}, which is no chapter up to {chapter}"
+
+
+def test_numbers_are_compared_as_numpy_compares_them() -> None:
+    import numpy as np
+
+    odd = [0.0, -0.0, 1.0, 1 + 1e-7, 1 + 1e-5, 1.1, 1e300, -1e300, math.inf, -math.inf, math.nan]
+    want, got = (torch.tensor(x, dtype=torch.float64) for x in zip(*itertools.product(odd, odd)))
+    for rtol, atol, times in itertools.product((0, 1e-6, 1e-3), (0, 1e-9, 1e-2), (1, 100)):
+        case = exercises.Case("any", (), {}, rtol=rtol, atol=atol)
+        near = np.isclose(got, want, rtol=times * rtol, atol=min(times, 3) * atol, equal_nan=True)
+        assert (comparing.unequal(want, got, case, times) == ~near).all(), (rtol, atol, times)
 
 
 # ------------------------------------------------------------------------------------- the format

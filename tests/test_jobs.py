@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, SMALL, clean_env
 from safetensors.torch import load_file, save_file
 
@@ -300,9 +301,7 @@ def test_a_killed_job_leaves_no_output_and_resumes(finished, tiny_model, corpus,
             and err.strip().endswith("run the same command to go on.")
             and "Traceback" not in err
         )
-    again = subprocess.run(
-        [sys.executable, "-m", "llmcourse", *arguments], env=env, text=True, capture_output=True, timeout=300
-    )
+    again = warm.run(["-m", "llmcourse", *arguments], env=env)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before") == 3
     resumed = json.loads((out / "job.json").read_text(encoding="utf8"))

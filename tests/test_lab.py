@@ -38,6 +38,13 @@ LOOK = """() => [...document.querySelectorAll('.jp-Notebook .jp-Cell')].map(cell
     links: [...(shown?.querySelectorAll('a') ?? [])].map(a => a.innerText).filter(t => t && t !== '¶'),
   };
 })"""
+# No kernel: nothing is run here, and each takes a second.
+OPEN = """async path => {
+  const { commands, shell } = window.jupyterapp;
+  for (const { context } of shell.widgets('main')) if (context) context.model.dirty = false;  // no question at the end
+  await commands.execute('application:close-all');
+  await commands.execute('docmanager:open', { path, kernelPreference: { shouldStart: false, canStart: false } });
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +58,15 @@ def page(tmp_path_factory: pytest.TempPathFactory):
         browser = p.chromium.launch(executable_path=CHROMIUM, args=arguments)
         page = browser.new_page(viewport={"width": 1400, "height": 1000}, base_url=address)
         page.set_default_timeout(90_000)
+        page.goto("/lab")
+        page.wait_for_function("() => window.jupyterapp?.restored.then(() => true)")
         yield page
         browser.close()
 
 
 def cells_seen(page, path: str, n: int) -> list[dict]:
-    """Open a notebook and wait until its `n` cells are drawn."""
-    page.goto(f"/doc/tree/{path}")
+    """Open a notebook alone, in the JupyterLab that is there, and wait until its `n` cells are drawn."""
+    page.evaluate(OPEN, path)
     page.wait_for_function("n => document.querySelectorAll('.jp-Notebook .jp-Cell').length === n", arg=n)
     page.wait_for_function(
         "() => [...document.querySelectorAll('.jp-MarkdownCell')].every(c => c.classList.contains('jp-mod-rendered')"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, clean_env
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -18,25 +16,13 @@ REAL = {"02_data", "02b_tokenization", "05_evaluation", "15_deployment"}
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(notebook: Path, home: Path, tmp_path: Path):
+def test_notebook_runs(notebook: Path, home: Path):
     env = clean_env(LLMCOURSE_SCALE="test", LLMCOURSE_HOME=str(home), MPLBACKEND="agg")
-    env["PYTHONPATH"] = str(ROOT / "tests" / "no_network")
+    env["PYTHONPATH"] = str(warm.NO_NETWORK)
     env["LLMCOURSE_MODEL"] = "smollm2-135m" if notebook.stem in REAL else "course-3m"
     before = notebook.read_bytes()
-    result = subprocess.run(
-        [
-            Path(sys.executable).with_name("nbdev-test" + (".exe" if os.name == "nt" else "")),
-            "--n-workers",
-            "0",
-            "--cell-timeout",
-            "0",
-            str(notebook),
-        ],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        capture_output=True,
-        timeout=850,
-    )
+    test = f"from nbdev.test import nbdev_test; nbdev_test({str(notebook)!r}, n_workers=0, cell_timeout=0)"
+    result = warm.run(["-c", test], cwd=ROOT, env=env, timeout=850)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    assert "Success" in result.stdout
     assert notebook.read_bytes() == before  # a test run changes nothing

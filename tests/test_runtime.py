@@ -102,3 +102,13 @@ def test_bad_input_is_one_sentence(call):
     with pytest.raises(BadInput, match=r"allowed: .*\.$") as e:
         call()
     assert "\n" not in str(e.value)
+
+
+def test_where_a_model_is():
+    """The first parameter or buffer says it; a packed layer has buffers only, and a function has neither."""
+    buffers = torch.nn.Module()
+    buffers.register_buffer("codes", torch.zeros(2, dtype=torch.uint8, device="meta"))
+    assert runtime.device_of(torch.nn.Linear(2, 2, device="meta")) == torch.device("meta")
+    assert runtime.device_of(buffers) == torch.device("meta")
+    for model in (torch.nn.ReLU(), lambda ids: ids, None):
+        assert runtime.device_of(model) == torch.device("cpu")

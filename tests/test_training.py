@@ -8,7 +8,7 @@ import json
 import math
 import random
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training_worker as worker
+import warm
 from conftest import ROOT, clean_env
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -47,19 +48,20 @@ def token_stream(train=None, val=None):
     return TokenData(train=train, val=val, test=val, calib=val, bytes={}, name="made", tokenizer="none", separator=0)
 
 
-def run(job, *, processes=None, check=True, **env):
-    launch = (
-        [sys.executable]
-        if processes is None
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    )
-    found = subprocess.run(
-        [*launch, str(WORKER), json.dumps(job)],
-        env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **env),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def run(job, *, processes=1, check=True, torchrun=False):
+    """The job's answer from a process of its own, or from several that share its batches."""
+    env = clean_env(PYTHONPATH=str(ROOT))
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *launcher, str(WORKER), json.dumps(job)]
+        found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    else:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [together | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)] if processes > 1 else [{}]
+        found = warm.run([WORKER, json.dumps(job)], env=env, copies=ranks)
     if check:
         assert found.returncode == 0, found.stderr[-3000:]
         return json.loads(found.stdout.strip().splitlines()[-1])
@@ -306,30 +308,18 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, optimizer):
 def test_killed_at_random_moments_the_run_ends_the_same(tmp_path):
     job = {"config": SHORT | {"steps": 40, "save_every": 3, "eval_every": 10}, "dropout": 0.1}
     expected = run(job)
-    rng, out, kills, resumed = random.Random(0), tmp_path / "out", 0, set()
-    while True:
-        process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(job | {"out": str(out), "pause": 0.03})],
-            env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if kills < 4:
-            had, deadline = len(list(out.glob("step-*"))) and checkpoints(out)[-1].name, time.time() + 120
-            while (
-                time.time() < deadline
-                and process.poll() is None
-                and (not checkpoints(out) or checkpoints(out)[-1].name == had)
-            ):
-                time.sleep(0.01)  # until it has written something new
-            time.sleep(rng.uniform(0, 0.3))
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-            continue
-        text, _ = process.communicate(timeout=200)
-        break
-    found = json.loads(text.strip().splitlines()[-1])
+    rng, out, said = random.Random(0), tmp_path / "out", tmp_path / "said"
+    said.touch()
+    slow = [WORKER, json.dumps(job | {"out": str(out), "pause": 0.03})]
+    for _ in range(4):
+        had, deadline = checkpoints(out)[-1:], time.time() + 120
+        process = warm.start(slow, env=clean_env(PYTHONPATH=str(ROOT)), cwd=None, out=str(said), err=str(said))
+        while time.time() < deadline and process.exitcode is None and checkpoints(out)[-1:] == had:
+            time.sleep(0.01)  # until it has written something new
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.join()
+    found = run(job | {"out": str(out), "pause": 0.03})
     resumed = found["resumed"]
     assert len(resumed) >= 1 and resumed[-1] > 3
     assert (
@@ -557,13 +547,7 @@ try:
 except OSError as e:
     print("stopped:", e)
 """
-    found = subprocess.run(
-        [sys.executable, "-c", script],
-        env=clean_env(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    found = warm.run(["-c", script], env=clean_env(PYTHONPATH=str(ROOT)))
     assert (
         found.stdout.startswith("stopped:")
         and "step 8 could not be written" in found.stdout
@@ -581,13 +565,14 @@ except OSError as e:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "extra", [{}, {"uneven": True, "config": SHORT | {"micro_batch": 3, "batch_size": 7, "eval_every": 6}}]
+    ("extra", "torchrun"),
+    [({}, True), ({"uneven": True, "config": SHORT | {"micro_batch": 3, "batch_size": 7, "eval_every": 6}}, False)],
 )
-def test_two_processes_are_one(tmp_path, extra):
+def test_two_processes_are_one(tmp_path, extra, torchrun):
     """Data parallel over gloo: the same global batch, unequal shares and target counts."""
     job = {"config": SHORT} | extra
     one = run(job | {"weights": str(tmp_path / "one.pt")})
-    two = run(job | {"weights": str(tmp_path / "two.pt")}, processes=2)
+    two = run(job | {"weights": str(tmp_path / "two.pt")}, processes=2, torchrun=torchrun)
     assert (one["world_size"], two["world_size"]) == (1, 2)
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.tensor(two["val"]), torch.tensor(one["val"]), rtol=1e-5, atol=1e-5)
@@ -1115,10 +1100,7 @@ def test_the_curve_is_redrawn_in_a_notebook():
 import sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(WORKER.parent)!r}]
 import training_worker as worker
-from llmcourse import launch
-from llmcourse import pretraining as pre
 from llmcourse import training as tr
-from llmcourse.checkpoints import checkpoints, describe
 tr.Curve.every = 0.0
 tr.train(worker.model(), (worker.Rows(), None), tr.TrainConfig(**{SHORT!r}), live=True);
 """

@@ -180,8 +180,8 @@ def kill_matrix(ex: Exercise) -> tuple[list[dict], list[str]]:
     if not verdict.passed:
         problems.append(f"{ex.id}: the solution does not pass: {verdict.detail}")
     rows = []
-    for name, (_, answer) in ex.wrong_answers.items():
-        outcomes = _run_here(ex, answer)
+    for name in ex.wrong_answers:
+        outcomes = ex.given_by(name)
         result = judge(ex, outcomes)
         killed = [c.name for c, w, g in zip(cases, ex.expected(), outcomes) if compare(w, g, c)]
         rows.append({"exercise": ex.id, "wrong_answer": name, "killed_by": killed, "sentence_of": result.wrong_answer})

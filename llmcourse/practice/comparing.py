@@ -71,7 +71,9 @@ def unequal(want: Any, got: Any, c: Case, times: int = 1) -> Any:
         return a != b
     rtol = max(c.rtol, LOOSE_FOR.get(dtype_name(want), 0), LOOSE_FOR.get(dtype_name(got), 0))
     atol = max(c.atol, rtol if rtol > c.rtol else 0)
-    return ~np.isclose(b, a, rtol=times * rtol, atol=min(times, 3) * atol, equal_nan=True)
+    with np.errstate(invalid="ignore", over="ignore"):  # as np.isclose(b, a), which takes five times as long for a few
+        near = np.abs(b - a) <= min(times, 3) * atol + times * rtol * np.abs(a)
+    return ~((near & np.isfinite(a)) | (a == b) | (np.isnan(a) & np.isnan(b)))
 
 
 ROUNDS = 1e-4  # of the largest value: what rounding in float32 may add up to; more is not told apart from a mistake

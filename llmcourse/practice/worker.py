@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -411,10 +412,17 @@ def load_driver(source: str) -> Any:
     import torch
 
     space = {"__name__": "driver", "torch": torch, "nn": torch.nn, "F": torch.nn.functional, "math": math, "np": np}
-    tree = ast.parse(source)
+    code, name = _compiled(source)
     linecache.cache[DRIVER] = (len(source), None, source.splitlines(True), DRIVER)
-    exec(compile(tree, DRIVER, "exec"), space)
-    return space[next(n.name for n in tree.body if isinstance(n, ast.FunctionDef))]
+    exec(code, space)
+    return space[name]
+
+
+@functools.cache
+def _compiled(source: str) -> tuple[Any, str]:
+    """A driver's code, and the name of its first function."""
+    tree = ast.parse(source)
+    return compile(tree, DRIVER, "exec"), next(n.name for n in tree.body if isinstance(n, ast.FunctionDef))
 
 
 def run_call(answer: Any, request: dict, blobs: list[bytes]) -> tuple[dict, list[bytes]]:
