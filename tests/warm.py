@@ -22,8 +22,9 @@ from pathlib import Path
 from unittest import mock
 
 # only what chapters and commands import anyway; nothing of the course, so that its own imports are tested
-LIBRARIES = ["torch", "torch._dynamo", "torch.distributed.nn", "accelerate", "transformers"]
-LIBRARIES += ["matplotlib.pyplot", "IPython", "nbdev.test"]
+LIBRARIES = ["torch", "torch._dynamo", "torch.distributed.nn", "accelerate", "datasets", "scipy.stats"]
+LIBRARIES += ["transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto"]
+LIBRARIES += ["transformers.generation.utils", "matplotlib.pyplot", "IPython", "nbdev.test"]
 NO_NETWORK = Path(__file__).with_name("no_network")
 
 
