@@ -6,7 +6,7 @@ __all__ = ['group_width', 'scale_and_zero', 'choose_qparams', 'rtn', 'gptq_refer
 
 # %% ../nbs/14_quantization.ipynb #72b9c5da
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .adapters import Adapter
+from .adapters import Adapter, Site
 from llmcourse.compression import (
     Context,
     Hessian,
@@ -26,6 +26,7 @@ from llmcourse.compression import (
     Pass,
     QParams,
     Report,
+    SiteUpdate,
     Stat,
     damped,
     inverse_factor,
@@ -401,7 +402,7 @@ class RTN(LayerPass):
             W, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, mask=mask
         )
 
-
+# %% ../nbs/14_quantization.ipynb #a81187b6
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(RTN):
     """GPTQ on every chosen layer [frantar2022gptq]; attributes as the arguments of `gptq`."""
@@ -422,6 +423,29 @@ class GPTQ(RTN):
         grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         how = {"act_order": self.act_order, "damping": self.damping, "block_size": self.block_size}
         return gptq(W, stats[Hessian].value, mask=mask, **grid, **how)
+
+    def solve_site(
+        self,
+        site: Site,
+        weights: Mapping[str, Tensor],
+        stats: Mapping[type, Stat],
+        masks: Mapping[str, Tensor | None],
+    ) -> SiteUpdate:
+        """Layers that read the same have the same H, and rows do not meet: one problem for all."""
+        kept = [m for m in masks.values() if m is not None]
+        if self.group_size == "tensor" or len(kept) not in (0, len(masks)):
+            return super().solve_site(site, weights, stats, masks)
+        rows = [len(W) for W in weights.values()]
+        all_rows = torch.cat(list(weights.values()))  # (O of all layers, I)
+        new = self.solve(all_rows, stats, torch.cat(kept) if kept else None)
+        scales, zeros = (t.split(rows) for t in (new.qparams.scale, new.qparams.zero))
+        parts = zip(weights, new.weight.split(rows), scales, zeros, strict=True)
+        return SiteUpdate({
+            name: LayerUpdate(
+                W.clone(), masks[name], replace(new.qparams, scale=s.clone(), zero=z.clone())
+            )
+            for name, W, s, z in parts
+        })
 
 # %% ../nbs/14_quantization.ipynb #c1a20006
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmcourse.compression import FakeQuant, Mask, QParams, check_passes, layer_error, write_back
+from llmcourse.adapters import Site
+from llmcourse.compression import FakeQuant, Hessian, Mask, QParams, check_passes, layer_error, write_back
 from llmcourse.packed import (
     PackedEmbedding,
     PackedHead,
@@ -312,6 +313,32 @@ def test_gptq_beats_rtn_on_correlated_inputs():
             exceptions.append((seed, ratio))
     print("exceptions:", exceptions or "none")
     assert len(exceptions) <= 5
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [8, "channel", "tensor"])
+@pytest.mark.parametrize("masked", ["none", "some", "all"])
+def test_gptq_solves_the_layers_of_a_site_as_one(group_size, act_order, masked):
+    """Rows do not meet: together or one by one, each layer gets the same values, in tensors of its own."""
+    dice = torch.Generator().manual_seed(1)
+    X = torch.randn(200, 16, generator=dice) @ torch.randn(16, 16, generator=dice)
+    weights = {name: torch.randn(rows, 16, generator=dice) for name, rows in (("q", 6), ("k", 3), ("v", 1))}
+    given = {"none": (), "some": ("k",), "all": tuple(weights)}[masked]
+    masks = {n: (torch.rand(W.shape, generator=dice) > 0.4 if n in given else None) for n, W in weights.items()}
+    before = {n: W.clone() for n, W in weights.items()}
+    seen = Hessian()
+    seen.add(X)
+    method = GPTQ(bits=3, group_size=group_size, act_order=act_order)
+    found = method.solve_site(Site("s", {}), weights, {Hessian: seen}, masks)
+    assert found.scale is None and list(found.layers) == list(weights)
+    for name, W in weights.items():
+        alone, new = method.solve(W, {Hessian: seen}, masks[name]), found.layers[name]
+        assert torch.allclose(new.weight, alone.weight, rtol=1e-5, atol=1e-6) and new.mask is masks[name]
+        for key in ("scale", "zero"):
+            assert torch.allclose(getattr(new.qparams, key), getattr(alone.qparams, key), rtol=1e-3)
+        own = (new.weight, new.qparams.scale, new.qparams.zero)
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in own)
+        assert torch.equal(W, before[name])
 
 
 def test_the_error_of_masked_weights_is_passed_on():
