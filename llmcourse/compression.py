@@ -135,6 +135,19 @@ def damped(H: Tensor, damping: float) -> Tensor:
     return H
 
 
+def _upper_inverse(R: Tensor) -> Tensor:
+    """The inverse of an upper triangular R, by halves: the zeros below are never multiplied."""
+    n, half = len(R), len(R) // 2
+    if n <= 128:
+        eye = torch.eye(n, dtype=R.dtype, device=R.device)
+        return torch.linalg.solve_triangular(R, eye, upper=True)
+    out = torch.zeros_like(R)
+    A, C = _upper_inverse(R[:half, :half]), _upper_inverse(R[half:, half:])
+    out[:half, :half], out[half:, half:] = A, C
+    out[:half, half:] = -A @ (R[:half, half:] @ C)
+    return out
+
+
 def inverse_factor(H: Tensor) -> Tensor:
     """Upper triangular U with H⁻¹ = Uᵀ U, for a symmetric positive definite H. Computed in float64.
 
@@ -145,8 +158,7 @@ def inverse_factor(H: Tensor) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(H.double().flip(0, 1))
     allowed = "one from more calibration tokens than the layer has inputs, or a larger damping"
     require(int(failed) == 0, "H", "not positive definite", allowed)
-    eye = torch.eye(len(H), dtype=torch.float64, device=H.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).to(H.dtype)
+    return _upper_inverse(lower.flip(0, 1)).to(H.dtype)
 
 # %% ../nbs/11_compression.ipynb #557701fd
 @dataclass(frozen=True)

@@ -375,6 +375,16 @@ def test_inverse_factor():
     assert torch.equal(U, U.triu()) and torch.allclose(U.T @ U @ H, torch.eye(48, dtype=torch.float64), atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [1, 2, 128, 129, 301])
+def test_inverse_factor_is_triangular_and_exact_at_any_width(width):
+    dice = torch.Generator().manual_seed(width)
+    X = torch.randn(2 * width + 4, width, generator=dice, dtype=torch.float64)
+    H = X.T @ X / width
+    U = inverse_factor(H)
+    assert torch.equal(U, U.triu())
+    assert torch.allclose(U.T @ U @ H, torch.eye(width, dtype=torch.float64), atol=1e-9)
+
+
 # ---------------------------------------------------------------- packing
 
 

@@ -86,6 +86,7 @@ def _():
         case("four bits, rates that fall", w, X, wanted, 0.3, 4, [0.02, 0.015, 0.01, 0.005]),
         case("two bits", w, X, wanted, 0.5, 2, [0.02, 0.02, 0.02]),
         case("five bits", w, X, wanted, 0.15, 5, [0.03, 0.01]),
+        case("the last value but one of four bits", tensor([0.58]), one, tensor([0.0]), 0.1, 4, [0.05]),
     ]
     yield from (c.through(alone) for c in made)
 
@@ -191,7 +192,6 @@ def in_place(w, X, wanted, step, bits, rates):
 # %% solution table_codes
 def table_codes(w: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (G, n) and scales (G,) of groups of weights on a table of values."""
-    w = w.float()
     scale = w.abs().amax(1).to(torch.float16)
     if scale.isinf().any():
         raise ValueError("a weight is too large for a float16")
@@ -210,8 +210,11 @@ ex = exercise(
     hints=(
         "`searchsorted` counts how many values lie below the weight. Is that the index of the nearest one?",
         "Between two neighboring values the border is their middle. Count the middles that lie below w / scale. Which scale: the one you computed, or the one that will be read back?",
-        "scale = w.float().abs().amax(1).half(), then 1 where that is 0; codes = torch.bucketize(w / scale[:, None], (values[1:] + values[:-1]) / 2).",
+        "scale = w.float().abs().amax(1).half(), then 1 where that is 0; codes = torch.bucketize(w / scale.float()[:, None], (values[1:] + values[:-1]) / 2).",
     ),
+    equivalent={
+        "return torch.bucketize(w / scale.double()[:, None], borders).to(torch.uint8), scale": "wider than float32 is allowed, and no weight of the cases is so near to a border",
+    },
 )
 
 
@@ -239,6 +242,7 @@ def _():
         case("weights in float16", big[:2, :32].half(), nf),
         case("weights in bfloat16", 3 * big[1:2, :32].bfloat16(), nf),
         case("weights in float64", big[:2, :16].double(), five),
+        case("float16, and a border that only float32 can see", tensor([[1025 / 1024, 1538 / 2048]], torch.float16), five),
         case("the largest that fits", tensor([[65519.0, 20000.0]]), three),
         case("one that does not fit", tensor([[1.0, 0.5], [65520.0, 3.0]]), three).raises(ValueError),
     ]
@@ -329,8 +333,8 @@ def keep_some(w: Tensor, h: Tensor) -> tuple[Tensor, float]:
     """Levels (n,) and the scale with the smallest error, weighted by the importances h (n,)."""
     if not (h > 0).all():
         raise ValueError("importances are above 0")
-    size, order = w.double().abs().sort(descending=True)
-    h = h.double()[order]
+    size, order = w.abs().sort(descending=True)
+    h = h.double()[order]  # the sums need more than float16
     total, weight = (h * size).cumsum(0), h.cumsum(0)  # of the k largest, k = 1, 2, …
     k = (total.square() / weight).argmax()  # the first of the best
     scale = float(total[k] / weight[k])
@@ -349,6 +353,12 @@ ex = exercise(
         "So a weight is kept exactly if |w| > s / 2: the candidates are the k largest magnitudes, for k = 1, 2, …, in the order of |w| alone. The best s of a set is its mean magnitude, weighted by h.",
         "Sort by |w|, and add up h |w| and h in that order. The error falls by (Σ h |w|)² / Σ h: take the k for which that is largest, and s = Σ h |w| / Σ h.",
     ),
+    equivalent={
+        "h = h.float()[order] # the sums need more than float16": "float32 is wide enough for the sums",
+        "total, weight = (h * size).cumsum(-1), h.cumsum(0) # of the k largest, k = 1, 2, …": "there is one axis",
+        "total, weight = (h * size).cumsum(0), h.cumsum(-1) # of the k largest, k = 1, 2, …": "there is one axis",
+        "return w.sign() * (w.abs() >= scale / 2), scale": "at the optimum no magnitude is s / 2: to keep it and to drop it would both be better than the optimum",
+    },
 )
 
 
@@ -510,7 +520,7 @@ def spend(
         for n, now in enumerate(chosen):
             for more in errors[n]:
                 price, gain = size(n, more) - size(n, now), errors[n][now] - errors[n][more]
-                if 0 < price <= left and gain > 0:
+                if price <= left and gain > 0:  # never for fewer bits: they would be chosen
                     steps.append((-gain / price, n, more, price))
         if not steps:
             return chosen
@@ -530,6 +540,10 @@ ex = exercise(
         "A change that does not fit is no candidate; a smaller one may still fit. And the pay of a change is error per byte.",
         "Collect (gain / price, layer, bits) for all changes with 0 < price <= left and gain > 0; take the one with the largest ratio, and of equal ones the earliest layer. Stop when there is none.",
     ),
+    equivalent={
+        "return rows * (columns * bits / 8 + 2 * columns // group)": "the columns are a multiple of 8, so both divisions are exact",
+        "return rows * (columns * bits // 8 + 2 * columns / group)": "the group divides the columns, so both divisions are exact",
+    },
 )
 
 
@@ -863,6 +877,9 @@ ex = exercise(
         "Both lines need the old numbers. The turned vector is as long as the old one only if it is divided by √n at the end, or by √2 each time. Signs come first.",
         "y = x.float() * signs; in the loop a, b = y[..., j].clone(), y[..., j + half].clone(), then y[..., j], y[..., j + half] = a + b, a - b; at the end (y / n**0.5).to(x.dtype).",
     ),
+    equivalent={
+        "return ((x / signs).double() @ R).to(x.dtype)": "a sign is its own inverse",
+    },
 )
 
 
@@ -1021,7 +1038,7 @@ def turn_block(
     R = R.double()
     if (R @ R.T - torch.eye(len(R))).abs().max() > 0.001:
         raise ValueError("R is not orthogonal")
-    read = reader.double() * g.double() @ R
+    read = reader * g.double() @ R
     write = R.T @ writer.double()
     if bias is not None:
         bias = (bias.double() @ R).to(bias.dtype)
@@ -1041,7 +1058,7 @@ ex = exercise(
         "table R, (reader · g) R, Rᵀ writer, and bias R: a bias is put into the stream as a row of the table is.",
     ),
     equivalent={
-        "if (R.T @ R - torch.eye(len(R))).abs().max() > 0.001:": "for a square matrix both products are near the identity, or neither is",
+        "if (R @ R.T - torch.eye(len(R))).abs().max() >= 0.001:": "no product of these matrices is off by exactly 0.001",
     },
 )
 
@@ -1181,11 +1198,10 @@ def read_back(x: Tensor, axis: str, bits: int, group: int, residual: int) -> Ten
     if axis not in ("channel", "token"):
         raise ValueError("axis is 'channel' or 'token'")
     old = max(len(x) - residual, 0) // group * group
-    y = x[:old].float()
-    y = y.T if axis == "channel" else y  # what shares numbers lies along the last axis
-    y = y.unflatten(-1, (y.shape[-1] // group, group))
+    y = x[:old].T if axis == "channel" else x[:old]  # what shares numbers is in one row
+    y = y.unflatten(1, (y.shape[1] // group, group))
     low, high = y.amin(-1, keepdim=True).half().float(), y.amax(-1, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).half().float()
+    step = ((high - low) / (2**bits - 1)).half()
     step = torch.where(step == 0, 1, step)
     y = (((y - low) / step).round().clamp(0, 2**bits - 1) * step + low).flatten(-2)
     return torch.cat(((y.T if axis == "channel" else y).to(x.dtype), x[old:]))
@@ -1203,6 +1219,10 @@ ex = exercise(
         "old = max(T − residual, 0) rounded down to whole groups; x[:old] is rounded, x[old:] is not. Between 2ᵇ values there are 2ᵇ − 1 steps.",
         "Round low to float16 first, then make the step from that low and round it too, then the codes from both, clamped. For \"channel\" transpose before grouping and after.",
     ),
+    equivalent={
+        "low, high = y.amin(-1, keepdim=True).half().double(), y.amax(-1, keepdim=True)": "wider than float32 changes nothing that could be seen",
+        "step = torch.where(step == 0, 2, step)": "all codes are 0 there",
+    },
 )
 
 
@@ -1227,6 +1247,9 @@ def _():
         case("fewer tokens than the residual", keys[:3], "channel", 2, 4, 8),
         case("fewer tokens than the residual, per token", keys[:9], "token", 2, 2, 16),
         case("as many tokens as the residual", keys[:8], "token", 2, 2, 8),
+        case("as many tokens as the residual, groups of one", keys[:2], "channel", 2, 1, 2),
+        case("float16, eight bits", 3 * torch.randn(32, 8, generator=g).half(), "channel", 8, 32, 0),
+        case("a step so small that it is stored as less", torch.linspace(0, 2.24e-5, 8)[None], "token", 8, 8, 0).tolerance(atol=1e-10),
         case("no token", keys[:0], "channel", 2, 4, 0),
         case("groups of one token", keys[:3], "channel", 2, 1, 1),
         case("all equal in a group", torch.full((4, 4), 2.5), "channel", 2, 4, 0),
@@ -1401,6 +1424,10 @@ ex = exercise(
         "With the step and the smallest number a group of 32 has 12 bytes, 3 bits a number: never more than 5.3 times smaller. And the latest tokens have all their 16 bits.",
         "old = max(tokens − residual, 0) // group · group; keys: old · width / group · (⌈group · bits / 8⌉ + 4) + 2 · (tokens − old) · width; the same for the values.",
     ),
+    equivalent={
+        "if tokens < 1 or not {key_bits, value_bits} < {2, 3, 4, 5, 6, 7, 8, 16}:": "two numbers are never all eight",
+        "return rounded / group * (math.ceil(group * bits / 8) + 4) + 2 * (tokens * width - rounded)": "only whole groups are rounded: the division is exact",
+    },
 )
 
 
@@ -1426,6 +1453,8 @@ def _():
         case("values as they are", 512, 64, 4, 16, 32, 32),
         case("nothing is rounded", 512, 64, 16, 16, 32, 32),
         case("eight bits", 512, 64, 8, 8, 64, 0),
+        case("six and seven bits", 512, 64, 6, 7, 64, 0),
+        case("as many as the residual, groups of one", 4, 8, 2, 2, 1, 4),
         case("no token", 0, 64, 2, 2, 32, 32).raises(ValueError),
         case("one bit", 64, 64, 1, 2, 32, 32).raises(ValueError),
         case("nine bits", 64, 64, 2, 9, 32, 32).raises(ValueError),
