@@ -8,7 +8,7 @@ The task: the first twelve words of a Wikipedia article, and one of eight topics
 and a seed; the seed draws the labeled texts, the first numbers of head and adapter, and the order of training. So
 arms of one seed are pairs.
 
-    rates     learning rates of LoRA and full fine-tuning, on validation texts: where the settings come from
+    rates     learning rates, and C of the two regressions, on validation texts: where the settings come from
     curve     counted words, frozen features, LoRA, full, and the null control (LoRA, labels shuffled)
     prompts   the labels in front of the question, and nothing trained
     transfer  another task first, 512 labels of it, then 32 or 512 labels of the task
@@ -59,9 +59,10 @@ from llmcourse.training import TrainConfig
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, LAYERS = 8, "model.*_proj"
 BUDGETS, SEEDS = (8, 64, 512), (0, 1, 2, 3, 4)
-HOW = {"steps": 40, "batch": 16, "rank": 8, "alpha": 16, "full": 1e-3, "lora": 3e-3, "head": 1e-2, "C": 10.0}
+HOW = {"steps": 40, "batch": 16, "rank": 8, "alpha": 16, "full": 3e-3, "lora": 1e-2, "head": 1e-2, "C": 1.0}
 HOW |= {"C_features": 0.01, "pool": "mean"}
-RATES = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)}
+RATES = {"lora": (1e-3, 3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3, 1e-2)}
+STRENGTHS = {"words": (1.0, 10.0, 100.0, 1000.0), "frozen": (0.001, 0.01, 0.1, 1.0)}  # C of the two regressions
 REAL = {"steps": 30, "batch": 8, "lora": 1e-3, "test_per_topic": 25}
 
 
@@ -214,22 +215,44 @@ def transfer(seeds, budgets):
 
 
 @functools.cache
-def validation() -> Labeled:
-    """160 texts of the validation part: the rates are chosen on them, once, for 128 labels."""
+def validation_pairs() -> list[tuple[str, int]]:
+    """160 texts of the validation part: rates and strengths are chosen on them, for 128 labels."""
     records = [r | {"split": {"val": "test", "test": "left out"}.get(r["split"], r["split"])}
                for r in load_records("wikipedia")]  # fmt: skip
-    return labeled("course-3m", topic_texts(records, test_per_topic=20).test)
+    return topic_texts(records, test_per_topic=20).test
+
+
+@functools.cache
+def validation() -> Labeled:
+    return labeled("course-3m", validation_pairs())
+
+
+def validation_texts() -> list[str]:
+    return [text for text, _ in validation_pairs()]
 
 
 def rates(seeds, budgets):
-    for seed in seeds[:1]:
+    for seed in seeds[:3]:
         pairs = draw_labels(task().train, 16, seed + 100)  # other texts than those of the runs below
         for kind in ("lora", "full"):
             for rate in RATES[kind]:
-                go = lambda kind=kind, rate=rate, pairs=pairs, seed=seed: run_trained(
-                    kind, pairs, seed, HOW | {kind: rate}, test=validation()
-                )
-                yield f"rate-{kind}-{rate:g} 128 {seed}", go
+                go = functools.partial(run_trained, kind, pairs, seed, HOW | {kind: rate})
+                yield f"rate-{kind}-{rate:g} 128 {seed}", lambda go=go: go(test=validation())
+        for kind in STRENGTHS:
+            for C in STRENGTHS[kind]:
+                yield f"C-{kind}-{C:g} 128 {seed}", functools.partial(run_regression, kind, pairs, C)
+
+
+def run_regression(kind: str, pairs, C: float) -> float:
+    """Counted words or frozen features, on the validation texts."""
+    texts, classes = zip(*pairs)
+    if kind == "words":
+        x, z = tf_idf(texts, texts), tf_idf(texts, validation_texts())
+    else:
+        model = Classifier(base("course-3m")[0], CLASSES, pool="mean")
+        x, z = standardized(*(frozen_features(model, d) for d in (labeled("course-3m", pairs), validation())))
+    W, b = logistic_regression(x, classes, n_classes=CLASSES, C=C)
+    return share_right(z @ W.T + b, validation())
 
 
 def cases(seeds, budgets):
@@ -290,12 +313,13 @@ PARTS = {
     "cases": cases,
     "packed": packed,
     "real": real,
+    "collect": lambda seeds, budgets: (),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", default=[p for p in PARTS if p != "collect"], help=", ".join(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="only these, in this order")
     parser.add_argument("--quick", action="store_true", help="one seed, few steps: a smoke run")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs" / "_results" / "finetuning.json")
