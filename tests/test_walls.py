@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import struct
 import subprocess
@@ -344,6 +345,26 @@ def test_nested_folders_are_removed(sheet, place: str) -> None:
     outside = grading._Nursery.current.outside
     assert not outside or not os.listdir(outside)
     assert attend(sheet, "return (q @ k.mT).softmax(-1) @ v").wrong_answer == "no_scale"
+
+
+@linux
+def test_what_was_there_before_the_first_sheet_stays(sheet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A course may lie below the folder that sheets work in, and is not swept out between two of them."""
+    course, outside = tmp_path / "course" / "nbs", Path(tempfile.mkdtemp())
+    course.mkdir(parents=True)
+    shutil.move(course.parent, outside)
+    monkeypatch.setattr(walls, "bubblewrap", lambda readable: [])
+    monkeypatch.setattr(grading.tempfile, "mkdtemp", lambda prefix="": str(outside))
+    if grading._Nursery.current:
+        grading._Nursery.current.close()
+    for _ in range(2):
+        assert attend(sheet, "open('mine', 'w').close()\nreturn (q @ k.mT).softmax(-1) @ v").wrong_answer == "no_scale"
+        assert os.listdir(outside / "course") == ["nbs"] and len(os.listdir(outside)) <= 2
+    nursery = grading._Nursery.current
+    nursery.control.close()
+    nursery.process.wait(20)
+    assert os.listdir(outside) == ["course"]
+    nursery.close()
 
 
 @linux

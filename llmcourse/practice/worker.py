@@ -640,6 +640,7 @@ def _nursery(control_fd: int) -> None:
     import torch  # noqa: F401
 
     own, pid = os.getcwd(), 0
+    kept = set(os.listdir(own))  # the course itself may lie below it; behind bubblewrap that is /tmp
     control = socket.socket(fileno=control_fd)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -648,7 +649,7 @@ def _nursery(control_fd: int) -> None:
             break
         if not fds:
             continue
-        for left in os.listdir(own):
+        for left in set(os.listdir(own)) - kept:
             walls.remove(os.path.join(own, left))
         pid = os.fork()
         if pid == 0:
@@ -671,8 +672,11 @@ def _nursery(control_fd: int) -> None:
     if pid:
         with contextlib.suppress(OSError):
             os.killpg(pid, signal.SIGKILL)
+    for left in set(os.listdir(own)) - kept:
+        walls.remove(os.path.join(own, left))
     os.chdir("/")
-    walls.remove(own)
+    if not kept:
+        walls.remove(own)
 
 
 def main() -> None:
