@@ -14,10 +14,10 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -26,13 +26,13 @@ LIBRARIES = ["torch", "torch._dynamo", "torch.distributed.nn", "accelerate", "da
 LIBRARIES += ["transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto"]
 LIBRARIES += ["transformers.generation.utils", "matplotlib.pyplot", "IPython", "nbdev.test"]
 NO_NETWORK = Path(__file__).with_name("no_network")
-
-
 # what the libraries read when they are imported
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
 
 
 def _server():
+    from multiprocessing import forkserver  # not on Windows
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     with mock.patch.dict(os.environ, ENVIRONMENT):
@@ -52,8 +52,10 @@ def _become(arguments: list[str], env: dict[str, str], cwd: str, out: str, err: 
     multiprocessing.process._parent_process = None  # as a process that a shell has started
     multiprocessing.current_process().name = "MainProcess"
     mode, *rest = arguments
-    sys.path[:0] = [cwd if mode in ("-c", "-m") else str(Path(mode).resolve().parent)]
-    sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    given = [cwd if mode in ("-c", "-m") else str(Path(mode).resolve().parent)]
+    given += filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    here = Path(__file__).parent  # pytest has put it on the path, for itself
+    sys.path[:] = given + [p for p in sys.path if p and Path(p).resolve() != here]
     if str(NO_NETWORK) in sys.path:
         runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
     code, main = 0, types.ModuleType("__main__")
@@ -104,8 +106,9 @@ def run(
         return subprocess.run(command, env=env, cwd=cwd, timeout=timeout, text=True, capture_output=True)
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
         started = [start(arguments, env=env | more, cwd=cwd, out=out.name, err=err.name) for more in copies]
+        end = time.monotonic() + timeout
         for process in started:
-            process.join(timeout)
+            process.join(max(0, end - time.monotonic()))
         late = [p for p in started if p.exitcode is None]
         for process in late:
             process.kill()
