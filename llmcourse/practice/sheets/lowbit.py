@@ -56,7 +56,7 @@ ex = exercise(
     hints=(
         "Which of the two weights does the layer compute with, and which one remembers what earlier steps have asked for?",
         "The error is that of the shown weights, the step is taken from the raw ones. The mean over N inputs of a square has the factor 2 / N in its derivative.",
-        "Where does the code, before it is clamped, lie between the two ends, both included? There w moves, elsewhere it stays: w = w - rate * 2 / N * X.T @ (X @ shown - wanted) * inside. After the loop, round once more.",
+        "moves = the code, before it is clamped, lies between the two ends, both included; then w = w - rate * 2 / N * X.T @ (X @ shown - wanted) * moves. After the loop, round once more.",
     ),
 )
 
