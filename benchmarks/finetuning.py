@@ -17,7 +17,8 @@ arms of one seed are pairs.
     real      SmolLM2: frozen features, prompts, LoRA
     collect   nothing new: the file is written from the runs that are there
 
-Results: nbs/_results/finetuning.json, and one small file a run under build/finetuning until then.
+Results: nbs/_results/finetuning.json, and one small file a run under build/finetuning until then, apart for each
+choice of settings.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from shared import machine, save
 
 from llmcourse.accuracy import Item, loglikelihood, prompt, score_choices
+from llmcourse.checkpoints import digest
 from llmcourse.compression import compress
 from llmcourse.data import load_model, load_records
 from llmcourse.finetuning import (
@@ -42,7 +44,6 @@ from llmcourse.finetuning import (
     draw_labels,
     finetune,
     frozen_features,
-    head_only,
     logistic_regression,
     predict,
     share_right,
@@ -59,7 +60,7 @@ from llmcourse.training import TrainConfig
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, LAYERS = 8, "model.*_proj"
 BUDGETS, SEEDS = (8, 64, 512), (0, 1, 2, 3, 4)
-HOW = {"steps": 40, "batch": 16, "rank": 8, "alpha": 16, "full": 3e-3, "lora": 1e-2, "head": 1e-2, "C": 1.0}
+HOW = {"steps": 40, "batch": 16, "rank": 8, "alpha": 16, "full": 3e-3, "lora": 1e-2, "C": 1.0}
 HOW |= {"C_features": 0.01, "pool": "mean"}
 RATES = {"lora": (1e-3, 3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3, 1e-2)}
 STRENGTHS = {"words": (1.0, 10.0, 100.0, 1000.0), "frozen": (0.001, 0.01, 0.1, 1.0)}  # C of the two regressions
@@ -111,8 +112,6 @@ def config(kind: str, seed: int, n: int, how: dict, **more) -> TrainConfig:
 
 def model_for(kind: str, seed: int, name: str = "course-3m", body=None, **lora) -> torch.nn.Module:
     model = Classifier(body or base(name)[0], CLASSES, pool=HOW["pool"], seed=seed)
-    if kind == "head":
-        return head_only(model)
     if kind == "full":
         return model
     how = {"rank": HOW["rank"], "alpha": HOW["alpha"]} | lora
@@ -193,8 +192,6 @@ def prompts(seeds, budgets):
 @functools.cache
 def body_after(source: str, seed: int):
     """The house model after full fine-tuning on another task; the head that went with it is left behind."""
-    if source == "nothing":
-        return None
     pairs = draw_labels(reviews(), 256, seed) if source == "reviews" else draw_labels(described(), 64, seed)
     pairs = shuffled(pairs, seed) if source == "shuffled" else pairs
     n = 2 if source == "reviews" else CLASSES
@@ -326,11 +323,14 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [p for p in args.parts if p not in PARTS]:
         raise BadInput(f"part is {unknown[0]!r}; allowed: {', '.join(PARTS)}.")
-    seeds, budgets, kept = args.seeds, BUDGETS, ROOT / "build" / "finetuning"
+    seeds, budgets = args.seeds, BUDGETS
     if args.quick:
         HOW["steps"], REAL["steps"] = 2, 1
-        seeds, budgets, kept = [0], (8,), ROOT / "build" / "finetuning-quick"
-        args.out = args.out if args.out.parent != ROOT / "nbs" / "_results" else kept / "finetuning.json"
+        seeds, budgets = [0], (8,)
+    # runs of other settings are other runs
+    kept = ROOT / "build" / "finetuning" / digest([HOW, REAL, LAYERS, CLASSES])
+    if args.quick and args.out.parent == ROOT / "nbs" / "_results":
+        args.out = kept / "all.json"
     kept.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         for name, go in PARTS[part](seeds, budgets):
