@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .data import separator_id
 from .evaluation import sees_later
+from .modelfolder import positions_of
 from .runtime import Runtime, device_of, evaluating, progress
 from .settings import number, one_of, require, whole
 from .verdicts import Difference, verdicts
@@ -259,9 +260,8 @@ def _front(tokenizer: Any, bos: bool | None) -> list[int]:
 
 
 def _check_length(model: Any, n: int) -> None:
-    config = getattr(model, "config", None)
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "context", None)
-    if isinstance(longest, int):
+    longest = positions_of(model)
+    if longest is not None:
         allowed = f"at most {longest}, the positions that the model has"
         require(n <= longest, "tokens of the longest pair", n, allowed)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import TokenData, Window, windows
+from .modelfolder import positions_of
 from .runtime import Runtime, device_of, evaluating, progress
 from .settings import number, require, whole
 from .verdicts import held_level
@@ -107,8 +108,8 @@ def _check_tokens(model: Any, tokens: Any, context: int) -> Tensor:
     require(counts, "dtype of tokens", str(tokens.dtype), "whole numbers, such as torch.int64")
     require(len(tokens) > 0, "tokens", [], "a text of at least one window; this one is empty")
     config, tokens = getattr(model, "config", None), tokens.detach().to("cpu", torch.int64)
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "context", None)
-    if isinstance(longest, int):
+    longest = positions_of(model)
+    if longest is not None:
         allowed = f"at most {longest}, the positions that the model has"
         require(whole("context", context, 2) <= longest, "context", context, allowed)
     V = getattr(config, "vocab_size", None)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'prefill_and_decode', 'QuantileInterval', 'values_needed', 'quantile_interval', 'latencies',
            'EnergyCounter', 'energy_counter', 'Row', 'Evaluation', 'Watched', 'Setup', 'Metric', 'metric',
-           'weight_bytes', 'evaluate', 'check_metrics', 'positions_of']
+           'weight_bytes', 'evaluate', 'check_metrics']
 
 # %% ../nbs/05d_report.ipynb #5de00000
 import ctypes
@@ -32,7 +32,7 @@ from llmcourse.evaluation import (
     document_bootstrap,
     perplexity,
 )
-from .modelfolder import weight_files
+from .modelfolder import positions_of, weight_files
 from llmcourse.runtime import (
     Comparison,
     Runtime,
@@ -678,13 +678,6 @@ def _setup(
     if stride is None:  # the same share of a window as in the settings
         stride = max(1, min(context - 1, context * scale.stride // scale.context))
     return Setup(model=model, text=text, rt=rt, context=context, stride=stride, **rest)
-
-
-def positions_of(model: Any) -> int | None:
-    """How many tokens a model can read at once; None where it does not say."""
-    config = getattr(model, "config", None)
-    n = getattr(config, "max_position_embeddings", None) or getattr(config, "context", None)
-    return n if isinstance(n, int) else None
 
 
 def _check_setup(s: Setup, names: Sequence[str]) -> None:

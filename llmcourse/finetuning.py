@@ -25,8 +25,9 @@ from torch.nn.utils import parametrize
 from .adapters.base import is_plain_linear, matches
 from .checkpoints import digest, joined_weights
 from .data import words_of
+from .modelfolder import positions_of
 from .objectives import mean_pool
-from .runtime import evaluating
+from .runtime import device_of, evaluating
 from .settings import BadInput, number, one_of, require, whole
 from .store import MANIFEST, atomic_folder, manifest_faults, write_manifest
 from .training import TrainConfig, TrainResult, batch_parts, hidden_states, train
@@ -399,8 +400,7 @@ class Classifier(nn.Module):
         require(causal, "model", "one that sees both sides", "a causal one: the last token has "
                 "read everything")
         self.model, self.n_classes = copy.deepcopy(model), whole("n_classes", n_classes, 2)
-        device = next(model.parameters()).device
-        self.score = nn.Linear(_width(model), n_classes, device=device)
+        self.score = nn.Linear(_width(model), n_classes, device=device_of(model))
         dice = torch.Generator().manual_seed(whole("seed", seed, 0))
         with torch.no_grad():
             self.score.weight.copy_(torch.randn(self.score.weight.shape, generator=dice) * 0.02)
@@ -437,9 +437,7 @@ def _width(model: nn.Module) -> int:
 
 
 def _check_length(model: nn.Module, length: int) -> None:
-    config = model.config
-    names = ("max_position_embeddings", "context", "n_positions")
-    longest = next((v for n in names if isinstance(v := getattr(config, n, None), int)), None)
+    longest = positions_of(model)
     fits = longest is None or length <= longest
     require(fits, "tokens of a text", length, f"at most {longest}, the positions of the model")
 
@@ -538,7 +536,7 @@ def _in_order(model: nn.Module, data: Labeled, of: Any, batch_size: int) -> Tens
     """`of(batch)` for every text; texts of similar length go together, which saves padding."""
     whole("batch_size", batch_size, 1)
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
-    device, rows = next(model.parameters()).device, []
+    device, rows = device_of(model), []
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = pad_batch([data[i] for i in order[start : start + batch_size]])

@@ -15,6 +15,7 @@ import torch
 
 from llmcourse.accuracy import Item, Pair, check_items, token_loglikelihood
 from llmcourse.data import separator_id
+from llmcourse.modelfolder import positions_of
 from llmcourse.runtime import Runtime, evaluating
 from llmcourse.settings import BadInput, require, whole
 
@@ -47,9 +48,8 @@ def _lm_class() -> type:
             super().__init__()
             self.model, self.tokenizer, self.rt = model, tokenizer, rt
             self.batch_size = whole("batch_size", batch_size, 1)
-            config = getattr(model, "config", None)
-            known = getattr(config, "max_position_embeddings", None) or getattr(config, "context", None)
-            self.context = whole("context", context if context is not None else known or 1024, 2)
+            known = positions_of(model) or 1024
+            self.context = whole("context", known if context is None else context, 2)
 
         @property
         def eot_token_id(self) -> int:

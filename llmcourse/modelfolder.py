@@ -1,4 +1,4 @@
-"""Model folders that other people wrote: what is looked at before a weight is read, and what is asked after.
+"""Models that other people wrote: what is looked at before a weight is read, and what is asked after.
 
 Hand-written: this is plumbing, not a lesson. Nothing in a folder is run, nothing outside it is read, and a tensor that
 is missing, unexpected or of another shape is an error: transformers would fill a missing one with random numbers.
@@ -22,6 +22,7 @@ __all__ = [
     "library_errors",
     "locate_model",
     "on_disk",
+    "positions_of",
     "weight_files",
 ]
 
@@ -189,3 +190,13 @@ def from_pretrained(auto: Any, source: str | Path, what: str, **options: Any) ->
     _refuse(what, "has the unknown tensor", info["unexpected_keys"])
     _refuse(what, "has another shape of the tensor", (m[0] for m in info["mismatched_keys"]))
     return model
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens a model can read at once; None where its configuration does not say."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # a model of texts and pictures has one for each
+        config = config.get_text_config(decoder=True)
+    names = ("context", "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+    known = (getattr(config, name, None) for name in names)
+    return next((n for n in known if isinstance(n, int) and n > 0), None)

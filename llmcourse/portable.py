@@ -143,14 +143,14 @@ class _Target:
         import torch
 
         from llmcourse.compression import qparams_of
+        from llmcourse.modelfolder import positions_of
         from llmcourse.packed import dequantize_model, pack_model
         from llmcourse.runtime import evaluating
 
         rounded = any(qparams_of(m) is not None for m in self.model.modules())
         dense = dequantize_model(pack_model(self.model) if rounded else self.model).float().cpu()
-        vocabulary, c = dense.get_input_embeddings().weight.shape[0], dense.config
-        most = next((n for name in ("context", "max_position_embeddings") if (n := getattr(c, name, None))), 16)
-        ids = (torch.arange(min(16, most))[None] * 7919) % vocabulary
+        vocabulary = dense.get_input_embeddings().weight.shape[0]
+        ids = (torch.arange(min(16, positions_of(dense) or 16))[None] * 7919) % vocabulary
         with evaluating(dense), torch.no_grad():
             return ids, getattr(out := dense(ids, use_cache=False), "logits", out)
 

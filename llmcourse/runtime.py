@@ -8,6 +8,7 @@ __all__ = ['DTYPES', 'machine_epsilon', 'Runtime', 'choose', 'device_of', 'to_de
 import contextlib
 import ctypes
 import gc
+import itertools
 import os
 import random
 import sys
@@ -133,8 +134,8 @@ def choose(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, tor
 def device_of(model: Any) -> torch.device:
     """Where a model is, by its first parameter or buffer; the CPU for what has neither."""
     module = isinstance(model, torch.nn.Module)
-    tensors = (*model.parameters(), *model.buffers()) if module else ()
-    return next((t.device for t in tensors), torch.device("cpu"))
+    tensors = itertools.chain(model.parameters(), model.buffers()) if module else ()
+    return next((t.device for t in tensors), torch.device("cpu"))  # looks at the first one only
 
 
 def to_device(x: Any, device: torch.device) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .adapters import adapter_for
 from .model import GPT, next_probabilities
+from .modelfolder import positions_of
 from .runtime import device_of, evaluating
 from .settings import BadInput, number, one_of, require, whole
 
@@ -255,8 +256,7 @@ def limits_of(model: nn.Module) -> Limits:
     text = c.get_text_config(decoder=True)
     stop = getattr(model.generation_config, "eos_token_id", None)
     stop = () if stop is None else tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
-    longest = getattr(text, "max_position_embeddings", None)
-    return Limits(text.num_hidden_layers, text.vocab_size, longest, stop)
+    return Limits(text.num_hidden_layers, text.vocab_size, positions_of(model), stop)
 
 
 def try_out(model: nn.Module, limits: Limits) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from llmcourse.adapters.base import is_plain_linear, matrices
 from llmcourse.adapters.traced import Traced
 from llmcourse.compression import Hessian, LayerPass, LayerUpdate, SiteUpdate, compress, fold_scale
 from llmcourse.data import TokenData
+from llmcourse.modelfolder import positions_of
 from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
 
@@ -277,3 +279,32 @@ def test_a_new_family_registers_itself():
 
     assert Adapter.registry["a-family-of-mine"] is Mine
     del Adapter.registry["a-family-of-mine"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_how_much_a_model_reads_is_found_in_every_configuration(name):
+    """The adapter and everything that asks without one; a model that does not say may read anything."""
+    model = build(name)
+    found = positions_of(model)
+    assert found == adapter_for(model).positions() and (found is None or found >= 12)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"context": 8}, 8),
+        ({"max_position_embeddings": 16}, 16),
+        ({"n_positions": 4}, 4),
+        ({"max_seq_len": 6}, 6),
+        ({"max_position_embeddings": 0, "max_seq_len": 6}, 6),
+        ({"max_position_embeddings": -1}, None),
+        ({"max_position_embeddings": None}, None),
+        ({"max_position_embeddings": 3.5}, None),
+        ({}, None),
+    ],
+)
+def test_how_much_a_model_reads(config, says):
+    assert positions_of(SimpleNamespace(config=SimpleNamespace(**config))) == says
+    pair = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(**config), context=99)
+    assert positions_of(SimpleNamespace(config=pair)) == says  # of texts and pictures: the text's
+    assert positions_of(lambda ids: ids) is None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from llmcourse.modelfolder import positions_of
 from llmcourse.settings import BadInput, require
 
 __all__ = [
@@ -302,9 +303,7 @@ class Adapter:
 
     def positions(self) -> int | None:
         """The longest sequence that the model can read; None where its configuration does not say."""
-        names = ("context", "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
-        found = [v for name in names if isinstance(v := getattr(self.config, name, None), int)]
-        return found[0] if found else None
+        return positions_of(self.model)
 
     def few_tokens(self) -> Tensor:
         """Twelve token ids (1, 12), for a quick look at what the model does."""
