@@ -203,6 +203,34 @@ def pretrain(
 
 
 @app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that comes with the course.")],
+    out: Annotated[
+        Path, typer.Option(help="Where checkpoints and the result go; a run that was stopped goes on there.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Model in place of the recipe's: a name, a folder, a hub id.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text in place of the recipe's: a name, a file, a folder.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    scale: ScaleName = None,
+) -> None:
+    """Train a model further, on a text or on labels: writes an adapter or a model, and a card with what it is worth."""
+    settings = load_settings(overrides={"device": device, "dtype": dtype, "scale": scale})
+    from llmcourse.recipes import find_recipe
+
+    path = find_recipe(recipe, "finetune")
+    from llmcourse.tuning import finetune_recipe, load_finetune_recipe
+
+    chosen = load_finetune_recipe(path, model=model, data=data)
+    options = "".join(f" --{k} {v}" for k, v in (("model", model), ("data", data)) if v is not None)
+    command = f"llmcourse finetune {recipe} --out {out}{options}"
+    folder = finetune_recipe(chosen, out, settings=settings, say=_say, command=command)
+    _say(f"Card: {folder / 'README.md'}   result: {folder} (loads with llmcourse.tuning.load_tuned)")
+
+
+@app.command()
 def sweep(
     recipe: Annotated[str, typer.Argument(help="A .toml file, or the name of a recipe that comes with the course.")],
     out: Annotated[

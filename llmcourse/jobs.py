@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcourse import __version__
+from llmcourse.modelfolder import check_model_folder, locate_model, positions_of
 from llmcourse.recipes import DENSE, Arm, Recipe, find_recipe, load_recipe
 from llmcourse.report import print_table, render_report
 from llmcourse.settings import BadInput, Scale, Settings, expanded, load_settings, require
@@ -39,21 +40,11 @@ PROMPT = "The difference between a measurement and an opinion is"
 
 def model_folder(model: str, settings: Settings) -> Path | None:
     """The folder that a model name stands for, checked as far as it can be without loading; None for a hub id."""
-    from llmcourse.modelfolder import check_model_folder, locate_model
-
     require(bool(model) and model.isprintable(), "model", model, "a name from `llmcourse data`, a folder, or a hub id")
     folder = locate_model(model, settings)
     if folder is not None:
         check_model_folder(folder)
     return folder
-
-
-def positions(config: Any) -> int | None:
-    """How many positions a model has, from its configuration; None where that is no limit or not said."""
-    config = config if isinstance(config, dict) else config.to_dict()
-    config = config.get("text_config") or config
-    known = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    return next((n for n in known if isinstance(n, int) and n > 0), None)
 
 
 def bounded(scale: Scale, limit: int | None) -> Scale:
@@ -241,7 +232,7 @@ def run_job(
     model, calib = str(model), calib or settings.data
     folder = model_folder(model, settings)
     if folder is not None:
-        limit = positions(json.loads((folder / "config.json").read_text(encoding="utf8")))
+        limit = positions_of(json.loads((folder / "config.json").read_text(encoding="utf8")))
         scale = bounded(settings.scale, limit)
         if scale != settings.scale:
             say(
@@ -306,7 +297,7 @@ class _Job:
         self.model, self.tokenizer, self.card = load_model(self.model_name, rt=self.rt, settings=self.settings)
         for name, tensor in self.model.named_parameters():
             require(bool(torch.isfinite(tensor).all()), f"weights of {name}", "NaN or infinite", "finite weights")
-        scale, limit = self.settings.scale, positions(self.model.config)
+        scale, limit = self.settings.scale, positions_of(self.model)
         require(limit is None or scale.context <= limit, "context", scale.context, f"at most {limit}, its positions")
         self.left, wanted = {}, {"test": scale.eval_tokens}
         for name, passes in self.arms.items():
@@ -494,8 +485,6 @@ class _Job:
             write_manifest(folder, job=self.fingerprint)
 
     def _dense_folder(self) -> Path | None:
-        from llmcourse.modelfolder import locate_model
-
         return locate_model(self.model_name, self.settings)
 
     def _summary(self, results: dict, speed: dict) -> dict:

@@ -16,7 +16,7 @@ from llmcourse.settings import Settings, load_settings, one_of, require
 if TYPE_CHECKING:
     from llmcourse.evaluator import Evaluation
 
-__all__ = ["DEFAULT", "measure", "print_evaluation"]
+__all__ = ["DEFAULT", "as_text", "measure", "print_evaluation"]
 
 DEFAULT = (
     "perplexity", "bits_per_byte", "token_accuracy", "first_token", "next_token", "memory_bytes", "disk_bytes",
@@ -38,7 +38,8 @@ def measure(
         BadInput: before anything is measured.
     """
     from llmcourse.evaluator import METRICS, check_metrics, evaluate
-    from llmcourse.jobs import bounded, model_folder, positions
+    from llmcourse.jobs import bounded, model_folder
+    from llmcourse.modelfolder import positions_of
 
     settings = settings or load_settings()
     names = check_metrics(metrics or DEFAULT)
@@ -55,7 +56,7 @@ def measure(
 
     rt = Runtime.auto(settings.device, settings.dtype)
     loaded = load_model(model, rt=rt, settings=settings)
-    scale = bounded(settings.scale, positions(loaded.model.config))
+    scale = bounded(settings.scale, positions_of(loaded.model))
     options = {
         "context": scale.context,
         "stride": scale.stride,
@@ -68,7 +69,7 @@ def measure(
         "tokenizer": loaded.tokenizer,
         "rt": rt,
     }
-    text = _text(loaded.tokenizer, documents, part, settings, scale.context) if reads else None
+    text = as_text(loaded.tokenizer, documents, part, settings, scale.context) if reads else None
     parts = [evaluate(lm, text, some, **options) for lm, some in _forms(loaded.model, names, rt)]
     return replace(parts[0], rows=tuple(row for p in parts for row in p.rows))
 
@@ -99,7 +100,7 @@ def _items(part: str | None, settings: Settings, most: int = 100):
     return description_items(records, min(most, len(described)), seed=settings.seed)
 
 
-def _text(tokenizer: Any, documents: list[str], part: str | None, settings: Settings, context: int):
+def as_text(tokenizer: Any, documents: list[str], part: str | None, settings: Settings, context: int):
     """The documents as one stream, at most as many tokens as the scale says; one window at least."""
     from llmcourse.data import encode, separator_id
     from llmcourse.evaluation import Text

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,14 @@ def from_pretrained(auto: Any, source: str | Path, what: str, **options: Any) ->
 
 
 def positions_of(model: Any) -> int | None:
-    """How many tokens a model can read at once; None where its configuration does not say."""
-    config = getattr(model, "config", None)
+    """How many tokens a model can read at once; None where its configuration does not say.
+
+    Args:
+        model: a model, its configuration, or what is in a `config.json`.
+    """
+    config = getattr(model, "config", model)
+    if isinstance(config, Mapping):
+        config = types.SimpleNamespace(**(config.get("text_config") or config))
     if hasattr(config, "get_text_config"):  # a model of texts and pictures has one for each
         config = config.get_text_config(decoder=True)
     names = ("context", "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")

@@ -23,10 +23,11 @@ from llmcourse.launch import check_machine
 from llmcourse.llama import check_llama
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.optim import make_optimizer
+from llmcourse.runfolder import is_made, run_folder
 from llmcourse.runtime import Runtime
 from llmcourse.schema import parse, read_toml
-from llmcourse.settings import BadInput, Settings, load_settings, one_of, read_text, require, whole
-from llmcourse.store import CATALOG, MANIFEST, atomic_folder, manifest_faults, sha256, write_manifest
+from llmcourse.settings import Settings, load_settings, one_of, read_text, require, whole
+from llmcourse.store import CATALOG, atomic_folder, sha256, write_manifest
 from llmcourse.tokenizer import BPE
 from llmcourse.training import TrainConfig, TrainResult, train, training_curve
 
@@ -147,28 +148,17 @@ def pretrain(
         BadInput: a recipe, text or machine that cannot work (before anything is written), a folder of another run, or
             one in which another process is at work.
     """
-    from filelock import FileLock, Timeout
-
     settings = settings or load_settings()
     rt = Runtime.of(rt, settings=settings)
     rt = dataclasses.replace(rt, dtype=getattr(torch, recipe.dtype))
     require(rt.world_size == 1, "WORLD_SIZE", rt.world_size, "1: pretrain runs in one process (train takes several)")
     check_recipe(recipe)
     check_machine(recipe.train, rt)
-    out = Path(out).expanduser()
-    usable = not out.exists() or out.is_dir()
-    require(usable, "out", str(out), "a folder of an earlier run of this recipe, or an empty one")
     texts = _texts(recipe, settings)
-    wanted = json.dumps({"recipe": dataclasses.asdict(recipe), "texts": texts.digest}, default=str, sort_keys=True)
-    _check_folder(out, wanted, recipe.scale)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.parent / f".{out.name}.lock")
-    try:
-        with lock.acquire(timeout=0):
-            _check_folder(out, wanted, recipe.scale)  # another process may have begun another run in the meantime
-            return _pretrain(recipe, texts, out, wanted, settings, rt, say, command)
-    except Timeout:
-        raise BadInput(f"out is {str(out)!r}, where another pretrain is at work; allowed: another folder.") from None
+    inputs = {"recipe": dataclasses.asdict(recipe), "texts": texts.digest}
+    same = f"a folder of this recipe at scale {recipe.scale} and of these texts"
+    with run_folder(out, inputs, same=same, target="model", command="pretrain") as folder:
+        return _pretrain(recipe, texts, folder, settings, rt, say, command)
 
 
 @dataclass(frozen=True)
@@ -198,25 +188,10 @@ def _texts(recipe: PretrainRecipe, settings: Settings) -> _Texts:
     return _Texts(found["train"], digest.hexdigest()[:16])
 
 
-def _check_folder(out: Path, wanted: str, scale: str) -> None:
-    """`out` must be empty, or hold an earlier run of the same recipe over the same texts."""
-    told = out / "recipe.json"
-    if told.is_file():
-        same = told.read_text(encoding="utf8") == wanted
-        require(same, "out", str(out), f"a folder of this recipe at scale {scale} and of these texts, or an empty one")
-    else:
-        empty = not out.exists() or not any(out.iterdir())
-        require(empty, "out", str(out), "a folder of an earlier run of this recipe, or an empty one")
-    model = out / "model"
-    ours = not model.exists() or (model / MANIFEST).is_file() or (model.is_dir() and not any(model.iterdir()))
-    require(ours, "out", str(out), f"a folder in which {model.name} is ours, or absent: it is written at the end")
-
-
 def _pretrain(
     recipe: PretrainRecipe,
     texts: _Texts,
     out: Path,
-    wanted: str,
     settings: Settings,
     rt: Runtime,
     say: Callable[[str], None],
@@ -225,12 +200,8 @@ def _pretrain(
     """The steps of `pretrain`, each of which is kept."""
     from transformers import AutoTokenizer
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(wanted, encoding="utf8")
     target = out / "model"
-    if (target / MANIFEST).is_file():
-        faults = " and ".join(manifest_faults(target))
-        require(not faults, "out", f"{out}, whose model {faults}", "a whole model; remove that folder to write it anew")
+    if is_made(target):
         say(f"{target} is there")
         return target
     if not (out / "tokenizer").is_dir():
