@@ -78,12 +78,12 @@ class FinetuneRecipe:
     name: str
     task: str
     """language: go on reading a text; classify: a label for each text"""
-    model: str
     data: str
     license: str
     limits: str
     """what a reader of the card should know"""
     train: TrainConfig
+    model: str = "course-3m"
     lora: Adapter = Adapter()
     method: str = "lora"
     """lora, full, or head (classify only: everything else stays frozen)"""
@@ -135,29 +135,6 @@ def _label_allowed(classify: bool) -> str:
     return "the field that holds the label of a document" if classify else "no such key for the task 'language'"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _File:
-    """A recipe file as it is written."""
-
-    name: str
-    task: str
-    data: str
-    license: str
-    limits: str
-    train: dict[str, Any]
-    model: str = "course-3m"
-    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
-    method: str = "lora"
-    beside: tuple[str, ...] = ()
-    label: str | None = None
-    classes: int | None = None
-    without: tuple[str, ...] = ()
-    per_class: int | None = None
-    cut: int | None = None
-    pool: str = "mean"
-    most: int = 400
-
-
 def load_finetune_recipe(path: str | Path, *, model: str | None = None, data: str | None = None) -> FinetuneRecipe:
     """Read a recipe file and check all of it.
 
@@ -167,18 +144,18 @@ def load_finetune_recipe(path: str | Path, *, model: str | None = None, data: st
         BadInput: not TOML, a key that is missing or unknown, or a value that is not allowed.
     """
     path = Path(path)
-    file = parse(_File, read_toml(path), path.name)
-    one_of("task", file.task, TASKS)
-    require(file.task == "language" or "seq_len" not in file.train, "seq_len", file.train.get("seq_len"),
-            "no such key for the task 'classify': a text has one target")  # fmt: skip
-    given = {"seq_len": 1} if file.task == "classify" else {}
-    values = {f.name: getattr(file, f.name) for f in dataclasses.fields(file)}
-    values |= {"train": parse(TrainConfig, file.train, "[train]", given=given)}
-    values |= {"lora": parse(Adapter, file.lora, "[lora]"), "text": read_text(path, "recipe")}
-    values |= {k: v for k, v in (("model", model), ("data", data)) if v is not None}
-    recipe = FinetuneRecipe(**values)
-    allowed = f"no such table for the method {file.method!r}"
-    require(file.method == "lora" or not file.lora, "[lora]", file.lora, allowed)
+    table = read_toml(path) | {k: v for k, v in (("model", model), ("data", data)) if v is not None}
+    train, lora = table.pop("train", None), table.pop("lora", {})
+    require(isinstance(train, dict), f"[train] in {path.name}", train, "a table with steps, batch_size and lr")
+    given: dict[str, Any] = {}
+    if table.get("task") == "classify":
+        allowed = "no such key for the task 'classify': a text has one target"
+        require("seq_len" not in train, "seq_len", train.get("seq_len"), allowed)
+        given = {"seq_len": 1}
+    parts = {"train": parse(TrainConfig, train, "[train]", given=given), "lora": parse(Adapter, lora, "[lora]")}
+    recipe = parse(FinetuneRecipe, table, path.name, given=parts | {"text": read_text(path, "recipe")})
+    allowed = f"no such table for the method {recipe.method!r}"
+    require(recipe.method == "lora" or not lora, "[lora]", lora, allowed)
     return recipe
 
 

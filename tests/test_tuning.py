@@ -49,7 +49,8 @@ def recipe(tmp_path, tiny_model, corpus, labeled):
     def make(table=READ, **changes):
         read = table["task"] == "language"
         data = {"data": str(corpus if read else labeled), "model": str(tiny_model)}
-        train = TRAIN | ({"seq_len": 32} if read else {}) | changes.pop("train", {})
+        own = changes.pop("train", {})
+        train = own if own is None else TRAIN | ({"seq_len": 32} if read else {}) | own
         whole = {k: v for k, v in (table | data | {"train": train} | changes).items() if v is not None}
         file = tmp_path / "recipe.toml"
         file.write_text(_toml(whole), encoding="utf8")
@@ -224,6 +225,7 @@ REFUSED = [  # table, changes, words of the sentence
     (READ, {"lora": {"ranks": 1}}, "key in [lora] is 'ranks'; allowed: rank, alpha, layers, dropout"),
     (READ, {"method": "full"}, "[lora] is {'rank': 2, 'alpha': 4.0}; allowed: no such table for the method 'full'"),
     (READ, {"train": {"lr": -1.0}}, "lr is -1.0; allowed"),
+    (READ, {"train": None}, "[train] in recipe.toml is None; allowed: a table with steps"),
     (READ, {"train": {"step": 1}}, "key in [train] is 'step'; allowed: steps"),
     (SORT, {"label": None}, "label is None; allowed: the field that holds the label of a document"),
     (SORT, {"beside": ["wikipedia"]}, "beside is ['wikipedia']; allowed: no list for the task 'classify'"),
