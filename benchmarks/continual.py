@@ -239,7 +239,6 @@ def best(kept: Path, part: str, kind: str, grid, key: Callable[[dict], float]) -
 
 def settings(seeds, kept: Path) -> Iterator[tuple[str, Callable]]:
     for order in VALIDATION[: len(seeds)]:
-        yield f"settings plain {order}", functools.partial(turns_of, "plain", order, 100 + order, "val")
         for kind, grid in GRID.items():
             for setting in grid:
                 go = functools.partial(turns_of, kind, order, 100 + order, "val", setting)
@@ -247,11 +246,16 @@ def settings(seeds, kept: Path) -> Iterator[tuple[str, Callable]]:
 
 
 def turns(seeds, kept: Path) -> Iterator[tuple[str, Callable]]:
-    chosen = {kind: best(kept, "settings", kind, grid, lambda r: r["average"]) for kind, grid in GRID.items()}
     for run in seeds:
         for arm in ARMS:
-            setting = chosen.get(arm.partition("-")[0])
-            yield f"turns {arm} {run}", functools.partial(turns_of, arm, run, run, "test", setting)
+            yield f"turns {arm} {run}", functools.partial(turn, arm, run, kept)
+
+
+def turn(arm: str, run: int, kept: Path) -> dict:
+    """One run of an arm, with the setting that was best on the validation texts."""
+    kind = arm.partition("-")[0]
+    found = best(kept, "settings", kind, GRID[kind], lambda r: r["average"]) if kind in GRID else None
+    return turns_of(arm, run, run, "test", found) | {"setting": found}
 
 
 @functools.cache
@@ -403,6 +407,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=[p for p in PARTS if p != "collect"], help=", ".join(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(len(ORDERS))), help="only these runs")
+    parser.add_argument("--arms", nargs="+", default=[], help="only these arms")
     parser.add_argument("--quick", action="store_true", help="one seed, few steps: a smoke run")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs" / "_results" / "continual.json")
     args = parser.parse_args()
@@ -420,6 +425,8 @@ def main() -> None:
     kept.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         for name, go in PARTS[part](args.seeds, kept):
+            if args.arms and name.split()[1] not in args.arms:
+                continue
             file = kept / f"{name.replace(' ', '_')}.json"
             if not file.exists():
                 start = time.perf_counter()

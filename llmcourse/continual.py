@@ -266,7 +266,7 @@ def fisher(
     p, total = own_scores(model, data, classes).exp(), {}
     for c in classes:
         root = p[:, c].sqrt().tolist()  # the square of a gradient that was multiplied by it
-        for i, (ids, weight) in enumerate(zip(data.ids, root)):
+        for ids, weight in zip(data.ids, root):
             one = copy.copy(data)
             one.ids, one.classes = [ids], [c]
             scaled = lambda m, b, w=weight: w * loss_fn(m, b)
