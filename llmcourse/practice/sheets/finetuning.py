@@ -76,7 +76,7 @@ ex = exercise(
 
 
 def counted(answer, x, W, b, A, B, alpha):
-    """The output, and how many further matrices of the shape of W were made on the way."""
+    """The output, and whether a further matrix of the shape of W was made on the way."""
     from torch.overrides import TorchFunctionMode
 
     from llmcourse.practice.unaided import unaided
@@ -92,7 +92,7 @@ def counted(answer, x, W, b, A, B, alpha):
 
     with Seen():
         y = unaided(answer, x, W, b, A, B, alpha, chapter="finetuning")
-    return {"y": y, "further matrices of the shape of W": sum(made)}
+    return {"y": y, "a further matrix of the shape of W": any(made)}
 
 
 @ex.cases
@@ -122,7 +122,8 @@ def _():
     ]
     made[3] = made[3].gradients(0, 3, 4)
     made[6] = made[6].gradients(3, 4)
-    yield from (c.through(counted) for c in made)
+    for i, c in enumerate(made):
+        yield c.through(counted) if i in (3, 6, 10, 11) else c.through(alone) if i < 3 else c
 
 
 def _beside(x, W, b, A, B, alpha, scale=lambda alpha, r: alpha / r, wide=torch.float32, out=None, base=True, bias=True):
@@ -165,17 +166,10 @@ def inside_the_weight(x, W, b, A, B, alpha):
     return F.linear(x, inside, b)
 
 
-@ex.wrong("You make B A and apply that to x. Even beside W it is a matrix of the size of W. Apply A first: r numbers are left, and then B.")
+@ex.wrong("Right numbers, and a matrix of the shape of W on the way: B A, or a copy of W. Leave W as it is, and apply A first: r numbers are left, and then B.")
 def product_of_the_adapter(x, W, b, A, B, alpha):
     added = F.linear(x.float(), alpha / len(A) * B @ A)
     return F.linear(x, W, b) + added.to(x.dtype)
-
-
-@ex.wrong("You take a copy of W in float32. It is twice as large as W itself. Only the adapter is computed in float32.")
-def copy_of_the_weight(x, W, b, A, B, alpha):
-    added = alpha / len(A) * (x.float() @ A.T @ B.T)
-    y = x.float() @ W.to(torch.float32, copy=True).T + added
-    return (y if b is None else y + b.float()).to(x.dtype)
 
 
 @ex.wrong("You put A and B into the dtype of x. In half precision they lose the digits that training has found; what the adapter adds is computed in float32.")
@@ -217,6 +211,17 @@ def behind_the_layer(x, W, b, A, B, alpha):
 @ex.wrong("No gradient reaches A and B: they are detached, or used without gradients. They are all that is trained.")
 def detached(x, W, b, A, B, alpha):
     return _beside(x, W, b, A.detach(), B.detach(), alpha)
+
+
+@ex.wrong("In half precision you widen W to float32 for the product. That copy is twice as large as W itself. Only the adapter is computed in float32.")
+def widened_weight(x, W, b, A, B, alpha):
+    y = x.float() @ W.float().T + alpha / len(A) * (x.float() @ A.T @ B.T)
+    return (y if b is None else y + b.float()).to(x.dtype)
+
+
+@ex.wrong("You divide α by r with `//`. With α = 1 and r = 3 nothing is left: the scale is no whole number.")
+def whole_division(*a):
+    return _beside(*a, scale=lambda alpha, r: alpha // r)
 
 
 # %% solution largest_rank
@@ -529,6 +534,21 @@ def always_single(*a):
     return _stepped(*a, dtype=torch.float32)
 
 
+@ex.wrong("Your B is made of float32 zeros, whatever W is in. Where the inputs are float64 nothing fits together.")
+def zeros_of_single(*a):
+    return _stepped(*a, first_b=lambda W, A: torch.zeros(len(W), len(A)))
+
+
+@ex.wrong("This is the gradient of a mean over all numbers of the output, with the 2 of the square. The loss is half the sum over the outputs, divided by N.")
+def mean_squared_error(*a):
+    return _stepped(*a, n=lambda error: error.numel(), sign=2)
+
+
+@ex.wrong("A and B are exchanged in what you return. The order is A (r, I), then B (O, r).")
+def exchanged(*a):
+    return _stepped(*a)[::-1]
+
+
 # %% solution as_adapter
 def as_adapter(before: Tensor, after: Tensor, share: float, alpha: float) -> tuple[Tensor, Tensor]:
     """A (r, I) and B (O, r) of the smallest rank that keeps a share of the change of a weight (O, I)."""
@@ -568,7 +588,7 @@ def what_it_adds(answer, before, after, share, alpha):
 
     A, B = unaided(answer, before, after, share, alpha, chapter="finetuning")
     about = {"A": f"{A.dtype} {tuple(A.shape)}", "B": f"{B.dtype} {tuple(B.shape)}"}
-    fits = A.shape == (len(A), before.shape[1]) and B.shape == (before.shape[0], len(A))
+    fits = len(A) > 0 and A.shape == (len(A), before.shape[1]) and B.shape == (before.shape[0], len(A))
     return about | {"adds": alpha / len(A) * B.double() @ A.double() if fits else None}
 
 
@@ -674,7 +694,7 @@ def one_too_many(*a):
 @ex.wrong("Your rank is one less than needed: the first sum that is enough belongs to the rank that is its index plus 1.")
 def one_too_few(before, after, share, alpha):
     A, _ = _factors(before, after, share, alpha)
-    r = max(len(A) - 1, 1)
+    r = len(A) - 1
     U, s, Vh = torch.linalg.svd(after.double() - before.double(), full_matrices=False)
     return Vh[:r].float(), (r / alpha * U[:, :r] * s[:r]).float()
 
@@ -719,6 +739,11 @@ def own_dtype(before, after, share, alpha):
 @ex.wrong("A share that there is not, such as 0 or more than 1, is accepted. It should be a ValueError.")
 def share_not_checked(before, after, share, alpha):
     return _factors(before, after, share, alpha, check=False)
+
+
+@ex.wrong("Nothing is allowed for rounding: a sum of squares that should meet the share exactly lies a little below it in a computer, and one rank more is taken. A millionth is allowed.")
+def nothing_for_rounding(*a):
+    return _factors(*a, near=0)
 
 
 # %% solution merge_and_back
@@ -887,6 +912,12 @@ def in_place(W, A, B, alpha, layout):
 @ex.wrong("A layout that is neither of the two is taken for one of them. It should be a ValueError.")
 def layout_not_checked(*a):
     return _round(*a, check=False)
+
+
+@ex.wrong("You turn the weight of a conv1d and return it turned, as (O, I). Both weights keep the layout that W came in.")
+def left_turned(W, A, B, alpha, layout):
+    merged, back, lost = _round(W, A, B, alpha, layout)
+    return (merged.T, back.T, lost) if layout == "conv1d" else (merged, back, lost)
 
 
 # %% solution fingerprint
@@ -1102,6 +1133,11 @@ def number_of_hash(*a):
     return _print(*a, digest=lambda data: hash(data))
 
 
+@ex.wrong("Only the first part of a name is compared with `without`. A module's name can have several parts, such as model.k.")
+def first_part_only(*a):
+    return _print(*a, out=lambda name, without: name.split(".")[0] in without)
+
+
 # %% solution read_out
 def read_out(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
     """One vector for each text, (B, D): hidden (B, T, D), mask (B, T), how "last" or "mean"."""
@@ -1242,7 +1278,12 @@ def whole_numbers(hidden, mask, how):
     return read_out(hidden, mask.long(), how)
 
 
-@ex.wrong("The sum is made in half precision, where it overflows or loses digits. Widen to float32 first.")
+@ex.wrong("The sum is made in half precision, where it overflows or loses digits, and put into float32 when it is too late.")
+def widened_too_late(*a):
+    return _read(*a, sums=lambda h, mask, real: h.masked_fill(~real[:, :, None], 0).sum(1).float() / real.sum(1, keepdim=True))
+
+
+@ex.wrong("Sum and division are made in half precision, where they overflow or lose digits. Widen to float32 first.")
 def summed_in_half(*a):
     return _read(*a, sums=lambda h, mask, real: h.masked_fill(~real[:, :, None], 0).sum(1) / real.sum(1, keepdim=True).to(h.dtype))
 
@@ -1273,6 +1314,18 @@ def in_place(hidden, mask, how):
     with torch.no_grad():
         hidden[mask == 0] = 0
     return out
+
+
+@ex.wrong("You replace nan by 0 everywhere, at real tokens too. There a nan is the model's fault and has to be seen; only padded positions are left out.")
+def nan_hidden(hidden, mask, how):
+    return read_out(hidden if how == "last" else torch.nan_to_num(hidden.float()), mask, how)
+
+
+@ex.wrong("You take a row for empty when the numbers of its mask add up to 0. With −1 and 1 they do, and both tokens are real: count what is not 0.")
+def sum_of_the_mask(hidden, mask, how):
+    if (mask.sum(1) == 0).any():
+        raise ValueError
+    return read_out(hidden, mask, how)
 
 
 # %% solution fair_share
@@ -1552,6 +1605,12 @@ def examined(answer, classes, sizes, seeds):
     return said
 
 
+def accepted(answer, classes, sizes, seed):
+    """Nothing but whether it is refused: a draw that should not be says nothing."""
+    answer(list(classes), list(sizes), seed)
+    return "accepted"
+
+
 @ex.cases
 def _():
     made = [
@@ -1564,10 +1623,13 @@ def _():
     ]
     yield from (c.through(examined) for c in made)
     some = [0, 1, 0, 1, 0]
-    yield case("more than the smaller class has", some, [1, 3], 0).raises(ValueError)
-    yield case("more than any class has", some, [4], 0).raises(ValueError)
-    yield case("a size of 0", some, [0, 2], 0).raises(ValueError)
-    yield case("a size below 0", some, [-1], 0).raises(ValueError)
+    made = [
+        case("more than the smaller class has", some, [1, 3], 0),
+        case("more than any class has", some, [4], 0),
+        case("a size of 0", some, [0, 2], 0),
+        case("a size below 0", some, [-1], 0),
+    ]
+    yield from (c.through(accepted).raises(ValueError) for c in made)
 
 
 def _draws(classes, sizes, seed, order=None, check=True, take=None, dice=None):
@@ -1650,7 +1712,7 @@ def neighbors(*a):
     return _draws(*a, order=order)
 
 
-@ex.wrong("Each larger draw begins with the smaller ones in the order in which the sizes were asked for: the draw of a size depends on the other sizes.")
+@ex.wrong("The draw of a size depends on which other sizes are asked for, for example because as many as the largest needs are drawn first. A point of the curve that is added later would change the others.")
 def depends_on_the_others(classes, sizes, seed):
     _draws(classes, sizes, seed)
     return _draws(classes, sizes, seed + 1000 * len(sizes))
@@ -1678,6 +1740,34 @@ def places_within_the_class(classes, sizes, seed):
 @ex.wrong("A size that a class cannot give, or one below 1, is accepted. It should be a ValueError; a slice that is too long says nothing.")
 def sizes_not_checked(*a):
     return _draws(*a, check=False)
+
+
+@ex.wrong("One generator goes on from size to size, and each size is a new sample from it: a smaller draw is not part of a larger one, and depends on the sizes before it.")
+def a_sample_for_each_size(classes, sizes, seed):
+    import random
+
+    _draws(classes, sizes, seed)
+    dice, draws = random.Random(seed), {}
+    for size in sorted(sizes):
+        draws[size] = []
+        for c in sorted(set(classes)):
+            draws[size] += dice.sample([i for i, other in enumerate(classes) if other == c], size)
+    return draws
+
+
+@ex.wrong("You set the seed of NumPy's own generator: everybody else's random numbers change with your draw. `numpy.random.default_rng(seed)` is one of your own.")
+def seed_of_numpy(classes, sizes, seed):
+    import numpy as np
+
+    np.random.seed(seed)
+    return _draws(classes, sizes, seed, order=lambda n, dice, c: np.random.permutation(n).tolist())
+
+
+@ex.wrong("Sizes that are too large are refused, and those below 1 are not. They should be a ValueError, too.")
+def small_sizes_accepted(classes, sizes, seed):
+    if max(sizes) > min(classes.count(c) for c in set(classes)):
+        raise ValueError
+    return _draws(classes, sizes, seed, check=False)
 
 
 # %% solution supported
@@ -1752,6 +1842,7 @@ def _():
         case("two claims, both turned", mixed, [("words", "lora"), ("shuffled", "full")], 0.05),
         case("two claims on the border of Holm", {"a": up(6), "b": flat(6), "c": up(5) + [0.49]}, [("a", "b"), ("c", "b")], 0.0625),
         case("a turned claim counts, too", {"a": up(6), "b": flat(6), "c": up(6, 0.02)}, [("b", "a"), ("c", "b")], 0.05),
+        case("a turned claim holds nobody up", {"a": up(6), "b": flat(6), "c": up(6, 0.02)}, [("b", "a"), ("c", "b")], 0.0625),
         case("the second of three fails, the third would not alone", {"a": up(7), "b": flat(7), "c": [0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.45], "d": [0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.44]}, [("d", "b"), ("a", "b"), ("c", "b")], 0.06),
         case("one of two claims is in doubt", {"a": up(6), "b": flat(6), "c": [0.6, 0.4, 0.6, 0.4, 0.55, 0.5]}, [("a", "b"), ("c", "b")], 0.05),
         case("two equal values of p on the border", {"a": up(7), "b": flat(7), "c": up(7, 0.02)}, [("a", "b"), ("c", "b")], 0.03125),
@@ -1899,6 +1990,27 @@ def seeds_not_checked(*a):
     return _judged(*a, check=False)
 
 
+@ex.wrong("You stop at a claim that points the wrong way. Holm's rule stops at a p that is too large; this one is small enough, and the next claim has its turn.")
+def stops_at_a_turned_claim(arms, claims, level):
+    right = _judged(arms, claims, level)
+    order = sorted(range(len(claims)), key=lambda i: right[i][0])
+    turned = [k for k, i in enumerate(order) if sum(arms[claims[i][0]]) <= sum(arms[claims[i][1]])]
+    last = min(turned, default=len(order))
+    return [(p, holds and order.index(i) < last) for i, (p, holds) in enumerate(right)]
+
+
+@ex.wrong("Two claims with the same p are mixed up: you find the place of a claim by its p, and get the first of them twice. Sort the places, not the values.")
+def place_by_value(arms, claims, level):
+    right = _judged(arms, claims, level)
+    values, holds = [p for p, _ in right], set()
+    for k, p in enumerate(sorted(values)):
+        if p > level / (len(values) - k):
+            break
+        holds.add(values.index(p))
+    ahead = lambda a, b: sum(arms[a]) > sum(arms[b])
+    return [(p, i in holds and ahead(*claims[i])) for i, p in enumerate(values)]
+
+
 # %% solution fit_prompt
 def fit_prompt(
     rounds: list[list[list[int]]], question: list[int], names: list[list[int]], limit: int
@@ -1999,7 +2111,7 @@ def no_place_for_the_name(*a):
     return _fit(*a, name=lambda names: 0)
 
 
-@ex.wrong("You leave a place for every token of the longest name. Its last token is never read: only its probability is.")
+@ex.wrong("One place stays empty: you leave one for every token of the longest name, or compare with < where ≤ is meant. The last token of a name is never read, only its probability is.")
 def all_of_the_name(*a):
     return _fit(*a, name=lambda names: max(map(len, names)))
 
@@ -2254,3 +2366,15 @@ def adapters_in_half(*a):
 @ex.wrong("A kind that there is not is taken for one of the three, or stops with another error. It should be a ValueError.")
 def kind_not_checked(*a):
     return _bytes(*a, check=False)
+
+
+@ex.wrong("You cut everything down to whole numbers: half bytes and the group at the end of a row. Each of them needs its place: round up.")
+def all_cut_down(*a):
+    group = a[-1]
+    return _bytes(*a, row=lambda O, I: O * (I // 2 + 2 * (I // group) + I // group // 2))
+
+
+@ex.wrong("You take half a byte for every number of the base. Only the layers are packed, and they have scales and zeros.")
+def half_a_byte_each(layers, other, head, kind, rank, group):
+    found = _bytes(layers, other, head, kind, rank, group)
+    return found | ({"frozen": (sum(O * I for O, I in layers) + other) // 2} if kind == "qlora" else {})
