@@ -167,9 +167,8 @@ def print_by_numpy(weights, without):
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = hashlib.sha256()
     for name, tensor in sorted(weights.items(), key=lambda pair: pair[0]):
-        if name.startswith("lora_") or ".lora_" in name:
-            if any(part in ("lora_A", "lora_B") for part in name.split(".")):
-                continue
+        if any(part in ("lora_A", "lora_B") for part in name.split(".")):
+            continue
         if any(name.startswith(m + ".") for m in without):
             continue
         numbers = tensor.detach().view(whole[tensor.element_size()]).numpy()
@@ -224,7 +223,8 @@ def fair_by_loops(train, val, test, shrinks):
     def share(part, s):
         right = 0
         for row, c in zip(part[0].tolist(), part[1]):
-            away = {k: math.fsum((v - (1 - s) * m) ** 2 for v, m in zip(scaled(row), m_of)) for k, m_of in centers.items()}
+            from_here = lambda center: math.fsum((v - (1 - s) * m) ** 2 for v, m in zip(scaled(row), center))
+            away = {k: from_here(center) for k, center in centers.items()}
             right += min(away, key=away.get) == c
         return right / len(part[1])
 
@@ -247,7 +247,8 @@ def fair_by_cdist(train, val, test, shrinks):
     centers = torch.stack([((x - mean) / std)[torch.from_numpy(classes == k)].mean(0) for k in kinds])
 
     def right(part, s):
-        away = torch.cdist((part[0].double() - mean) / std, (1 - s) * centers, compute_mode="donot_use_mm_for_euclid_dist")
+        own = (part[0].double() - mean) / std
+        away = torch.cdist(own, (1 - s) * centers, compute_mode="donot_use_mm_for_euclid_dist")
         return float(np.mean(kinds[away.argmin(1).numpy()] == np.array(part[1])))
 
     best = sorted(shrinks, key=lambda s: (-right(val, s), s))[0]
