@@ -223,8 +223,8 @@ def fair_by_loops(train, val, test, shrinks):
     def share(part, s):
         right = 0
         for row, c in zip(part[0].tolist(), part[1]):
-            from_here = lambda center: math.fsum((v - (1 - s) * m) ** 2 for v, m in zip(scaled(row), center))
-            away = {k: from_here(center) for k, center in centers.items()}
+            here = scaled(row)
+            away = {k: math.fsum((v - (1 - s) * m) ** 2 for v, m in zip(here, own)) for k, own in centers.items()}
             right += min(away, key=away.get) == c
         return right / len(part[1])
 
