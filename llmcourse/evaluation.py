@@ -348,7 +348,8 @@ class Perplexity:
 
     @property
     def held(self) -> float | None:
-        """About how often intervals like this one hold the truth; None: too few units to say."""
+        """About how often intervals like this one hold the truth; None: the units, too few or
+        too skewed, cannot say."""
         return self.level_of(self.nll)
 
     def level_of(self, values: Any) -> float | None:
@@ -362,7 +363,7 @@ class Perplexity:
         held, bits = self.held, self.bits_per_byte
         out = [f"{self.value:.2f}", "" if bits is None else f", {bits:.3f} bits per byte"]
         if held is None:
-            return "".join(out) + " (no interval: too few units carry it)"
+            return "".join(out) + " (no interval: few or skewed units)"
         out.insert(1, f" ({100 * held:.3g} % interval {self.low:.2f} to {self.high:.2f})")
         if bits is not None:
             out.append(f" ({self.bits_per_byte_low:.3f} to {self.bits_per_byte_high:.3f})")
@@ -477,15 +478,36 @@ def autocorrelation(values: Any, lags: Any) -> list[float]:
     return [float(x[: len(x) - k] @ x[k:]) / total for k in lags]
 
 # %% ../nbs/05_evaluation.ipynb #55d5c793
-class Ratio(NamedTuple):
-    """A ratio with its interval."""
-
+class _Ends(NamedTuple):
     value: float
     low: float
     high: float
 
+
+class Ratio(_Ends):
+    """A ratio with its interval, as a tuple of three, and `level`: about how often such intervals
+    hold the truth; None: too few units, or too skewed ones, to say."""
+
+    level: float | None
+
+    def __new__(cls, value: float, low: float, high: float, level: float | None = None) -> "Ratio":
+        made = super().__new__(cls, value, low, high)
+        made.level = level
+        return made
+
+    def __getnewargs__(self) -> tuple:
+        return (*self, self.level)
+
+    def ends(self, form: str = ".4f") -> str:
+        """The interval and its level in words, or why there is none."""
+        if self.low == self.high:
+            return "in every replicate"
+        if self.level is None:
+            return "no interval: few or skewed units"
+        return f"{self.low:{form}} to {self.high:{form}}, {100 * self.level:.3g} %"
+
     def __str__(self) -> str:
-        return f"{self.value:.4f}× ({self.low:.4f} to {self.high:.4f})"
+        return f"{self.value:.4f}× ({self.ends()})"
 
 
 def compare_perplexity(
@@ -493,7 +515,9 @@ def compare_perplexity(
 ) -> Ratio:
     """Perplexity of `b` over that of `a`, with a paired bootstrap interval; above 1, `b` is worse.
 
-    Documents or blocks, replicates, level and seed are those of `a`.
+    Documents or blocks, replicates, level and seed are those of `a`. What the interval was made
+    for is not what it can be trusted with: `Ratio.level` says that, from how much each unit moves
+    the difference (`llmcourse.verdicts.held_level`).
 
     Args:
         paired: parts of the protocol that have to be the same, besides the tokens; () compares
@@ -510,7 +534,7 @@ def compare_perplexity(
     difference = b.nll - a.nll
     how = Bootstrap(block=p.block, n_boot=p.n_boot, level=p.level, seed=p.seed)
     low, high = _interval(difference, None, a.documents, p.block, how, torch.exp)
-    return Ratio(math.exp(difference.mean()), low, high)
+    return Ratio(math.exp(difference.mean()), low, high, a.level_of(difference))
 
 # %% ../nbs/05_evaluation.ipynb #e05c0013
 def _count(ids: np.ndarray, order: int, bits: int, discounts: Any) -> list[dict[str, np.ndarray]]:

@@ -43,7 +43,6 @@ from llmcourse.runtime import (
     progress,
 )
 from .settings import load_settings, number, require, whole
-from .verdicts import CARRYING
 
 # %% ../nbs/05d_report.ipynb #5de00002
 def prefill_and_decode(
@@ -419,7 +418,7 @@ def _text_row(s: Setup, **numbers: Any) -> Row:
     )
     row = {"n": p.n_tokens - 1, "counts": "tokens", "note": ""} | numbers
     if row.get("low") is not None and row["level"] is None:
-        few = f"no interval: of {p.n_units} {unit}, fewer than {CARRYING} carry the result"
+        few = f"no interval: of {p.n_units} {unit}, too few carry the result, or too skewed ones"
         row |= {"low": None, "high": None, "note": "; ".join(filter(None, (row["note"], few)))}
     return Row(**row, protocol=protocol)
 

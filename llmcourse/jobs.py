@@ -507,7 +507,7 @@ class _Job:
                     "ratio": ratio.value,
                     "ratio_low": ratio.low,
                     "ratio_high": ratio.high,
-                    "ratio_level": None if name == DENSE else dense.level_of(p.nll - dense.nll),
+                    "ratio_level": ratio.level,
                     "bytes_disk": disk,
                     "bytes_memory": r["passport"]["bytes_memory"],
                     "smaller_than_float32": 4 * parameters / disk if disk else None,
@@ -522,8 +522,8 @@ class _Job:
         pairs = []
         for a, b in self.recipe.pairs():  # arms that differ in the method only: which is better at the same cost?
             theirs, ours = measured[b.name], measured[a.name]
-            ratio, level = compare_perplexity(theirs, ours), theirs.level_of(ours.nll - theirs.nll)
-            found = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "level": level}
+            ratio = compare_perplexity(theirs, ours)
+            found = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "level": ratio.level}
             pairs.append({"a": a.name, "b": b.name, **found})
         packaged = CATALOG[self.model_name].carrier.size if self.model_name in CATALOG else None
         return {

@@ -40,9 +40,9 @@ def speed_verdict(job: dict, what: str) -> str:
 
 
 def levels(*held: float | None) -> str:
-    """The levels that intervals hold, as one text: the lowest and the highest; too few units: none can be said."""
+    """The levels that intervals hold, as one text: the lowest and the highest, or that none can be said."""
     if None in held:
-        return "unknown, too few units"
+        return "unknown: few or skewed units"
     low, high = (f"{100 * end:.3g}" for end in (min(held), max(held)))
     return f"{low} %" if low == high else f"{low} to {high} %"
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'machine_epsilon', 'Runtime', 'choose', 'device_of', 'to_device', 'seed_everything', 'Timing', 'benchmark',
-           'Comparison', 'compare', 'peak_memory', 'format_bytes', 'progress', 'evaluating']
+           'Comparison', 'compare', 'say_unseen', 'peak_memory', 'format_bytes', 'progress', 'evaluating']
 
 # %% ../nbs/00_runtime.ipynb #754bd46b
 import contextlib
@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,6 +266,17 @@ def compare(
             float(high),
         )
     return results
+
+# %% ../nbs/00_runtime.ipynb #5eed0002
+def say_unseen(claims: Mapping[str, bool]) -> None:
+    """Print what a text says about times and what this run does not show; nothing is raised.
+
+    Args:
+        claims: sentence → whether the times of this run bear it out.
+    """
+    for sentence, seen in claims.items():
+        if not seen:
+            print(f"Not seen in this run (a busy or another machine?): {sentence}.")
 
 # %% ../nbs/00_runtime.ipynb #ad756a50
 def _give_back() -> None:

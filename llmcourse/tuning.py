@@ -329,7 +329,7 @@ class _Reading(_Job):
 
 def _reading_row(name: str, before: Perplexity, after: Perplexity, ratio: Ratio) -> Row:
     numbers = {"data": name, "before": before.value, "after": after.value, "ratio": ratio.value, "low": ratio.low}
-    numbers |= {"high": ratio.high, "protocol": str(after.protocol)}
+    numbers |= {"high": ratio.high, "level": ratio.level, "protocol": str(after.protocol)}
     return Row((name, *map(str, (before, after, ratio))), numbers)
 
 

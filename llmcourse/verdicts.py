@@ -16,8 +16,8 @@ import numpy as np
 from llmcourse.settings import number, one_of, require
 
 __all__ = [
-    "CARRYING", "CORRECTIONS", "Difference", "benjamini_hochberg", "held_level", "holm", "paired", "student_interval",
-    "student_quantile", "student_tail", "verdicts", "welch",
+    "CARRYING", "CORRECTIONS", "TOO_SKEWED", "UNSEEN", "Difference", "benjamini_hochberg", "held_level", "holm",
+    "paired", "student_interval", "student_quantile", "student_tail", "verdicts", "welch",
 ]  # fmt: skip
 
 
@@ -58,6 +58,10 @@ def student_quantile(level: float, freedom: float) -> float:
 
 CARRYING = 4
 """units that carry a result at least: with fewer of them, its interval says nothing"""
+UNSEEN = 50
+"""a sample of k units shows less skewness than what it was drawn from: its square counts 1 + UNSEEN / k times"""
+TOO_SKEWED = 0.1
+"""where the skewness takes more than this from a level, the sample cannot say how much it is"""
 
 
 def held_level(moves: Any, level: float = 0.95) -> float | None:
@@ -66,7 +70,10 @@ def held_level(moves: Any, level: float = 0.95) -> float | None:
     Args:
         moves: (units,) by how much each unit that is drawn moves the result; a scale does not matter.
     Returns:
-        None where fewer than `CARRYING` units carry the result.
+        None where fewer than `CARRYING` units carry the result, or where they are too skewed. How many carry it says
+        how well the spread is known; the skewness says how far the interval lies on the wrong side. The latter is the
+        term of order 1/k in the Edgeworth expansion for the percentile interval of a mean (Hall, 1992), with the
+        factor 1 + `UNSEEN` / k, which is fitted to simulations in `nbs/05_evaluation.ipynb`.
     """
     u = np.asarray(moves, dtype=np.float64)
     good = u.ndim == 1 and len(u) > 0 and bool(np.isfinite(u).all())
@@ -81,7 +88,10 @@ def held_level(moves: Any, level: float = 0.95) -> float | None:
         return None
     # the variance of a variance is (kurtosis - 1) / k of its square, and 2 / ν by definition
     freedom = min(k - 1, 2 / max(1 / carry - 1 / k, 1e-12))
-    return 1 - student_tail(z * math.sqrt((k - 1) / k), freedom)
+    skewness = float(np.mean(u**3) / np.mean(u**2) ** 1.5)
+    bell = math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    lost = z * bell * max(0.0, z**4 + 20 * z**2 - 27) / 36 * skewness**2 * (1 + UNSEEN / k) / k
+    return 1 - student_tail(z * math.sqrt((k - 1) / k), freedom) - lost if lost <= TOO_SKEWED else None
 
 
 def student_interval(value: float, error: float, freedom: float, level: float) -> Difference:

@@ -268,6 +268,18 @@ def no_errors(nb: dict) -> list[str]:
     ]
 
 
+def as_said(nb: dict) -> list[str]:
+    """The saved run bears out what the text says about times (`say_unseen` says what a run does not)."""
+    return [
+        f"cell {i}: {line}: run the notebook when the machine is quiet"
+        for i, cell in cells(nb, "code")
+        if directives(cell)[0].get("include") is False
+        for output in cell["outputs"]
+        for line in output_text(output).splitlines()
+        if line.startswith("Not seen in this run")
+    ]
+
+
 def was_run(nb: dict) -> list[str]:
     """Quarto shows the saved outputs and says nothing when there are none."""
     code = [c for _, c in cells(nb, "code") if directives(c)[0].get("eval") is not False]

@@ -7,6 +7,8 @@ the whole book: it needs Quarto, takes a minute, and runs when BOOK_TEST=1.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -69,6 +71,9 @@ class TestChapters:
 
     def test_no_errors(self, chapter: tuple[str, dict]) -> None:
         fine(rules.no_errors(chapter[1]))
+
+    def test_as_said(self, chapter: tuple[str, dict]) -> None:
+        fine(rules.as_said(chapter[1]))
 
     def test_was_run(self, chapter: tuple[str, dict]) -> None:
         fine(rules.was_run(chapter[1]))
@@ -241,6 +246,18 @@ class TestRulesCanFail:
             ),
             "NameError",
         )
+
+    def test_as_said(self) -> None:
+        from llmcourse.runtime import say_unseen
+
+        told = io.StringIO()
+        with contextlib.redirect_stdout(told):
+            say_unseen({"twice as fast": False, "half as large": True})
+        line = told.getvalue()
+        assert "twice as fast" in line and "half as large" not in line
+        assert rules.as_said(notebook(code("#| include: true\nx", prints(line)))) == []  # the lesson about it
+        assert rules.as_said(notebook(code("#| include: false\nx", prints("1")))) == []
+        speaks(rules.as_said(notebook(code("#| include: false\nx", prints(line)))), "twice as fast")
 
     def test_was_run(self) -> None:
         assert rules.was_run(notebook(md("only words"))) == []

@@ -76,7 +76,7 @@ def test_the_table_has_the_five_models_with_intervals_and_real_bytes(finished):
 
 def test_the_levels_of_the_intervals_are_told_and_no_verdict_is_built_on_an_unknown_one(finished, capsys):
     assert levels(0.95) == "95 %" and levels(0.94449, 0.951, 0.946) == "94.4 to 95.1 %"
-    assert levels(0.95, None) == "unknown, too few units"
+    assert levels(0.95, None) == "unknown: few or skewed units"
     _, job, _, _ = finished
     measured = [r["level"] for r in job["rows"]]
     assert all(level is None or 0.8 < level < 0.95 for level in measured) and job["rows"][0]["ratio_level"] is None
