@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from torch import nn
 
 from llmcourse import finetuning
@@ -40,6 +41,7 @@ from llmcourse.model import GPT, GPTConfig
 from llmcourse.packed import pack_model
 from llmcourse.pruning import Magnitude
 from llmcourse.quantization import RTN
+from llmcourse.runtime import Runtime
 from llmcourse.settings import BadInput
 from llmcourse.training import TrainConfig
 
@@ -510,3 +512,14 @@ def test_a_smaller_draw_is_part_of_a_larger_one():
     assert draw_labels(pairs, 2, 0) != draw_labels(pairs, 2, 1)
     with pytest.raises(BadInput, match="at most 20"):
         draw_labels(pairs, 21, 0)
+
+
+def test_quick_benchmark(home, monkeypatch):
+    """Beside peft: the same numbers are trained, the same is computed, and each candidate is timed."""
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import finetune as bench
+
+    assert bench.assert_same_work(bench.QUICK) > 0
+    found = bench.measure(bench.QUICK, 1, Runtime.auto("cpu", "float32"))
+    assert found.keys() == bench.CANDIDATES.keys() and all(len(s) == 1 and s[0] > 0 for s in found.values())
