@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -202,7 +203,7 @@ def one_by_one(arm: str, some: list[Task], seed: int) -> dict:
             how = dict(rank=HOW["rank"], alpha=HOW["alpha"], layers=HOW["layers"], also="score", seed=seed)
             model = add_lora(model, **how)
         rate = HOW["lora" if arm == "lora" else "full"]
-        cfg = config(seed, rate, HOW["steps"], HOW["batch"], seed=seed * 10 + i)
+        cfg = dataclasses.replace(config(seed, rate, HOW["steps"], HOW["batch"]), seed=seed * 10 + i)
         finetune(model, task.train, cfg, loss_fn=task_loss(some))
         last.append(task_score(model, task))
         numbers += trainable(model)[0]
