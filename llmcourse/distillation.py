@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adapters import adapter_for
 from .objectives import Loss
-from .runtime import evaluating
+from .runtime import device_of, evaluating, to_device
 from .settings import number, one_of, require, whole
 from .training import IGNORE, batch_parts, require_causal
 
@@ -157,8 +157,10 @@ def check_loss(
 
 # %% ../nbs/13_distillation.ipynb #ds000012
 def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, T) → (B, T, V), of a `GPT` or a model of transformers."""
-    out = model(ids, **({} if mask is None else {"attention_mask": mask}))
+    """(B, T) → (B, T, V), of a `GPT` or a model of transformers, where the model is."""
+    where = device_of(model)
+    more = {} if mask is None else {"attention_mask": mask.to(where)}
+    out = model(ids.to(where), **more)
     return getattr(out, "logits", out)
 
 
@@ -188,14 +190,15 @@ def distillation_loss(
     mine, theirs = [a for a, _ in pairs], [b for _, b in pairs]
 
     def loss_fn(model: Any, batch: Any) -> Tensor:
-        ids, labels, mask = shifted(batch)  # (B, T - 1) each
+        ids, labels, mask = to_device(shifted(batch), device_of(model))  # (B, T - 1) each
         counted = labels != IGNORE
         logits, states = states_of(model, mine, ids, mask)
         losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
         if alpha == 0 and not pairs:
             return losses  # (n,)
         with torch.no_grad(), evaluating(teacher):
-            target, targets = states_of(teacher, theirs, ids, mask)
+            answer = states_of(teacher, theirs, ids, mask)  # where the teacher is
+        target, targets = to_device(answer, logits.device)
         losses = (1 - alpha) * losses
         if alpha > 0:
             losses = losses + alpha * soft_losses(logits[counted], target[counted], **soft)
@@ -286,6 +289,7 @@ from .training import TrainConfig, train
 # %% ../nbs/13b_students.ipynb #ds000015
 def continued(model: nn.Module, ids: Tensor, n: int) -> Tensor:
     """`ids` (B, T) and n tokens that the model draws, none of which ends a row: (B, T + n)."""
+    ids = ids.to(device_of(model))
     with torch.no_grad(), evaluating(model):
         if isinstance(model, GPT):
             new = generate(model, ids, max_new_tokens=n, temperature=1.0, stop=[])

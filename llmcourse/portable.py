@@ -235,14 +235,20 @@ def load_compressed(folder: str | Path) -> nn.Module:
 
 
 def load_gguf(folder: str | Path) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a folder with model.gguf, as transformers loads them: dense, float32."""
+    """Model and tokenizer of a folder with model.gguf, as transformers loads them: dense, float32.
+
+    The tokenizer is None with transformers 5.17, which takes the token that begins a text for the one that ends it, and
+    fails where the file names none; 5.18 does neither.
+    """
     import torch
     import transformers
 
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     with _quiet():
         how = {"gguf_file": _GGUF_FILE}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **how)
+        tokenizer = None if release < (5, 18) else transformers.AutoTokenizer.from_pretrained(folder, **how)
+        return model.eval(), tokenizer
 
 
 def _weight(part: Grid | Tensor) -> Tensor:

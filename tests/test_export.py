@@ -32,6 +32,7 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"
 needs_ct = pytest.mark.skipif(not HAS_CT, reason="the package compressed-tensors is missing")
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx or onnxruntime is missing")
 TARGETS = ["gguf", pytest.param("compressed-tensors", marks=needs_ct), pytest.param("onnx", marks=needs_onnx)]
+UNREAD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)  # the tokenizer of a GGUF
 SYMMETRIC = RTN(bits=4, group_size=32, symmetric=True)
 ZEROS = RTN(bits=4, group_size=32)
 
@@ -324,7 +325,8 @@ def test_the_tokens_of_a_text_are_the_same_or_it_is_refused(tmp_path, tokenizer,
     other = transformers.PreTrainedTokenizerFast(tokenizer_object=other, **named)
     if said is None:
         export_student(student(llama(), SYMMETRIC), other, tmp_path / "out", to="gguf")
-        assert load_gguf(tmp_path / "out")[1](TEXT).input_ids == other(TEXT).input_ids
+        theirs = load_gguf(tmp_path / "out")[1]
+        assert (theirs is None) == UNREAD and (UNREAD or theirs(TEXT).input_ids == other(TEXT).input_ids)
         return
     with pytest.raises(BadInput) as e:
         export_student(student(llama(), SYMMETRIC), other, tmp_path / "out", to="gguf")
@@ -343,6 +345,7 @@ def test_the_flags_of_a_gguf_say_what_is_put_around_a_text(tmp_path, tokenizer):
     assert any("one end of a text, token 0, and the model [0, 7]" in note for note in found.notes)
 
 
+@pytest.mark.skipif(UNREAD, reason="transformers 5.17 does not read it")
 def test_a_gguf_brings_its_tokenizer(tmp_path, tokenizer):
     packed = student(llama(), SYMMETRIC)
     export_student(packed, tokenizer, tmp_path / "out", to="gguf")
