@@ -193,7 +193,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """Matrices of int8 (N, I) and (I, O) -> (N, O) int32, exact."""
     rows, columns = len(a), b.shape[1]
-    if a.device.type == "cuda":  # its kernel wants more than 16 rows, and sizes that 8 divides
+    if a.device.type != "cpu":  # a GPU's kernel wants over 16 rows, and sizes that 8 divides
         more, wider = -a.shape[1] % 8, -columns % 8
         a = F.pad(a, (0, more, 0, max(0, 17 - rows)))
         b = F.pad(b.T, (0, more, 0, wider)).T if more or wider else b

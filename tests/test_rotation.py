@@ -457,3 +457,11 @@ def test_models_that_do_not_fit_are_refused() -> None:
 
 def test_both_passes_are_found_by_their_names() -> None:
     assert Pass.registry["rotate"] is Rotate and Pass.registry["rotate-inputs"] is RotateInputs
+
+
+def test_rounding_in_bfloat16_is_not_taken_for_another_norm() -> None:
+    for name in ("llama", "gemma", "ours"):
+        model = build(name).bfloat16()
+        turned, _ = compress(model, [Rotate()], None, None)
+        before, after = (logits(m, ids()).float() for m in (model, turned))
+        assert (after - before).norm() < 0.1 * before.norm()
