@@ -70,6 +70,12 @@ class Away(Tensor):
     def tolist(self):
         return self.raw.tolist()
 
+    def __getitem__(self, index):
+        return super().__getitem__(_places(index))
+
+    def __setitem__(self, index, value):
+        super().__setitem__(_places(index), value)
+
     def new_tensor(self, data, *, device=None, dtype=None, **how):
         return torch.tensor(data, device=self.device if device is None else device, dtype=dtype or self.dtype, **how)
 
@@ -96,6 +102,12 @@ class Away(Tensor):
         torch.utils.swap_tensors(self, _again(new.raw, self.requires_grad, hasattr(self, "_is_param")))
         if grad is not None and (grad.shape, grad.dtype) == (self.shape, self.dtype):
             self.grad = grad
+
+
+def _places(index: Any) -> Any:
+    """A list among the indices as the tensor that it stands for: PyTorch makes that one where it does not ask us."""
+    one = lambda i: torch.tensor(i) if isinstance(i, list) else i
+    return tuple(map(one, index)) if isinstance(index, tuple) else one(index)
 
 
 def _again(raw: Tensor, requires_grad: bool, is_param: bool) -> Tensor:
@@ -187,6 +199,16 @@ def _from_numbers(make):
     return inner
 
 
+def _made_here(make):
+    """`torch.eye` changes the size of an empty tensor, which a tensor of ours cannot: made here, it is moved there."""
+
+    def inner(*args, device=None, **how):
+        made = make(*args, device=None if is_away(device) else device, **how)
+        return made.to(device) if is_away(device) else made
+
+    return inner
+
+
 class Backend(registration._DummyBackendModule):
     """What PyTorch asks of the module of a device. Its random numbers are those of the CPU."""
 
@@ -216,6 +238,7 @@ def start() -> torch.device:
     torch.nn.functional.scaled_dot_product_attention = _attention
     _device_constructors()  # it finds torch.tensor by name, once: before that is another function
     torch.tensor, torch.as_tensor = _from_numbers(torch.tensor), _from_numbers(torch.as_tensor)
+    torch.eye = _made_here(torch.eye)
     torch.Generator = Generator  # PyTorch has none for a device without kernels of its own
     import llmcourse.runtime as runtime
 

@@ -49,6 +49,8 @@ works = {
     "a number of the CPU": lambda: away(3) + here(),
     "an index of the CPU": lambda: away(2)[at],
     "a mask of the CPU": lambda: away(2)[here(2).bool()],
+    "a list of places": lambda: put(away(3), [0], 2.0)[[0, 2], None],
+    "the identity": lambda: torch.eye(2, device=there) @ away(2, 2),
     "copied into a part": lambda: put(away(2, 2), 0, here(2)),
     "copied to the CPU": lambda: here(3).copy_(away(3)),
     "a list": lambda: torch.tensor([1, 2], device=there).tolist() + torch.as_tensor([1], device=there).tolist(),
@@ -173,5 +175,5 @@ def found() -> dict:
 
 
 def test_it_says_no_where_cuda_does_and_computes_what_the_cpu_computes(found):
-    assert len(found) == 37
+    assert len(found) == 39
     assert {name: said for name, said in found.items() if said is not True} == {}
