@@ -1,4 +1,4 @@
-"""The functions of the compression chapters take text of the CPU to a model that is somewhere else, and compute there."""
+"""Functions of the compression chapters take text of the CPU to a model that is elsewhere, and compute there."""
 
 from __future__ import annotations
 
