@@ -1,9 +1,10 @@
-"""A Triton kernel that multiplies by packed 4-bit weights without ever writing the unpacked matrix to memory.
+"""Triton kernels that multiply by packed weights without ever writing the unpacked matrix to memory.
 
-Hand-written. `PackedLinear` uses it on a GPU where Triton is installed (extra `triton`) and `fits` says yes; everywhere
-else the weights are unpacked by PyTorch, as `w4a16_reference` does it. The name says it: weights of 4 bits, activations
-of 16. On a machine without a GPU the same kernel runs in Triton's interpreter (`TRITON_INTERPRET=1`), slowly and to the
-same numbers: that is how the tests see it.
+Hand-written. `PackedLinear` and `PackedHead` use them on a GPU where Triton is installed (extra `triton`) and `fits`
+says yes; everywhere else the weights are unpacked by PyTorch, as `packed_reference` does it. There are two, because the
+work is of two kinds: with a few rows of x (decoding) all that matters is that many programs read codes at the same
+time; with more, each code must serve all rows while it is there. On a machine without a GPU the same kernels run in
+Triton's interpreter (`TRITON_INTERPRET=1`), slowly and to the same numbers: that is how the tests see them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmcourse.quantization import unpack
-from llmcourse.settings import require
+from llmcourse.settings import one_of, require
 
 try:
     import triton
@@ -23,38 +24,58 @@ try:
 except ImportError:
     triton = None
 
-__all__ = ["INTERPRETED", "MOST_ROWS", "fits", "w4a16", "w4a16_reference"]
+__all__ = [
+    "FEW_ROWS", "INTERPRETED", "MOST_ROWS", "few_rows", "fits", "packed_reference", "plan", "product",
+    "w4a16", "w4a16_reference",
+]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """whether kernels run in Triton's interpreter, on tensors of the CPU"""
 MOST_ROWS = 64
 """rows of x in one block: up to there each weight is unpacked once"""
+FEW_ROWS = 1
+"""rows of x up to which `few_rows` is the faster of the two kernels, as measured on an H200"""
+
+
+def packed_reference(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    group_size: int,
+    bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b with W unpacked in float32 and rounded to the format of x: what the kernels are tested against.
+
+    Args:
+        x: (…, I).
+        codes: (O, I · bits / 8) uint8; with 4 bits two codes in a byte, the first in the lower four.
+        scale: (O, G) or (1, G) float16, G = I / group_size.
+        zero: zero points as packed codes, (O, ⌈G · bits / 8⌉) or one row of them; None: 2^(bits − 1) everywhere.
+        bits: 4 or 8.
+        bias: (O,).
+    Returns:
+        (…, O), in the format of x.
+    """
+    points = 2.0 ** (bits - 1) if zero is None else unpack(zero, bits, scale.shape[1]).float()[..., None]  # (S, G, 1)
+    groups = unpack(codes, bits, x.shape[-1]).unflatten(1, (-1, group_size)).float()  # (O, G, group_size)
+    W = ((groups - points) * scale.float()[..., None]).flatten(1)  # (O, I)
+    return F.linear(x, W.to(x.dtype), bias)
 
 
 def w4a16_reference(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, group_size: int, bias: Tensor | None = None
 ) -> Tensor:
-    """y = x Wᵀ + b with W unpacked in float32 and rounded to the format of x: what the kernel is tested against.
-
-    Args:
-        x: (…, I).
-        codes: (O, I / 2) uint8, two codes in a byte, the first in the lower four bits.
-        scale: (O, G) or (1, G) float16, G = I / group_size.
-        zero: zero points as codes of 4 bits, (O, ⌈G / 2⌉) or (1, ⌈G / 2⌉) uint8; None: 8 everywhere.
-        bias: (O,).
-    Returns:
-        (…, O), in the format of x.
-    """
-    points = 8.0 if zero is None else unpack(zero, 4, scale.shape[1]).float()[..., None]  # (S, G, 1)
-    groups = unpack(codes, 4, x.shape[-1]).unflatten(1, (-1, group_size)).float()  # (O, G, group_size)
-    W = ((groups - points) * scale.float()[..., None]).flatten(1)  # (O, I)
-    return F.linear(x, W.to(x.dtype), bias)
+    """`packed_reference` with 4 bits, as `w4a16` has its arguments."""
+    return packed_reference(x, codes, scale, zero, group_size=group_size, bias=bias)
 
 
-def fits(x: Tensor, group_size: int, bias: Tensor | None = None) -> bool:
-    """Whether the kernel can take this x (…, I), and has something to gain from it.
+def fits(x: Tensor, group_size: int, bias: Tensor | None = None, *, bits: int = 4) -> bool:
+    """Whether a kernel can take this x (…, I), and has something to gain from it.
 
-    It has no backward pass, neither for x nor for the bias. With more rows than one block holds, every weight would be
+    None has a backward pass, neither for x nor for the bias. With more rows than one block holds, every weight would be
     unpacked again for each block, and unpacking once for a plain product is the better plan.
     """
     if triton is None or not (x.is_cuda or INTERPRETED):
@@ -63,7 +84,7 @@ def fits(x: Tensor, group_size: int, bias: Tensor | None = None) -> bool:
         return False
     rows, shapes = x.numel() // max(1, x.shape[-1]), group_size % 32 == 0 and x.shape[-1] % group_size == 0
     oldest = {torch.float16: (7, 0), torch.float32: (7, 0), torch.bfloat16: (8, 0)}.get(x.dtype)
-    if oldest is None or not shapes or not 0 < rows <= MOST_ROWS:
+    if oldest is None or not shapes or not 0 < rows <= (MOST_ROWS if bits == 4 else FEW_ROWS):
         return False
     return INTERPRETED or torch.cuda.get_device_capability(x.device) >= oldest
 
@@ -105,6 +126,52 @@ if triton is not None:
         inside = in_m[:, None] & in_o[None, :]
         tl.store(y_ptr + m[:, None].to(tl.int64) * O + o[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    def _few_rows(
+        x_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, O, I, scale_row, zero_row,
+        BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr,
+        BLOCK_O: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    ):  # fmt: skip
+        """One program: one row of x times BLOCK_O rows of W, PIECES times PIECE columns a step. PIECE divides GROUP."""
+        BYTES: tl.constexpr = PIECE * BITS // 8  # of a piece
+        o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+        row, in_o = tl.program_id(0).to(tl.int64), o < O
+        p, j = tl.arange(0, PIECES), tl.arange(0, BYTES)
+        code_rows = codes_ptr + o.to(tl.int64) * (I * BITS // 8)  # (BLOCK_O,)
+        total = tl.zeros((BLOCK_O, PIECES), dtype=tl.float32)
+        for start in range(0, I // PIECE, PIECES):
+            piece = start + p
+            in_i = piece < I // PIECE
+            both = in_o[:, None] & in_i[None, :]  # (BLOCK_O, PIECES)
+            at = piece[:, None] * BYTES + j[None, :]  # (PIECES, BYTES)
+            byte = tl.load(code_rows[:, None, None] + at[None, :, :], mask=both[:, :, None], other=0)
+            x_at = x_ptr + row * I + at * (8 // BITS)
+            if BITS == 4:
+                even = tl.load(x_at, mask=in_i[:, None], other=0.0).to(tl.float32)
+                odd = tl.load(x_at + 1, mask=in_i[:, None], other=0.0).to(tl.float32)
+                low, high = (byte & 15).to(tl.float32), (byte >> 4).to(tl.float32)
+                part = tl.sum(low * even[None, :, :] + high * odd[None, :, :], axis=2)  # (BLOCK_O, PIECES)
+                x_sum = tl.sum(even + odd, axis=1)  # (PIECES,)
+            else:
+                own = tl.load(x_at, mask=in_i[:, None], other=0.0).to(tl.float32)
+                part = tl.sum(byte.to(tl.float32) * own[None, :, :], axis=2)
+                x_sum = tl.sum(own, axis=1)
+            g = piece // (GROUP // PIECE)
+            s = tl.load(scale_ptr + o[:, None] * scale_row + g[None, :], mask=both, other=0.0).to(tl.float32)
+            if SYMMETRIC:
+                part -= x_sum[None, :] * (1 << (BITS - 1))
+            else:  # Σ (c − z) x = Σ c x − z Σ x: the zero point meets a group once, not each weight
+                in_byte = zero_ptr + o[:, None] * zero_row + (g * BITS // 8)[None, :]
+                z = tl.load(in_byte, mask=both, other=0).to(tl.int32)
+                if BITS == 4:
+                    z = (z >> (4 * (g % 2))[None, :]) & 15
+                part -= x_sum[None, :] * z.to(tl.float32)
+            total += s * part
+        y = tl.sum(total, axis=1)  # (BLOCK_O,)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row * O + o, y.to(y_ptr.dtype.element_ty), mask=in_o)
+
 
 def w4a16(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, group_size: int, bias: Tensor | None = None
@@ -131,13 +198,80 @@ def w4a16(
     sizes = (128, 64, 32) if x.element_size() == 2 else (32,)
     block_i = next(size for size in sizes if group_size % size == 0)
     one_row = scale.shape[0] == 1
-    grid = (triton.cdiv(len(rows), block_m), triton.cdiv(O, 64))
+    # fewer rows of W in a program where there would be too few programs to keep a GPU busy
+    block_o = next(size for size in (64, 32, 16) if size == 16 or 256 * size <= O)
+    grid = (triton.cdiv(len(rows), block_m), triton.cdiv(O, block_o))
     unused = codes  # a pointer that is never followed
     _w4a16[grid](
         rows, codes.contiguous(), scale.contiguous(), unused if zero is None else zero.contiguous(),
         unused if bias is None else bias.contiguous(), y, len(rows), O, I,
         0 if one_row else scale.shape[1], 0 if one_row or zero is None else zero.shape[1],
         GROUP=group_size, SYMMETRIC=zero is None, HAS_BIAS=bias is not None,
-        BLOCK_M=block_m, BLOCK_O=64, BLOCK_I=block_i,
+        BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip
     return y.view(*x.shape[:-1], O)
+
+
+def few_rows(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    group_size: int,
+    bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The same as `packed_reference`, for the one row of x that decoding a text has; more rows read all codes each.
+
+    Weights are not rounded to the format of x: products and sums are in float32.
+    """  # fmt: skip
+    require(triton is not None, "triton", "not installed", "the extra: pip install 'llmcourse[triton]'")
+    I, O, per_byte = x.shape[-1], codes.shape[0], 8 // one_of("bits", bits, (4, 8))
+    require(
+        per_byte * codes.shape[1] == I, "columns of x", I, f"{per_byte * codes.shape[1]}, as many as codes in a row"
+    )
+    whole_groups = group_size % 32 == 0 and I % group_size == 0
+    require(whole_groups, "group_size", group_size, f"a multiple of 32 that divides the {I} columns")
+    rows = x.reshape(-1, I).contiguous()  # (…, I) -> (M, I)
+    y = torch.empty(len(rows), O, dtype=x.dtype, device=x.device)
+    if len(rows) == 0:
+        return y.view(*x.shape[:-1], O)
+    block_o, piece_bytes, warps = plan(bits, O)
+    piece = next(size for size in (128, 64, 32) if group_size % size == 0)
+    pieces = max(1, min(piece_bytes * per_byte // piece, triton.next_power_of_2(I // piece)))
+    one_row, unused = scale.shape[0] == 1, codes  # a pointer that is never followed
+    _few_rows[len(rows), triton.cdiv(O, block_o)](
+        rows, codes.contiguous(), scale.contiguous(), unused if zero is None else zero.contiguous(),
+        unused if bias is None else bias.contiguous(), y, O, I,
+        0 if one_row else scale.shape[1], 0 if one_row or zero is None else zero.shape[1],
+        BITS=bits, GROUP=group_size, SYMMETRIC=zero is None, HAS_BIAS=bias is not None,
+        BLOCK_O=block_o, PIECES=pieces, PIECE=piece, num_warps=warps,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], O)
+
+
+def plan(bits: int, O: int) -> tuple[int, int, int]:
+    """Rows of W of a program of `few_rows`, bytes of codes that it reads of each in a step, and its warps.
+
+    The best of those that were tried on an H200 (`sweep` in nbs/_results/gpu.json). They change the speed alone.
+    """
+    return (8, 512, 1) if bits == 8 else (16 if O >= 8192 else 8, 256, 4)
+
+
+def product(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    group_size: int,
+    bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """y = x Wᵀ + b by the kernel that serves so many rows of x; None where none does (`fits`)."""  # fmt: skip
+    if not fits(x, group_size, bias, bits=bits):
+        return None
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        return few_rows(x, codes, scale, zero, group_size=group_size, bits=bits, bias=bias)
+    return w4a16(x, codes, scale, zero, group_size=group_size, bias=bias)

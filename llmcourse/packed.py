@@ -269,16 +269,25 @@ class _Linear(_Packed):
 class PackedLinear(_Linear, _OnGrid):
     """A linear layer whose weights lie on a grid (`QParams`) and are kept as its codes.
 
-    With 4 bits, on a GPU with Triton, one kernel unpacks and multiplies where its shapes allow it (`kernels.fits`).
+    With 4 or 8 bits, on a GPU with Triton, one kernel unpacks and multiplies where the shapes allow it
+    (`kernels.product`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bits == 4 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-            from llmcourse import kernels  # imports Triton, which takes longer than all of this module
+        y = _by_kernel(x, self, self.bias)
+        return super().forward(x) if y is None else y
 
-            if x.shape[-1] == self.columns and kernels.fits(x, self.group_size, self.bias):
-                return kernels.w4a16(x, self.codes, self.scale, self.zero, group_size=self.group_size, bias=self.bias)
-        return super().forward(x)
+
+def _by_kernel(x: Tensor, layer: _OnGrid, bias: Tensor | None = None) -> Tensor | None:
+    """x (…, I) times the packed weights by a Triton kernel; None where there is none for this."""
+    if layer.bits not in (4, 8) or x.shape[-1] != layer.columns:
+        return None
+    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    from llmcourse import kernels  # imports Triton, which takes longer than all of this module
+
+    how = dict(group_size=layer.group_size, bits=layer.bits, bias=bias)
+    return kernels.product(x, layer.codes, layer.scale, layer.zero, **how)
 
 
 class CodebookLinear(_Linear, _OnTable):
@@ -319,7 +328,8 @@ class PackedHead(nn.Module):
         return self.source[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.source[0].dequantized().to(x.dtype))
+        y = _by_kernel(x, self.source[0])
+        return F.linear(x, self.source[0].dequantized().to(x.dtype)) if y is None else y
 
 
 def _raw_weight(module: nn.Module) -> Tensor | None:

@@ -117,6 +117,8 @@ def packed_layer(
         (576, 576, 64, "DEFAULT", "DEFAULT"),
         (576, 576, 64, "NO AVX", "NO AVX"),
         (576, 576, 64, "SVE256", "SVE256"),
+        (576, 576, 64, "CUDA 9.0", None),
+        (576, 576, 64, "cuda, or one that is too old", "too old"),
         (15, 64, 64, "AVX2", "15 outputs"),
         (17, 64, 64, "AVX2", "17 outputs"),
         (24, 64, 64, "AVX512", "24 outputs"),
@@ -688,3 +690,52 @@ def test_the_house_model_is_served_too():
     exact, got = logits(packed, ids), logits(quick, ids)
     assert (got - exact).pow(2).mean().sqrt() < 0.02 * exact.std()
     assert HERE is not None or "int4 kernel" in str(report)
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_the_product_on_a_gpu_is_within_the_rounding_of_bfloat16(bits, group):
+    first, second = (packed_layer(bits, n, 512, group).cuda() for n in (32, 24))
+    W = torch.cat([layer.dequantized().double() for layer in (first, second)])
+    kernel = Kernel([first, second], most=100)
+    for rows in (1, 5, 40):
+        x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows)).cuda().bfloat16()
+        want = x.double() @ W.T
+        off = (kernel.product(x).double() - want).norm() / want.norm()
+        assert off < 1e-2, (bits, group, rows, float(off))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_with_kernels_on_a_gpu(name):
+    packed = MODELS[name]().cuda()
+    quick, report = faster(packed, kernels="int4", most=10**6)
+    assert any(c.choice == "int4 kernel" for c in report.layers), report
+    ids = some_ids().cuda()
+    want, got = logits(packed, ids), logits(quick, ids)
+    assert float((got - want).abs().mean()) < 0.03 * float(want.std())
+    home = quick.cpu()  # the kernel's own copy stays on the GPU, and is not asked for an input of the CPU
+    torch.testing.assert_close(logits(home, ids.cpu()), want.cpu(), rtol=1e-3, atol=1e-4)
+    measured, report = faster(packed)
+    torch.testing.assert_close(logits(measured, ids), want, rtol=0.1, atol=0.1 * float(want.std()))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_recorded_step_with_kernels():
+    from llmcourse.graphs import GraphDecoder, graph_generate
+
+    quick, _ = faster(pack_up(gpt()).cuda(), kernels="int4")
+    prompts = [[5, 6, 7], [8, 9]]
+    plain, recorded = (GraphDecoder(quick, batch=2, capacity=40, recorder=r) for r in ("none", "graph"))
+    for _ in range(2):
+        want = graph_generate(plain, prompts, max_new_tokens=20, stop=[])
+        assert graph_generate(recorded, prompts, max_new_tokens=20, stop=[]) == want
