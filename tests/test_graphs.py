@@ -48,8 +48,11 @@ def compare(model, recorder="none", **how):
     return decoder
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("recorder", ["none", "tape"])
+# a tape repeats every operation from Python: on it, two shapes with all that differs in the cache
+@pytest.mark.parametrize(
+    ("shape", "recorder"),
+    [*((shape, "none") for shape in SHAPES), ("shared keys", "tape"), ("learned positions", "tape")],
+)
 def test_it_writes_what_generate_writes(shape, recorder):
     compare(model_of(**SHAPES[shape]), recorder)
 
