@@ -173,6 +173,24 @@ if triton is not None:
         tl.store(y_ptr + row * O + o, y.to(y_ptr.dtype.element_ty), mask=in_o)
 
 
+def _prepared(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, *, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[int, int]]:
+    """x as rows (M, I), room for y (M, O), and in the order of the kernels' arguments: codes, scales, zero points and
+    bias, and how far the next row of scales and of zero points is."""
+    require(triton is not None, "triton", "not installed", "the extra: pip install 'llmcourse[triton]'")
+    I, in_a_row = x.shape[-1], codes.shape[1] * 8 // one_of("bits", bits, (4, 8))
+    require(in_a_row == I, "columns of x", I, f"{in_a_row}, as many as codes in a row")
+    whole_groups = group_size % 32 == 0 and I % group_size == 0
+    require(whole_groups, "group_size", group_size, f"a multiple of 32 that divides the {I} columns")
+    rows = x.reshape(-1, I).contiguous()  # (…, I) -> (M, I)
+    y = torch.empty(len(rows), len(codes), dtype=x.dtype, device=x.device)
+    # a pointer that is never followed, where there is nothing
+    weights = tuple((codes if t is None else t).contiguous() for t in (codes, scale, zero, bias))
+    one = scale.shape[0] == 1
+    return rows, y, weights, (0 if one else scale.shape[1], 0 if one or zero is None else zero.shape[1])
+
+
 def w4a16(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, group_size: int, bias: Tensor | None = None
 ) -> Tensor:
@@ -184,28 +202,18 @@ def w4a16(
         BadInput: Triton is not installed, x and the codes differ in columns, or groups that a step of the kernel
             does not divide.
     """
-    require(triton is not None, "triton", "not installed", "the extra: pip install 'llmcourse[triton]'")
-    I, O = x.shape[-1], codes.shape[0]
-    require(2 * codes.shape[1] == I, "columns of x", I, f"{2 * codes.shape[1]}, as many as codes in a row")
-    whole_groups = group_size % 32 == 0 and I % group_size == 0
-    require(whole_groups, "group_size", group_size, f"a multiple of 32 that divides the {I} columns")
-    rows = x.reshape(-1, I).contiguous()  # (…, I) -> (M, I)
-    y = torch.empty(len(rows), O, dtype=x.dtype, device=x.device)
-    if len(rows) == 0:
+    rows, y, weights, steps = _prepared(x, codes, scale, zero, bias, bits=4, group_size=group_size)
+    (M, I), O = rows.shape, y.shape[1]
+    if M == 0:
         return y.view(*x.shape[:-1], O)
-    block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(len(rows))))  # tl.dot asks for 16
+    block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(M)))  # tl.dot asks for 16
     # a step's tiles lie in the shared memory of a GPU, where numbers of 32 bits take twice the room
     sizes = (128, 64, 32) if x.element_size() == 2 else (32,)
     block_i = next(size for size in sizes if group_size % size == 0)
-    one_row = scale.shape[0] == 1
     # fewer rows of W in a program where there would be too few programs to keep a GPU busy
     block_o = next(size for size in (64, 32, 16) if size == 16 or 256 * size <= O)
-    grid = (triton.cdiv(len(rows), block_m), triton.cdiv(O, block_o))
-    unused = codes  # a pointer that is never followed
-    _w4a16[grid](
-        rows, codes.contiguous(), scale.contiguous(), unused if zero is None else zero.contiguous(),
-        unused if bias is None else bias.contiguous(), y, len(rows), O, I,
-        0 if one_row else scale.shape[1], 0 if one_row or zero is None else zero.shape[1],
+    _w4a16[triton.cdiv(M, block_m), triton.cdiv(O, block_o)](
+        rows, *weights, y, M, O, I, *steps,
         GROUP=group_size, SYMMETRIC=zero is None, HAS_BIAS=bias is not None,
         BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip
@@ -226,25 +234,15 @@ def few_rows(
 
     Weights are not rounded to the format of x: products and sums are in float32.
     """  # fmt: skip
-    require(triton is not None, "triton", "not installed", "the extra: pip install 'llmcourse[triton]'")
-    I, O, per_byte = x.shape[-1], codes.shape[0], 8 // one_of("bits", bits, (4, 8))
-    require(
-        per_byte * codes.shape[1] == I, "columns of x", I, f"{per_byte * codes.shape[1]}, as many as codes in a row"
-    )
-    whole_groups = group_size % 32 == 0 and I % group_size == 0
-    require(whole_groups, "group_size", group_size, f"a multiple of 32 that divides the {I} columns")
-    rows = x.reshape(-1, I).contiguous()  # (…, I) -> (M, I)
-    y = torch.empty(len(rows), O, dtype=x.dtype, device=x.device)
-    if len(rows) == 0:
+    rows, y, weights, steps = _prepared(x, codes, scale, zero, bias, bits=bits, group_size=group_size)
+    (M, I), O = rows.shape, y.shape[1]
+    if M == 0:
         return y.view(*x.shape[:-1], O)
     block_o, piece_bytes, warps = plan(bits, O)
     piece = next(size for size in (128, 64, 32) if group_size % size == 0)
-    pieces = max(1, min(piece_bytes * per_byte // piece, triton.next_power_of_2(I // piece)))
-    one_row, unused = scale.shape[0] == 1, codes  # a pointer that is never followed
-    _few_rows[len(rows), triton.cdiv(O, block_o)](
-        rows, codes.contiguous(), scale.contiguous(), unused if zero is None else zero.contiguous(),
-        unused if bias is None else bias.contiguous(), y, O, I,
-        0 if one_row else scale.shape[1], 0 if one_row or zero is None else zero.shape[1],
+    pieces = max(1, min(piece_bytes * 8 // bits // piece, triton.next_power_of_2(I // piece)))
+    _few_rows[M, triton.cdiv(O, block_o)](
+        rows, *weights, y, O, I, *steps,
         BITS=bits, GROUP=group_size, SYMMETRIC=zero is None, HAS_BIAS=bias is not None,
         BLOCK_O=block_o, PIECES=pieces, PIECE=piece, num_warps=warps,
     )  # fmt: skip
