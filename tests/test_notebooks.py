@@ -1,10 +1,12 @@
 """Every chapter runs from top to bottom, alone, offline, on one thread, at the small scale, most on a small model.
 
-Some run on a device that is not there: a tensor that nobody has moved fails as it would on a GPU.
+Some run on a device that is not there: a tensor that nobody has moved fails as it would on a GPU. With
+LLMCOURSE_TEST_DEVICE=pretend all do that can.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,21 @@ from conftest import ROOT, clean_env
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # these read the real model; the others the house model, which is trained too and thirty times smaller
 REAL = {"02_data", "02b_tokenization", "05_evaluation", "15_deployment"}
-# these run on the device that is not there; the others are about the processor itself, or have not passed there yet
+# these always do
 MOVED = {"02b_tokenization", "03_attention", "04_model", "05c_accuracy", "05d_report", "index"}
+# these are about the processor itself, or about choosing a device, or run processes that know nothing of the device
+AT_HOME = {
+    "00_runtime",
+    "07_training",
+    "15_deployment",
+    "15b_export",
+    "15c_serving",
+    "15d_speculative",
+    "15e_structured",
+}
+AT_HOME |= {"15f_gpu", "16_distributed"}
+if os.environ.get("LLMCOURSE_TEST_DEVICE") == "pretend":
+    MOVED = {path.stem for path in NOTEBOOKS} - AT_HOME
 DEVICE = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import pretend_device; pretend_device.start()\n"
 
 
