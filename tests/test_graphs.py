@@ -61,6 +61,17 @@ def test_experts_work_where_nothing_is_recorded():
     compare(model_of(n_experts=4))
 
 
+def test_compiled_blocks_write_the_same_and_one_is_compiled_for_all():
+    model = model_of(n_kv_heads=2)
+    prompts = [[1, 2, 3], [4]]
+    want = generate(model, prompts, max_new_tokens=12, stop=[])
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    decoder = GraphDecoder(model, batch=2, capacity=24, compiled=True)
+    assert graph_generate(decoder, prompts, max_new_tokens=12, stop=[]) == want
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    assert not any("OptimizedModule" in type(m).__name__ for m in model.modules())  # the model itself is as it was
+
+
 def test_a_packed_model():
     model = model_of(d_ff=192)
     student, _ = compress(model, [RTN(bits=4, group_size=32), EmbeddingRTN()], None, Runtime.auto("cpu", "float32"))
