@@ -299,8 +299,8 @@ matrix products in {recipe.dtype}, weights in float32.
 |---|---|---|
 {rows}
 
-{recipe.name} has {interval(ratio.value, ratio.low, ratio.high, 3)} times the perplexity of the {floor}, on the same \
-tokens. Protocol:
+{recipe.name} has {ratio.value:.3f} times the perplexity of the {floor}, on the same tokens \
+({ratio.ends(".3f")}). Protocol:
 
 ```
 {own.protocol}

@@ -454,8 +454,14 @@ def sweep(
     fresh = not out.exists() or not any(out.iterdir())
     ours = fresh or storage is not None or journal.exists()
     require(ours, "out", str(out), "a folder of an earlier run of this recipe, or an empty one")
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    study = open_study(storage or journal, recipe.name, marks, pruner=recipe.pruner)
+    try:
+        study = open_study(storage or journal, recipe.name, marks, pruner=recipe.pruner)
+    except BadInput:
+        if new and not any(out.iterdir()):  # a refusal leaves nothing
+            out.rmdir()
+        raise
     data = _tokens(out, base, texts, _digest([marks["data"], dataclasses.asdict(base), marks["code"]]), settings)
     log = RunLog(out / "runs.jsonl")
     objective = _objective(recipe, base, data, settings, out, log)

@@ -310,6 +310,15 @@ def test_the_recipe_that_comes_with_the_course(settings):
     assert recipe.trials > 1 and base.name
 
 
+def test_a_refused_storage_leaves_no_folder(tmp_path, settings, tiny):
+    (tmp_path / "mine").mkdir()
+    for out in ("new", "mine"):
+        with pytest.raises(BadInput, match="nosuchdatabase"):
+            sweep(tiny, tmp_path / out, settings=settings, storage="nosuchdatabase://host/x")
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "mine").is_dir()  # a folder that was there stays
+
+
 def test_a_sweep_from_start_to_log(tmp_path, settings, tiny):
     path, told = tiny, []
     sweep(path, tmp_path / "out", settings=settings, say=told.append)
