@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # these read the real model; the others the house model, which is trained too and thirty times smaller
 REAL = {"02_data", "02b_tokenization", "05_evaluation", "15_deployment"}
 # these always do
-MOVED = {"02b_tokenization", "03_attention", "04_model", "05c_accuracy", "05d_report", "index"}
+MOVED = {"05c_accuracy", "05d_report"}
 # these are about the processor itself, or about choosing a device, or run processes that know nothing of the device
 AT_HOME = {
     "00_runtime",

@@ -6,11 +6,12 @@ import math
 import platform
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 
 from llmcourse import runtime
-from llmcourse.runtime import Runtime, Timing
+from llmcourse.runtime import Runtime, Timing, compare, level_of_rounds, median_ratio
 from llmcourse.settings import BadInput, load_settings
 
 CPU = Runtime(device=torch.device("cpu"), dtype=torch.float32)
@@ -112,3 +113,25 @@ def test_where_a_model_is():
     assert runtime.device_of(buffers) == torch.device("meta")
     for model in (torch.nn.ReLU(), lambda ids: ids, None):
         assert runtime.device_of(model) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 20])
+def test_an_interval_of_times_holds_as_often_as_it_says(n):
+    dice = np.random.default_rng(n)
+    noises = (
+        lambda: np.exp(0.2 * dice.standard_normal(n)),
+        lambda: 1 + 0.02 * dice.random(n) + 0.3 * (dice.random(n) < 0.15),
+    )
+    for noise in noises:
+        trials = [median_ratio(noise(), noise(), dice.integers(n, size=(400, n))) for _ in range(800)]
+        held = sum(low <= 1 <= high for _, low, high in trials) / len(trials)
+        assert abs(held - level_of_rounds(n)) < 0.04, (n, held)
+
+
+def test_a_comparison_says_its_level():
+    rt = Runtime.auto("cpu", "float32")
+    for n, level in ((3, "74%"), (5, "95%")):
+        found = compare({"a": lambda: None, "b": lambda: None}, rt, repeats=n)["b"]
+        assert found.timing.n == n and f"({level} interval" in str(found)
+    with pytest.raises(BadInput, match="n is 0"):
+        level_of_rounds(0)
