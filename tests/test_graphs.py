@@ -7,6 +7,7 @@ import torch
 
 from llmcourse.compression import compress
 from llmcourse.graphs import GraphDecoder, Tape, graph_generate
+from llmcourse.launch import has_compiler
 from llmcourse.model import GPT, GPTConfig, KVCache, generate
 from llmcourse.packed import pack_model
 from llmcourse.quantization import RTN, EmbeddingRTN
@@ -61,6 +62,8 @@ def test_experts_work_where_nothing_is_recorded():
     compare(model_of(n_experts=4))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="torch.compile finds no compiler")
 def test_compiled_blocks_write_the_same_and_one_is_compiled_for_all():
     model = model_of(n_kv_heads=2)
     prompts = [[1, 2, 3], [4]]
