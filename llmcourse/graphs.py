@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .model import GPT, KVCache, left_pad
+from .model import GPT, KVCache, _prompts
 from .runtime import device_of, evaluating
 from .settings import one_of, require, whole
 
@@ -260,12 +260,8 @@ def checked_prompts(
     wrong."""
     d = decoder
     require(len(prompts) == d.batch, "prompts", len(prompts), f"{d.batch}, as many as batch")
-    ids, real = left_pad(list(prompts))
-    T, V = ids.shape[1], d.model.config.vocab_size
+    ids, real = _prompts(d.model, prompts, n)  # as `generate` asks for them
+    T = ids.shape[1]
     room = f"at most {d.capacity - T}: capacity is {d.capacity}, and the longest prompt has {T}"
     require(T + n <= d.capacity, "max_new_tokens", n, room)
-    low, high = int(ids.min()), int(ids.max())
-    inside = not ids.is_floating_point() and low >= 0 and high < V
-    require(inside, "prompts", f"tokens from {low} to {high}", f"0 to {V - 1}, the vocabulary")
-    device = d.token.device
-    return ids.to(device), None if real is None else real.to(device)
+    return ids, real
