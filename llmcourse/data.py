@@ -6,6 +6,7 @@ __all__ = ['SPLITS', 'ModelCard', 'LoadedModel', 'load_model', 'document_hash', 
            'Window', 'windows']
 
 # %% ../nbs/02_data.ipynb #02da0003
+import functools
 import hashlib
 import re
 import unicodedata
@@ -25,7 +26,7 @@ from llmcourse.modelfolder import (
     locate_model,
     on_disk,
 )
-from .readers import DATA, read_documents
+from .readers import DATA, data_source, read_documents
 from .runtime import Runtime
 from .settings import BadInput, Settings, load_settings, one_of, require, whole
 from .store import CATALOG
@@ -141,6 +142,23 @@ def words_of(text: str, *, symbols: bool = True) -> list[str]:
     return regex.findall(r"[\p{L}\p{M}\p{N}_]+" + symbol, text)
 
 # %% ../nbs/02_data.ipynb #02da000b
+def _in_parts(documents: Iterable[dict]) -> list[dict]:
+    """Each document with text once, with the name of its part, in the order of `load_records`."""
+    kept = {}
+    for record in documents:
+        text = record["text"]
+        says = hashlib.sha256(" ".join(words_of(text) or [text.strip()]).encode()).digest()
+        if text.strip() and says not in kept:
+            order = hashlib.sha256(text.encode()).digest()
+            kept[says] = order, record | {"split": split_of(text)}
+    return [record for _, record in sorted(kept.values(), key=lambda pair: pair[0])]
+
+
+@functools.lru_cache(maxsize=8)  # a few seconds each; their files are the same, or are refused
+def _of_catalog(name: str, folder: Path) -> list[dict]:
+    return _in_parts(DATA[name][1](folder))
+
+
 def load_records(
     name: str | Path, split: str | None = None, *, settings: Settings | None = None
 ) -> list[dict]:
@@ -159,19 +177,14 @@ def load_records(
     """
     settings = settings or load_settings()
     require(split is None or split in SPLITS, "split", split, ", ".join(SPLITS))
-    seen, chosen = set(), []
-    for record in read_documents(name, settings=settings):
-        text = record["text"]
-        says = hashlib.sha256(" ".join(words_of(text) or [text.strip()]).encode()).digest()
-        if not text.strip() or says in seen:
-            continue
-        seen.add(says)
-        record["split"] = split_of(text)
-        if split in (None, record["split"]):
-            chosen.append((hashlib.sha256(text.encode()).digest(), record))
+    if (name := str(name)) in DATA:
+        records = _of_catalog(name, data_source(name, settings=settings))
+    else:
+        records = _in_parts(read_documents(name))
+    chosen = [dict(record) for record in records if split in (None, record["split"])]
     part = f" in the part {split}" if split else ""
-    require(bool(chosen), "data", str(name), f"documents with text{part}")
-    return [record for _, record in sorted(chosen, key=lambda pair: pair[0])]
+    require(bool(chosen), "data", name, f"documents with text{part}")
+    return chosen
 
 # %% ../nbs/02_data.ipynb #02da000c
 def load_data(name: str | Path, split: str | None = None, *, settings: Settings | None = None):

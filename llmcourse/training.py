@@ -773,7 +773,9 @@ def training_mode(run: Run) -> Iterator[None]:
             m.training = mode
         for group, peak in zip(run.optimizer.param_groups, run.peaks):
             group["lr"] = peak
-        run.accelerator.free_memory()
+        # one process: what the run held goes with the last reference, without a search of all garbage
+        if run.accelerator.distributed_type != "NO":
+            run.accelerator.free_memory()
 
 # %% ../nbs/07_training.ipynb #c7737f55
 def train(

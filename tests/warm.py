@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -47,6 +48,7 @@ def _server():
 
 def _become(arguments: list[str], env: dict[str, str], cwd: str, out: str, err: str) -> None:
     """In the child: `python ARGUMENTS`, until the process ends."""
+    gc.freeze()  # the libraries are no garbage: without this each collection looks through them again
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf8", closefd=False) for n in (1, 2))

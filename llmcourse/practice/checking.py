@@ -143,6 +143,12 @@ def _in_part(sentence: str, cases: str) -> str:
     return f"In {cases} your answer gives what the code as it was gives. About that code: {about}"
 
 
+def failed_by(ex: Exercise, wrong: str) -> frozenset[int]:
+    """The cases that a named wrong answer fails."""
+    compared = enumerate(zip(ex.expected(), ex.given_by(wrong), ex.all_cases()))
+    return ex.once(f"failed by {wrong}", lambda: frozenset(i for i, each in compared if compare(*each)))
+
+
 def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str, list[int]]:
     """The wrong answer that explains the outcomes best, and which of the failing cases it explains; `("", [])` if none.
 
@@ -152,7 +158,7 @@ def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str
     and the wrong answer does not are no contradiction where it gives a wrong result of the learner's: whoever makes one
     mistake may still have checked the arguments. Of several that explain as much, the one with fewer of them is said.
     """
-    cases, expected = ex.all_cases(), ex.expected()
+    cases = ex.all_cases()
     asked = frozenset(name for c in cases for name in c.error)
     passed = [i for i in range(len(outcomes)) if i not in failing]
     best, best_score, best_explained = "", (0.0, 0), []
@@ -161,7 +167,7 @@ def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str
         same = [likeness(given[i], outcome, cases[i], asked) for i, outcome in enumerate(outcomes)]
         ran = [i for i in failing if i < len(outcomes)]
         explained = sum(same[i] for i in ran)
-        against = [i for i in passed if same[i] < 1 and compare(expected[i], given[i], cases[i])]
+        against = [i for i in passed if same[i] < 1 and i in failed_by(ex, name)]
         unchecked = [i for i in against if cases[i].error] if any(same[i] for i in ran if not cases[i].error) else []
         score = (explained - len(against) + len(unchecked), -len(unchecked))
         if explained * 2 >= len(ran) and score > best_score and score[0] > 0:
@@ -183,7 +189,7 @@ def kill_matrix(ex: Exercise) -> tuple[list[dict], list[str]]:
     for name in ex.wrong_answers:
         outcomes = ex.given_by(name)
         result = judge(ex, outcomes)
-        killed = [c.name for c, w, g in zip(cases, ex.expected(), outcomes) if compare(w, g, c)]
+        killed = [cases[i].name for i in sorted(failed_by(ex, name))]
         rows.append({"exercise": ex.id, "wrong_answer": name, "killed_by": killed, "sentence_of": result.wrong_answer})
         if result.passed:
             problems.append(f"{ex.id}: the wrong answer {name} passes.")

@@ -175,16 +175,17 @@ class Exercise:
 
     # What the solution and the wrong answers give is worked out once and kept: the cases are deterministic.
 
+    def once(self, what: str, make: Callable[[], Any]) -> Any:
+        if what not in self._known:
+            self._known[what] = make()
+        return self._known[what]
+
     def all_cases(self) -> list[Case]:
-        if "cases" not in self._known:
-            made = list(self.make_cases()) if self.make_cases else [_THE_VALUE]
-            self._known["cases"] = [replace(c, names=_argument_names(self, c)) for c in made]
-        return self._known["cases"]
+        made = lambda: list(self.make_cases()) if self.make_cases else [_THE_VALUE]
+        return self.once("cases", lambda: [replace(c, names=_argument_names(self, c)) for c in made()])
 
     def expected(self) -> list[dict]:
-        if "solution" not in self._known:
-            self._known["solution"] = [outcome_of(self.solution, c) for c in self.all_cases()]
-        return self._known["solution"]
+        return self.once("solution", lambda: [outcome_of(self.solution, c) for c in self.all_cases()])
 
     def broken(self) -> str:
         """Why the solution itself cannot be run in this process, where something is not as it should be; else empty."""
@@ -196,9 +197,8 @@ class Exercise:
         return ""
 
     def given_by(self, wrong: str) -> list[dict]:
-        if wrong not in self._known:
-            self._known[wrong] = [outcome_of(self.wrong_answers[wrong][1], c) for c in self.all_cases()]
-        return self._known[wrong]
+        answer = self.wrong_answers[wrong][1]
+        return self.once(wrong, lambda: [outcome_of(answer, c) for c in self.all_cases()])
 
 
 def _argument_names(ex: Exercise, c: Case) -> tuple[str, ...]:

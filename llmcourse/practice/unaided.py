@@ -51,7 +51,8 @@ def _is_ours(module: Any) -> bool:
 
 def _loaded() -> tuple[str, ...]:
     """The modules of the chapters that are loaded now. Asked for every call of an answer: most names are others."""
-    return tuple(sorted(m for m in list(sys.modules) if _is_ours(m)))
+    course = [m for m in list(sys.modules) if isinstance(m, str) and m.startswith("llmcourse.")]
+    return tuple(sorted(m for m in course if _is_ours(m)))
 
 
 @functools.cache
@@ -89,11 +90,11 @@ def unaided(answer: Callable, *args: Any, chapter: str, torch_functions: Sequenc
             return func(*args, **(kwargs or {}))
 
     importlib.import_module(f"llmcourse.{chapter}")
-    was: list[tuple[FunctionType, CodeType]] = []
+    refused = _functions(_loaded())
+    was = [(f, f.__code__) for f, _ in refused]
     _refusals.clear()
     try:
-        for f, refusing in _functions(_loaded()):
-            was.append((f, f.__code__))
+        for f, refusing in refused:
             f.__code__ = refusing
         with Watch():
             return answer(*args, **kwargs)
@@ -101,9 +102,9 @@ def unaided(answer: Callable, *args: Any, chapter: str, torch_functions: Sequenc
         stops: list[type[BaseException]] = []
         while was:  # whatever rings here: a learner's kernel goes on with the chapters as they were
             try:
-                while was:
-                    was[-1][0].__code__ = was[-1][1]
-                    was.pop()
+                for f, code in was:
+                    f.__code__ = code
+                was = []
             except (TimeLimit, KeyboardInterrupt) as e:
                 stops.append(type(e))
         if KeyboardInterrupt in stops:
