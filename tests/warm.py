@@ -27,7 +27,7 @@ from unittest import mock
 # only what chapters and commands import anyway; nothing of the course, so that its own imports are tested
 LIBRARIES = ["torch", "torch._dynamo", "torch.distributed.nn", "accelerate", "datasets", "scipy.stats"]
 LIBRARIES += ["transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto"]
-LIBRARIES += ["transformers.generation.utils", "matplotlib.pyplot", "IPython", "nbdev.test"]
+LIBRARIES += ["compressed_tensors", "transformers.generation.utils", "matplotlib.pyplot", "IPython", "nbdev.test"]
 NO_NETWORK = Path(__file__).with_name("no_network")
 # what the libraries read when they are imported
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
