@@ -48,20 +48,14 @@ def token_stream(train=None, val=None):
     return TokenData(train=train, val=val, test=val, calib=val, bytes={}, name="made", tokenizer="none", separator=0)
 
 
-def run(job, *, processes=1, check=True, torchrun=False):
+def run(job, *, processes=1, check=True):
     """The job's answer from a process of its own, or from several that share its batches."""
-    env = clean_env(PYTHONPATH=str(ROOT))
-    if torchrun:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, *launcher, str(WORKER), json.dumps(job)]
-        found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    else:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [together | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)] if processes > 1 else [{}]
-        found = warm.run([WORKER, json.dumps(job)], env=env, copies=ranks)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [together | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)] if processes > 1 else [{}]
+    found = warm.run([WORKER, json.dumps(job)], env=clean_env(PYTHONPATH=str(ROOT)), copies=ranks)
     if check:
         assert found.returncode == 0, found.stderr[-3000:]
         return json.loads(found.stdout.strip().splitlines()[-1])
@@ -563,22 +557,43 @@ except OSError as e:
 # ------------------------------------------------------------------------------------------ several processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("extra", "torchrun"),
-    [({}, True), ({"uneven": True, "config": SHORT | {"micro_batch": 3, "batch_size": 7, "eval_every": 6}}, False)],
-)
-def test_two_processes_are_one(tmp_path, extra, torchrun):
-    """Data parallel over gloo: the same global batch, unequal shares and target counts."""
-    job = {"config": SHORT} | extra
-    one = run(job | {"weights": str(tmp_path / "one.pt")})
-    two = run(job | {"weights": str(tmp_path / "two.pt")}, processes=2, torchrun=torchrun)
+def same_as_one(one, two, tmp_path):
+    """The answers of a process and of two that did its work together, and the weights that they have written."""
     assert (one["world_size"], two["world_size"]) == (1, 2)
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.tensor(two["val"]), torch.tensor(one["val"]), rtol=1e-5, atol=1e-5)
     a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
     for name in a:  # Adam divides by the root of tiny squares: rounding shows in a few weights
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    """Data parallel over gloo: the same global batch, unequal shares and target counts."""
+    job = {"uneven": True, "config": SHORT | {"micro_batch": 3, "batch_size": 7, "eval_every": 6}}
+    one = run(job | {"weights": str(tmp_path / "one.pt")})
+    two = run(job | {"weights": str(tmp_path / "two.pt")}, processes=2)
+    same_as_one(one, two, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_launchers_whose_worker_dies_end_as_one_process(tmp_path):
+    """`torchrun` twice over loopback, as on two machines: a worker is killed, all start again, the job goes on."""
+    config = SHORT | {"save_every": 4}
+    one = run({"config": config, "weights": str(tmp_path / "one.pt")})
+    job = {"config": config, "out": str(tmp_path / "out"), "weights": str(tmp_path / "two.pt"), "dies_at": 7}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    where += ["--local-addr", "127.0.0.1", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3"]
+    command = ["-m", "torch.distributed.run", *where, WORKER, json.dumps(job)]
+    env = clean_env(PYTHONPATH=str(ROOT), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # else the new processes may wait
+    found = warm.run(command, env=env, copies=[{}, {}], timeout=240)
+    assert found.returncode == 0, found.stderr[-3000:]
+    two = json.loads(found.stdout.strip().splitlines()[-1])
+    assert two["resumed"] == [4]  # the checkpoint before the step in which it died
+    same_as_one(one, two, tmp_path)
 
 
 @pytest.mark.slow
