@@ -23,6 +23,7 @@ LOCAL = {
     "11_compression": {"X", "Delta"},  # a change of weights, as in the table, but not bold
     "12_pruning": {"U"},  # the Cholesky factor, as in quantization
     "14_quantization": {"U", "Delta"},
+    "16b_federated": {"Phi"},  # the normal distribution function
 }
 
 
