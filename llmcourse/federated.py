@@ -190,7 +190,8 @@ def federated(
     watch: Callable[[int, Tensor, Tensor], Any] | None = None,
 ) -> Tensor:
     """Federated averaging (McMahan et al., 2017), FedProx (Li et al., 2020), SCAFFOLD
-    (Karimireddy et al., 2020, option II of algorithm 1, a server's step of 1).
+    (Karimireddy et al., 2020, option II of algorithm 1, a server's step of 1, and clients that
+    count by their examples).
 
     Args:
         losses: as in `local_sgd`.
@@ -468,7 +469,7 @@ def compressed_sgd(
             watch(step, theta, senders[0].bytes)
     return theta, senders[0].bytes
 
-# %% ../nbs/16b_federated.ipynb #fd000053
+# %% ../nbs/16b_federated.ipynb #fd000054
 MODULUS = 2**32
 
 
@@ -506,7 +507,7 @@ class FixedPoint:
         signed = (total + 2**31) % MODULUS - 2**31
         return signed.double() / 2**self.fraction
 
-# %% ../nbs/16b_federated.ipynb #fd000054
+# %% ../nbs/16b_federated.ipynb #fd000055
 def pair_mask(seed: int, n: int) -> Tensor:
     """n numbers, uniform from 0 to 2³² - 1, from a shared seed.
 
@@ -543,7 +544,7 @@ def without(total: Tensor, gone: int, seeds: Mapping[tuple[int, int], int]) -> T
         total = (total + mask if gone == pair[0] else total - mask) % MODULUS
     return total
 
-# %% ../nbs/16b_federated.ipynb #fd000060
+# %% ../nbs/16b_federated.ipynb #fd000061
 def clipped(rows: Tensor, clip: float) -> Tensor:
     """Rows (b, N), each shortened to a length of `clip` where it is longer."""
     number("clip", clip, above=0)
@@ -570,7 +571,7 @@ def example_gradients(losses: Callable, theta: Tensor, x: Tensor, y: Tensor) -> 
     own = theta.detach().expand(len(x), -1).clone().requires_grad_()
     return torch.autograd.grad(losses(own, x[:, None], y[:, None]).sum(), own)[0]
 
-# %% ../nbs/16b_federated.ipynb #fd000063
+# %% ../nbs/16b_federated.ipynb #fd000064
 ORDERS = tuple(range(2, 257))
 
 
@@ -626,7 +627,7 @@ def noise_for(target: float, *, steps: int, delta: float, q: float = 1.0) -> flo
         low, high = (low, middle) if epsilon(middle, **how) <= target else (middle, high)
     return high
 
-# %% ../nbs/16b_federated.ipynb #fd000065
+# %% ../nbs/16b_federated.ipynb #fd000066
 def gaussian_delta(eps: float, noise: float) -> float:
     """The exact δ of the Gaussian mechanism at ε, sensitivity 1 (Balle and Wang, 2018, theorem 8)."""
     number("eps", eps, 0)
@@ -651,7 +652,7 @@ def gaussian_epsilon(noise: float, *, delta: float, steps: int = 1) -> float:
         low, high = (low, middle) if gaussian_delta(middle, one) <= delta else (middle, high)
     return high
 
-# %% ../nbs/16b_federated.ipynb #fd000068
+# %% ../nbs/16b_federated.ipynb #fd000069
 def private_sgd(
     losses: Callable, theta: Tensor, x: Tensor, y: Tensor, *, steps: int, lr: float, q: float,
     clip: float | None, noise: float = 0.0, seed: int = 0,
