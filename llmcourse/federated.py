@@ -58,7 +58,7 @@ class Layers:
         return x
 
     def losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of each example in nats: theta (…, N), x (…, B, inputs), y (…, B) → (…, B)."""
+        """Cross-entropy in nats: theta (…, N), x (…, B, inputs), y (…, B) → (…, B)."""
         flat = self.logits(theta, x).flatten(0, -2)  # (all examples, outputs)
         return F.cross_entropy(flat, y.flatten(), reduction="none").view(y.shape)
 
@@ -629,7 +629,7 @@ def noise_for(target: float, *, steps: int, delta: float, q: float = 1.0) -> flo
 
 # %% ../nbs/16b_federated.ipynb #fd000066
 def gaussian_delta(eps: float, noise: float) -> float:
-    """The exact δ of the Gaussian mechanism at ε, sensitivity 1 (Balle and Wang, 2018, theorem 8)."""
+    """Exact δ of the Gaussian mechanism at ε, sensitivity 1; Balle and Wang (2018), theorem 8."""
     number("eps", eps, 0)
     number("noise", noise, above=0)
     tail = lambda z: math.erfc(z / math.sqrt(2)) / 2  # probability above z
