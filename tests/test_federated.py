@@ -388,6 +388,21 @@ class TestPrivacy:
         low = np.clip(p1 - math.exp(eps / 3) * p0, 0, None).sum() * width
         assert low > delta  # a third of it would be an untrue promise
 
+    @pytest.mark.parametrize(
+        ("q", "noise", "steps", "delta", "theirs", "tighter"),
+        [
+            (0.1, 0.838, 60, 1e-4, 7.994619794396784, 6.613261400346454),
+            (0.1, 2.994, 60, 1e-4, 0.9995595830530384, 0.882655835375151),
+            (0.01, 1.1, 1000, 1e-5, 1.7252908180449444, 1.5153702482034066),
+            (1.0, 4.0, 10, 1e-5, 3.6278518728252274, 3.3414094718592047),
+        ],
+    )
+    def test_another_accountant_comes_to_the_same(self, q, noise, steps, delta, theirs, tighter):
+        """dp-accounting 0.6.0: `RdpAccountant` with orders 2 to 256; `PLDAccountant`, which is nearly exact."""
+        found = fd.epsilon(noise, steps=steps, delta=delta, q=q)
+        assert found == pytest.approx(theirs, rel=1e-10)
+        assert tighter < found < 1.25 * tighter
+
     def test_more_noise_fewer_steps_and_a_smaller_share_are_more_private(self):
         base = fd.epsilon(1.0, steps=100, delta=1e-5, q=0.05)
         assert fd.epsilon(1.5, steps=100, delta=1e-5, q=0.05) < base
