@@ -773,7 +773,7 @@ def training_mode(run: Run) -> Iterator[None]:
             m.training = mode
         for group, peak in zip(run.optimizer.param_groups, run.peaks):
             group["lr"] = peak
-        # one process: what the run held goes with the last reference, without a search of all garbage
+        # one process: what the run held goes with its last reference, without a search for garbage
         if run.accelerator.distributed_type != "NO":
             run.accelerator.free_memory()
 
