@@ -29,14 +29,19 @@ LINK = {"latency": 1e-5, "bandwidth": 1e10}
 few = hypothesis_settings(max_examples=40, deadline=None)
 
 
-def processes(n: int, *jobs: str, check: bool = True, timeout: float = 240):
-    """What each of n processes has found, in the order of their ranks."""
+def together(n: int, *command: str | Path, timeout: float = 240):
+    """A command in n processes that know of each other, to the end of all."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    together = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [together | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(n)]
-    found = warm.run([WORKER, *jobs], env=clean_env(PYTHONPATH=str(ROOT)), copies=ranks, timeout=timeout)
+    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(n)]
+    return warm.run(command, env=clean_env(PYTHONPATH=str(ROOT)), copies=ranks, timeout=timeout)
+
+
+def processes(n: int, *jobs: str, check: bool = True, timeout: float = 240):
+    """What each of n processes has found, in the order of their ranks."""
+    found = together(n, WORKER, *jobs, timeout=timeout)
     if not check:
         return found
     assert found.returncode == 0, found.stderr[-3000:]
@@ -479,3 +484,20 @@ def test_matrices_that_are_not_plain_are_not_cut():
     layer.up = nn.Linear(4, 4)  # with a bias, which every worker would add
     with pytest.raises(BadInput, match="without bias"):
         ds.cut_layer(layer, 0, 2)
+
+
+# ------------------------------------------------------------------------------------------ the benchmark
+
+
+@pytest.mark.slow
+def test_quick_benchmark(tmp_path):
+    out = tmp_path / "found.json"
+    done = together(2, ROOT / "benchmarks" / "distributed.py", "--quick", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text(encoding="utf8"))
+    seconds, ratios = found["seconds_per_step"].values(), found["ratios"].values()
+    assert found["quick"] and found["processes"] == 2 and all(len(s) == 2 for s in seconds)
+    assert all(low <= middle <= high for middle, low, high in ratios)
+    one, bare, _, ours = (sum(s) / 2 for s in seconds)  # two rounds: the median is the mean
+    efficiency, speed, _ = (middle for middle, _, _ in ratios)
+    assert efficiency == pytest.approx(one / bare / 2) and speed == pytest.approx(bare / ours)
