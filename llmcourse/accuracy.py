@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'NORMS', 'Item', 'description_items', 'Pair', 'encode_pair', 'Likelihood', 'loglikelihood',
-           'token_loglikelihood', 'wilson_interval', 'ChoiceProtocol', 'Accuracy', 'Scored', 'accuracy', 'check_items',
-           'prompt', 'score_choices', 'multiple_choice', 'mcnemar', 'coin_test', 'permutation_test', 'paired_interval',
+           'token_loglikelihood', 'ChoiceProtocol', 'Accuracy', 'Scored', 'accuracy', 'check_items', 'prompt',
+           'score_choices', 'multiple_choice', 'mcnemar', 'coin_test', 'permutation_test', 'paired_interval',
            'Compared', 'compare_accuracy', 'items_needed', 'documents_needed', 'Reliability', 'reliability',
            'CalibrationTest', 'calibration_test', 'brier', 'fit_temperature', 'OrderTest', 'order_test']
 
@@ -28,7 +28,7 @@ from .evaluation import sees_later
 from .modelfolder import positions_of
 from .runtime import Runtime, device_of, evaluating, progress
 from .settings import number, one_of, require, whole
-from .verdicts import Difference, verdicts
+from .verdicts import Difference, verdicts, wilson_interval
 
 # %% ../nbs/05c_accuracy.ipynb #ac000006
 @dataclass(frozen=True, kw_only=True)
@@ -278,16 +278,6 @@ def _has_cache(model: Any) -> bool:
 # %% ../nbs/05c_accuracy.ipynb #ac000026
 FEWEST = 20
 """items below which no interval is given: it would span most of what is possible"""
-
-
-def wilson_interval(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (1927) for a share of `hits` in `n`."""
-    n, level = whole("n", n, 1), number("level", level, above=0, below=1)
-    p, z = whole("hits", hits, 0, n) / n, NormalDist().inv_cdf((1 + level) / 2)
-    middle = p + z**2 / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-    return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 # %% ../nbs/05c_accuracy.ipynb #ac000031
 NORMS = ("none", "characters", "bytes", "unconditional")

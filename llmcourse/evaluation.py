@@ -21,7 +21,7 @@ from .data import TokenData, Window, windows
 from .modelfolder import positions_of
 from .runtime import Runtime, device_of, evaluating, progress
 from .settings import number, require, whole
-from .verdicts import held_level
+from .verdicts import held_level, told_ends
 
 # %% ../nbs/05_evaluation.ipynb #1d684027
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -357,7 +357,11 @@ class Perplexity:
         x, block = np.asarray(values, dtype=np.float64), self.protocol.block
         edges = np.arange(0, len(x), block) if block else np.cumsum([0, *self.documents])[:-1]
         moves = np.add.reduceat(x, edges) - x.mean() * np.diff([*edges, len(x)])  # (units,)
-        return held_level(moves, self.protocol.level)
+        return held_level(moves, self.protocol.level, neighbors=block is not None)
+
+    def ends(self, form: str = ".2f") -> str:
+        """The interval and its level in words, or why there is none."""
+        return told_ends(self.low, self.high, self.held, form)
 
     def __str__(self) -> str:
         held, bits = self.held, self.bits_per_byte
@@ -502,9 +506,7 @@ class Ratio(_Ends):
         """The interval and its level in words, or why there is none."""
         if self.low == self.high:
             return "in every replicate"
-        if self.level is None:
-            return "no interval: few or skewed units"
-        return f"{self.low:{form}} to {self.high:{form}}, {100 * self.level:.3g} %"
+        return told_ends(self.low, self.high, self.level, form)
 
     def __str__(self) -> str:
         return f"{self.value:.4f}× ({self.ends()})"

@@ -288,20 +288,43 @@ class Plan:
     smallest: float
     """the smallest difference of the outcome that would change what you do"""
     level: float = 0.95
+    spread: float | None = None
+    """standard deviation of a difference within a seed, from runs before this plan; None: unknown"""
 
     def __post_init__(self):
         number("smallest", self.smallest, above=0)
         number("level", self.level, above=0, below=1)
         differ = len(set(self.seeds)) == len(self.seeds) >= 2
         require(differ, "seeds", self.seeds, "at least two seeds, all different")
+        if self.spread is not None:
+            number("spread", self.spread, above=0)
+
+    @property
+    def power(self) -> float | None:
+        """Probability that paired seeds show the smallest difference; None without a spread."""
+        if self.spread is None:
+            return None
+        return power(self.smallest, self.spread, len(self.seeds), level=self.level)
+
+    @property
+    def needed(self) -> int | None:
+        """Seeds for a power of 0.8; None without a spread."""
+        if self.spread is None:
+            return None
+        return sample_size(self.smallest, self.spread, level=self.level)
 
     @property
     def digest(self) -> str:
-        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        text = json.dumps(self._said(), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def _said(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def __str__(self) -> str:
-        rows = [f"{name:<10}{value}" for name, value in asdict(self).items()]
+        rows = [f"{name:<10}{value}" for name, value in self._said().items()]
+        if self.spread is not None:
+            rows.append(f"{'power':<10}{self.power:.2f} for the smallest; {self.needed} seeds: 0.8")
         return "\n".join([*rows, f"{'digest':<10}{self.digest}"])
 
 

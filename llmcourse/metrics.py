@@ -540,9 +540,10 @@ def compare_scores(
 ) -> Difference:
     """Score of `b` less that of `a` on the same items: paired bootstrap, and a p-value.
 
-    The interval is that of the paired bootstrap (Koehn, 2004), the p-value that of approximate
-    randomization with `n_boot` draws (Riezler and Maxwell, 2005). Several comparisons at a time:
-    give them to `llmcourse.verdicts.verdicts`.
+    The interval is that of the paired bootstrap (Koehn, 2004), its level is what can be kept of
+    `level` (`score_level`, of the difference), and the p-value that of approximate randomization
+    with `n_boot` draws (Riezler and Maxwell, 2005). Several comparisons at a time: give them to
+    `llmcourse.verdicts.verdicts`.
 
     Raises:
         BadInput: scores with other signatures, of other numbers of items, or of too few.
@@ -561,7 +562,10 @@ def compare_scores(
         swapped = rng.integers(2, size=len(change)) @ change  # (k,): what changes places
         other = a.formula((total_b - swapped).tolist()) - a.formula((total_a + swapped).tolist())
         at_least += abs(other) >= abs(difference) - 1e-9
-    return Difference(difference, float(low), float(high), (1 + at_least) / (1 + n_boot))
+    without = [b.formula((total_b - y).tolist()) - a.formula((total_a - x).tolist())
+               for x, y in zip(a.sums, b.sums)]  # one item less
+    held, p = held_level(without, level), (1 + at_least) / (1 + n_boot)
+    return Difference(difference, float(low), float(high), p, held)
 
 
 def _check_items(score: CorpusScore) -> None:

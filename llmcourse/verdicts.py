@@ -1,6 +1,8 @@
-"""Words for differences between means of few runs: Student's intervals, and corrections for looking many times.
+"""Words for differences between means of few runs: intervals, how often they hold, and corrections for many looks.
 
-Hand-written. The chapter `nbs/06_optimizers.ipynb` tells why a word for one row has to know how many rows there are.
+Hand-written. The chapter `nbs/06_optimizers.ipynb` tells why a word for one row has to know how many rows there are,
+`nbs/05_evaluation.ipynb` why an interval has to know how many units carry it, and `nbs/10_experiments.ipynb` what
+Student's interval takes for granted.
 """
 
 from __future__ import annotations
@@ -13,12 +15,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmcourse.settings import number, one_of, require
+from llmcourse.settings import number, one_of, require, whole
 
 __all__ = [
     "CARRYING", "CORRECTIONS", "TOO_SKEWED", "UNSEEN", "Difference", "benjamini_hochberg", "held_level", "holm",
-    "paired", "student_interval", "student_quantile", "student_tail", "verdicts", "welch",
+    "mean_interval", "paired", "student_interval", "student_quantile", "student_tail", "told_ends", "verdicts",
+    "welch", "wilson_interval",
 ]  # fmt: skip
+
+
+def told_ends(low: float, high: float, level: float | None, form: str) -> str:
+    """An interval and how often such ones hold, in words; or why there is none."""
+    if level is None:
+        return "no interval: few or skewed units"
+    return f"{low:{form}} to {high:{form}}, {100 * level:.3g} %"
 
 
 class Difference(NamedTuple):
@@ -28,9 +38,13 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
+    level: float | None = 0.95
+    """about how often such an interval holds the truth; None: too few units, or too skewed ones, to say"""
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+        if self.level == 0.95:  # the rule, which heads of tables name
+            return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+        return f"{self.value:+.3f} ({told_ends(self.low, self.high, self.level, '+.3f')})"
 
 
 def student_tail(t: float, freedom: float) -> float:
@@ -64,11 +78,13 @@ TOO_SKEWED = 0.1
 """where the skewness takes more than this from a level, the sample cannot say how much it is"""
 
 
-def held_level(moves: Any, level: float = 0.95) -> float | None:
+def held_level(moves: Any, level: float = 0.95, *, neighbors: bool = False) -> float | None:
     """About how often a bootstrap interval holds the truth that was made for `level`.
 
     Args:
         moves: (units,) by how much each unit that is drawn moves the result; a scale does not matter.
+        neighbors: each unit is followed by the next one, as blocks of one text are. Where neighbors are alike, the
+            spread between units drawn one by one is too small, by √(1 + 2 ρ) for a correlation ρ of neighbors.
     Returns:
         None where fewer than `CARRYING` units carry the result, or where they are too skewed. How many carry it says
         how well the spread is known; the skewness says how far the interval lies on the wrong side. The latter is the
@@ -91,15 +107,42 @@ def held_level(moves: Any, level: float = 0.95) -> float | None:
     skewness = float(np.mean(u**3) / np.mean(u**2) ** 1.5)
     bell = math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     lost = z * bell * max(0.0, z**4 + 20 * z**2 - 27) / 36 * skewness**2 * (1 + UNSEEN / k) / k
-    return 1 - student_tail(z * math.sqrt((k - 1) / k), freedom) - lost if lost <= TOO_SKEWED else None
+    # below 0 it is chance, and would make an interval seem too wide
+    alike = max(0.0, float(u[1:] @ u[:-1]) / float(u @ u)) if neighbors else 0.0
+    reach = z * math.sqrt((k - 1) / k / (1 + 2 * alike))
+    return 1 - student_tail(reach, freedom) - lost if lost <= TOO_SKEWED else None
 
 
 def student_interval(value: float, error: float, freedom: float, level: float) -> Difference:
     """An estimate with its standard error as a `Difference`: Student's interval and two-sided probability."""
     if error == 0:  # all runs alike, as at a tiny scale
-        return Difference(value, value, value, float(value == 0))
+        return Difference(value, value, value, float(value == 0), level)
     reach = student_quantile(level, freedom) * error
-    return Difference(value, value - reach, value + reach, student_tail(value / error, freedom))
+    return Difference(value, value - reach, value + reach, student_tail(value / error, freedom), level)
+
+
+def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Difference:
+    """Mean of independent units with Student's interval: exact for normal units, however few they are.
+
+    The bootstrap of a few units is too narrow, since it draws from nothing but them; with dozens the two agree.
+
+    Args:
+        values: (units,) at least two.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    good = v.ndim == 1 and len(v) >= 2 and bool(np.isfinite(v).all())
+    require(good, "values", v.shape, "at least two finite numbers (units,)")
+    return student_interval(float(v.mean()), float(v.std(ddof=1)) / math.sqrt(len(v)), len(v) - 1, level)
+
+
+def wilson_interval(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (1927) for a share of `hits` in `n`; `nbs/05c_accuracy.ipynb` derives it."""
+    n, level = whole("n", n, 1), number("level", level, above=0, below=1)
+    p, z = whole("hits", hits, 0, n) / n, NormalDist().inv_cdf((1 + level) / 2)
+    middle = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
 def welch(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Difference:

@@ -747,6 +747,34 @@ def test_skewness_takes_from_a_level_what_it_should(monkeypatch):
     assert held_level([*[0.0] * 17, *[1.0] * 3]) is None  # carried by more than four, and too skewed to say
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.05])
+def test_blocks_that_cut_documents_say_what_they_keep(share):
+    """Blocks of 128 of a text whose documents are easy or hard as a whole: said, and kept, 200 times."""
+    model, held, said, apart = measure(Recurrent(), n=65), [], [], []
+    protocol = dataclasses.replace(model.protocol, block=128)
+    for trial in range(200):
+        rng = np.random.default_rng([trial, 4])
+        lengths = rng.integers(53, 160, 80)
+        x = math.sqrt(share) * np.repeat(rng.standard_normal(80), lengths)
+        x = (x + math.sqrt(1 - share) * rng.standard_normal(len(x)))[:4096]
+        low, high = np.quantile(ev.block_bootstrap(x, block=128, n_boot=300, seed=trial), [0.025, 0.975])
+        sums = x.reshape(32, 128).sum(1)
+        found = dataclasses.replace(model, nll=torch.from_numpy(x), protocol=protocol, documents=None)
+        if found.held is not None:
+            held.append(low <= 0 <= high), said.append(found.held), apart.append(held_level(sums))
+    noise = 3 * math.sqrt(0.09 * 0.91 / len(held))
+    assert abs(np.mean(held) - np.mean(said)) < noise + 0.015
+    if share == 0.05:  # as if blocks were independent, it would be said too high
+        assert np.mean(apart) > np.mean(held) + 0.02 and np.mean(said) < np.mean(apart) - 0.02
+
+
+def test_the_ends_of_a_perplexity_say_their_level():
+    p = measure(Recurrent(), bootstrap={"block": 8})
+    assert p.ends() == f"{p.low:.2f} to {p.high:.2f}, {100 * p.held:.3g} %"
+    few = dataclasses.replace(p, protocol=dataclasses.replace(p.protocol, block=100))
+    assert few.held is None and few.ends() == "no interval: few or skewed units"
+
+
 def test_a_level_by_hand():
     assert held_level([1, -1, 1, -1]) == pytest.approx(0.8118, abs=0.01) and held_level([1.0] * 9) is None
     assert held_level([3, -1, -1, -1]) is None and held_level([1, -1, 1]) is None

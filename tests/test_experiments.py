@@ -144,6 +144,38 @@ def test_variance_components_by_hand_and_by_simulation():
     assert np.allclose(np.mean(estimates, 0), [9, 4, 1], rtol=0.15) and 0.9 < np.mean(inside) < 0.99
 
 
+def test_intervals_of_three_texts_two_draws_and_two_orders_hold():
+    """The size at which the chapter decides: each component and the mean, 93 to 97 % up to chance."""
+    scales, dice, held = {"text": 0.013, "draw": 0.0065, "order": 0.0005}, np.random.default_rng(3), []
+    for trial in range(500):
+        y = sum(dice.normal(0, s, (3, 2, 2)[: k + 1] + (1,) * (2 - k)) for k, s in enumerate(scales.values()))
+        found = ex.variance_components(y, list(scales), draws=200, seed=trial)
+        inside = [p.low <= s**2 <= p.high for p, s in zip(found.parts.values(), scales.values())]
+        held.append([*inside, found.mean.low <= 0 <= found.mean.high])
+    assert (np.abs(np.mean(held, 0) - 0.95) < 0.035).all(), np.mean(held, 0)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_of_effects_hold(seeds):
+    dice, held = np.random.default_rng(seeds), []
+    for _ in range(400):
+        y = dice.normal(size=(8, seeds)) + dice.normal(size=seeds)
+        held.append([d.low <= 0 <= d.high for d in ex.effects(HALF, y, order=1).table.values()])
+    assert 0.93 < np.mean(held) < 0.97, np.mean(held)
+
+
+def test_a_plan_says_its_power_where_the_spread_is_known():
+    given = dict(question="q", factors=FOUR, controls="c", outcome="o", seeds=(0, 1, 2), smallest=0.03)
+    unknown, known = ex.Plan(**given), ex.Plan(**given, spread=0.04)
+    assert unknown.power is unknown.needed is None and "power" not in str(unknown)
+    assert known.power == ex.power(0.03, 0.04, 3) and known.needed == ex.sample_size(0.03, 0.04) == 16
+    assert "16 seeds" in str(known) and known.digest != unknown.digest
+    enough = ex.Plan(**given | {"seeds": tuple(range(16))}, spread=0.04)
+    assert enough.power >= 0.8 > ex.Plan(**given | {"seeds": tuple(range(15))}, spread=0.04).power
+    with pytest.raises(BadInput, match="spread is 0"):
+        ex.Plan(**given, spread=0)
+
+
 @pytest.mark.parametrize(
     ("interval", "word"),
     [

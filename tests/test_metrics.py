@@ -445,6 +445,23 @@ def test_the_level_of_a_score_is_that_of_what_each_item_moves():
     assert 0.9 < metrics.score_level(corpus_bleu(near, words)) < 0.95
 
 
+@pytest.mark.parametrize(("size", "least"), [(16, 0.6), (100, 0.95)])
+def test_a_difference_of_scores_carries_the_level_that_it_keeps(size, least):
+    """Two systems on the same items, of which one is better: how often the interval holds, and what is said."""
+    held, said = [], []
+    for trial in range(300):
+        rng = np.random.default_rng([trial, size])
+        hard = rng.random(size)  # what both find hard
+        a, b = (np.clip(hard + rng.normal(m, 0.2, size), 0, None) for m in (0.5, 0.7))
+        found = compare_scores(mean_score(a, "x"), mean_score(b, "x"), n_boot=200, seed=trial)
+        assert found.level is None or found.level == pytest.approx(held_level(b - a))
+        if found.level is not None:
+            held.append(found.low <= 0.2 <= found.high), said.append(found.level)
+    assert len(held) >= least * 300
+    noise = 3 * math.sqrt(0.09 * 0.91 / len(held))
+    assert abs(np.mean(held) - np.mean(said)) < noise + 0.015
+
+
 def test_quick_benchmark(tmp_path):
     """The script compares the values before it times anything; here its times mean nothing."""
     out = tmp_path / "metrics.json"

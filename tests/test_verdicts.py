@@ -12,12 +12,16 @@ from llmcourse.settings import BadInput
 from llmcourse.verdicts import (
     Difference,
     benjamini_hochberg,
+    held_level,
     holm,
+    mean_interval,
     paired,
     student_quantile,
     student_tail,
+    told_ends,
     verdicts,
     welch,
+    wilson_interval,
 )
 
 
@@ -39,6 +43,66 @@ def test_worked_examples():
     w = welch([1, 2, 3], [3, 4, 5])
     assert w.value == 2 and w.high == pytest.approx(2 + 2.77645 * (2 / 3) ** 0.5, rel=1e-5)
     assert welch([1, 1], [1, 1]) == Difference(0, 0, 0, 1.0) and welch([1, 1], [2, 2]).p == 0
+
+
+def test_a_mean_of_units_by_hand():
+    assert mean_interval([1, 2, 3]) == paired([0, 0, 0], [1, 2, 3])
+    assert mean_interval([4.0] * 8)[:3] == (4, 4, 4)
+    for bad in ([1.0], [], [[1.0, 2.0]], [1.0, np.nan]):
+        with pytest.raises(BadInput, match="at least two finite numbers"):
+            mean_interval(bad)
+
+
+def test_a_difference_names_its_level_unless_it_is_the_usual_one():
+    assert str(Difference(0.1, 0.0, 0.2, 0.5)) == "+0.100 (+0.000 to +0.200)"
+    assert str(Difference(0.1, 0.0, 0.2, 0.5, 0.912)) == "+0.100 (+0.000 to +0.200, 91.2 %)"
+    assert str(Difference(0.1, 0.0, 0.2, 0.5, None)) == "+0.100 (no interval: few or skewed units)"
+    assert told_ends(1, 2, 0.9, ".1f") == "1.0 to 2.0, 90 %"
+    assert paired([1, 2], [2, 4], level=0.9).level == welch([1, 2], [2, 4], level=0.9).level == 0.9
+    assert "90 %" in str(mean_interval([1, 2, 3], level=0.9))
+
+
+NOISE = {  # draws (trials, n) with mean 0
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "uniform": lambda rng, shape: rng.random(shape) - 0.5,
+    "exponential": lambda rng, shape: rng.exponential(size=shape) - 1,
+}
+
+
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("kind", NOISE)
+def test_how_often_students_interval_of_few_seeds_holds(kind, n):
+    """Exact for normal differences, near it for flat ones; skewed ones are told in the chapter on experiments."""
+    draws = NOISE[kind](np.random.default_rng([n, 2]), (1500, n))
+    held = np.mean([d.low <= 0 <= d.high for d in (paired(np.zeros(n), x) for x in draws)])
+    low, high = {"normal": (0.93, 0.97), "uniform": (0.9, 0.96), "exponential": (0.84, 0.92)}[kind]
+    assert low <= held <= high, held
+
+
+def test_few_units_are_not_drawn_with_replacement():
+    """Of eight units, Student's interval holds as it says and the bootstrap less often: that is why there is one."""
+    rng, student, drawn = np.random.default_rng(0), 0, 0
+    for _ in range(600):
+        x = rng.standard_normal(8)
+        d = mean_interval(x)
+        low, high = np.quantile(x[rng.integers(8, size=(300, 8))].mean(1), [0.025, 0.975])
+        student, drawn = student + (d.low <= 0 <= d.high), drawn + (low <= 0 <= high)
+    assert 0.93 * 600 <= student <= 0.97 * 600 and drawn < 0.92 * 600
+
+
+def test_neighbors_that_are_alike_take_from_a_level():
+    alternating = [1.0, -1.0] * 8  # their correlation is below 0, which counts as chance
+    assert held_level(alternating, neighbors=True) == held_level(alternating)
+    # by hand: (1 - 1 + 1) / 4 = 1/4, so the reach shrinks by √1.5
+    four = [1.0, 1.0, -1.0, -1.0]
+    z = 1.959964 * (3 / 4) ** 0.5 / 1.5**0.5
+    assert held_level(four, neighbors=True) == pytest.approx(1 - student_tail(z, 3), abs=1e-6) < held_level(four)
+
+
+def test_wilson_is_the_same_under_both_names():
+    from llmcourse import accuracy
+
+    assert accuracy.wilson_interval is wilson_interval and wilson_interval(np.int64(3), 7) == wilson_interval(3, 7)
 
 
 def test_holm_by_hand():
