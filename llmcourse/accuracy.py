@@ -543,7 +543,7 @@ def compare_accuracy(
         a, b = _both(base.hits, other.hits)
         won, lost = int((b & ~a).sum()), int((a & ~b).sum())
         ends = paired_interval(won, lost, n, level=level)
-        rows[name] = (Difference((won - lost) / n, *ends, mcnemar(a, b)), won, lost)
+        rows[name] = (Difference((won - lost) / n, *ends, mcnemar(a, b), level), won, lost)
     words = verdicts(
         {name: row[0] for name, row in rows.items()}, level=level, correction=correction,
         words=("worse", "better", "undecided"),

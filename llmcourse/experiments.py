@@ -289,7 +289,7 @@ class Plan:
     """the smallest difference of the outcome that would change what you do"""
     level: float = 0.95
     spread: float | None = None
-    """standard deviation of a difference within a seed, from runs before this plan; None: unknown"""
+    """standard deviation of a difference within a seed, from earlier runs; None: unknown"""
 
     def __post_init__(self):
         number("smallest", self.smallest, above=0)
@@ -327,7 +327,7 @@ class Plan:
             rows.append(f"{'power':<10}{self.power:.2f} for the smallest; {self.needed} seeds: 0.8")
         return "\n".join([*rows, f"{'digest':<10}{self.digest}"])
 
-
+# %% ../nbs/10_experiments.ipynb #7d82e4ba
 def decide(difference: Difference, smallest: float) -> str:
     """What an interval for "new minus old" of a loss says beside the smallest change that matters.
 

@@ -527,7 +527,10 @@ def score_interval(
 
 
 def score_level(score: CorpusScore, *, level: float = 0.95) -> float | None:
-    """About how often such an interval holds the truth; None: too few items carry the score."""
+    """About how often such an interval holds the truth; None: too few items carry the score.
+
+    Of BLEU on a few dozen items it is said too high, as `nbs/05b_metrics.ipynb` simulates.
+    """
     if len(score.sums) < CARRYING:
         return None
     total = score.sums.sum(0)

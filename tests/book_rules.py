@@ -315,6 +315,29 @@ def nothing_volatile(nb: dict) -> list[str]:
     return problems
 
 
+# How `Comparison`, `Ratio` and their levels print: 1.02× (95% interval 0.97 to 1.07), and 1.0171× (0.99 to 1.04, 92 %).
+OF_TIMES = re.compile(r"× \((?!\d+ ?% interval )[^()]*\d to \d[^()]*\), .*\(quartiles ")
+OF_TEXTS = re.compile(r"\d\.\d{4}× \(\d[\d.]* to \d[\d.]*\)")
+BY_HAND = re.compile(r"\b1\.96 ?\*|\* ?1\.96\b")
+
+
+def intervals_say_their_level(nb: dict) -> list[str]:
+    """A printed ratio of times or of perplexities names how often such an interval holds, and none is made by hand.
+
+    An interval with 1.96 standard errors takes the spread for known: Student's, Wilson's and the bootstrap's stand in
+    `llmcourse.verdicts` and say what they keep. What is called "textbook" is there to be shown wrong.
+    """
+    problems = []
+    for i, cell in cells(nb, "code"):
+        source = text(cell["source"])
+        if BY_HAND.search(source) and "def textbook" not in source:
+            problems.append(f"cell {i}: an interval made by hand with 1.96; use llmcourse.verdicts")
+        for line in "\n".join(map(output_text, cell["outputs"])).splitlines():
+            if OF_TIMES.search(line) or OF_TEXTS.search(line):
+                problems.append(f"cell {i}: an interval without its level: {line.strip()[:80]}")
+    return problems
+
+
 def no_machine_paths(nb: dict) -> list[str]:
     """An output that names a folder of the machine it ran on differs on every other one."""
     pattern = re.compile(

@@ -84,6 +84,9 @@ class TestChapters:
     def test_no_machine_paths(self, chapter: tuple[str, dict]) -> None:
         fine(rules.no_machine_paths(chapter[1]))
 
+    def test_intervals_say_their_level(self, chapter: tuple[str, dict]) -> None:
+        fine(rules.intervals_say_their_level(chapter[1]))
+
     def test_no_typed_results(self, chapter: tuple[str, dict]) -> None:
         fine(rules.no_typed_results(chapter[1]))
 
@@ -284,6 +287,27 @@ class TestRulesCanFail:
     def test_machine_paths(self, words: str) -> None:
         assert rules.no_machine_paths(notebook(code("x", prints("saved to out/model, 3 tok/s, and/or")))) == []
         assert rules.no_machine_paths(notebook(code("x", prints(words)))) != []
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "again 1.02× (0.97 to 1.07), 3.5 ms (quartiles 3.4 to 3.6, n = 40)",
+            "again 1.02× (interval 0.97 to 1.07), 3.5 ms (quartiles 3.4 to 3.6, n = 40)",
+            "against the trigram: 0.0859× (0.0699 to 0.1047)",
+        ],
+    )
+    def test_intervals_without_a_level(self, line: str) -> None:
+        speaks(rules.intervals_say_their_level(notebook(code("x", prints(line)))), "without its level")
+        told = (
+            line.replace("(interval 0.97", "(0.97").replace("(0.97", "(95% interval 0.97").replace("47)", "47, 92 %)")
+        )
+        assert rules.intervals_say_their_level(notebook(code("x", prints(told)))) == []
+
+    @pytest.mark.parametrize("source", ["half = 1.96 * error", 'print(f"± {error*1.96:.2f}")'])
+    def test_intervals_by_hand(self, source: str) -> None:
+        speaks(rules.intervals_say_their_level(notebook(code(source))), "llmcourse.verdicts")
+        assert rules.intervals_say_their_level(notebook(code("def textbook(p):\n    return 1.96 * p"))) == []
+        assert rules.intervals_say_their_level(notebook(code("edge = 1.96 / len(x) ** 0.5"))) == []
 
     def test_references(self) -> None:
         nb = notebook(

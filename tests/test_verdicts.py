@@ -96,7 +96,8 @@ def test_neighbors_that_are_alike_take_from_a_level():
     # by hand: (1 - 1 + 1) / 4 = 1/4, so the reach shrinks by √1.5
     four = [1.0, 1.0, -1.0, -1.0]
     z = 1.959964 * (3 / 4) ** 0.5 / 1.5**0.5
-    assert held_level(four, neighbors=True) == pytest.approx(1 - student_tail(z, 3), abs=1e-6) < held_level(four)
+    found = held_level(four, neighbors=True)
+    assert found == pytest.approx(1 - student_tail(z, 3), abs=1e-6) and found < held_level(four)
 
 
 def test_wilson_is_the_same_under_both_names():
