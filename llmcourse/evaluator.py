@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'prefill_and_decode', 'QuantileInterval', 'values_needed', 'quantile_interval', 'latencies',
-           'EnergyCounter', 'energy_counter', 'Row', 'Evaluation', 'Watched', 'Setup', 'Metric', 'metric',
-           'weight_bytes', 'evaluate', 'check_metrics']
+           'EnergyCounter', 'energy_counter', 'Row', 'Evaluation', 'Watched', 'Question', 'write_answer', 'Asked',
+           'Setup', 'Metric', 'metric', 'weight_bytes', 'evaluate', 'check_metrics']
 
 # %% ../nbs/05d_report.ipynb #5de00000
 import ctypes
@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .accuracy import Item, calibration_test, check_items, reliability, score_choices
+from llmcourse.accuracy import (
+    FEWEST,
+    Item,
+    Scored,
+    calibration_test,
+    check_items,
+    reliability,
+    score_choices,
+)
 from .data import TokenData, windows
 from llmcourse.evaluation import (
     Bootstrap,
@@ -31,6 +39,17 @@ from llmcourse.evaluation import (
     block_bootstrap,
     document_bootstrap,
     perplexity,
+)
+from llmcourse.metrics import (
+    CorpusScore,
+    chrf,
+    corpus_bleu,
+    exact_match,
+    mean_score,
+    rouge,
+    score_interval,
+    score_level,
+    token_f1,
 )
 from .modelfolder import positions_of, weight_files
 from llmcourse.runtime import (
@@ -43,6 +62,7 @@ from llmcourse.runtime import (
     progress,
 )
 from .settings import load_settings, number, require, whole
+from .verdicts import wilson_interval
 
 # %% ../nbs/05d_report.ipynb #5de00002
 def prefill_and_decode(
@@ -304,9 +324,49 @@ class Watched(nn.Module):
         kept = [[x[w.first - 1 - w.start : w.stop - 1 - w.start] for x in row] for w, row in rows]
         return torch.cat([token for token, _ in kept]), torch.cat([p for _, p in kept])
 
+# %% ../nbs/05d_report.ipynb #628b2a4a
+class Question(NamedTuple):
+    """A prompt, and the texts of which any is a right answer."""
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+def write_answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int, rt: Runtime) -> str:
+    """What a model writes after a prompt, the most probable token each time, until it ends."""
+    given = rt.move(torch.tensor([tokenizer(prompt)["input_ids"]]))  # (1, T), then (1, 1)
+    cache, written = None, []
+    for _ in range(new_tokens):
+        out = model(given, past_key_values=cache, use_cache=True)
+        given, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        if int(given) == tokenizer.eos_token_id:
+            break
+        written.append(int(given))
+    return tokenizer.decode(written, skip_special_tokens=True)
+
+
+class Asked:
+    """What a `Setup` computes of items and of questions, once."""
+
+    @cached_property
+    def scored(self) -> Scored:
+        """Log-likelihoods of all choices of the multiple-choice items."""
+        options = {"batch_size": self.batch_size, "rt": self.rt, "name": self.name}
+        return score_choices(self.model, self.tokenizer, self.items, **options)
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """The first line that the model writes after each prompt."""
+        write = lambda q: write_answer(
+            self.model, self.tokenizer, q.prompt, self.new_tokens, self.rt
+        )
+        with evaluating(self.model), self.rt.autocast():
+            written = [write(q) for q in progress(self.questions, "answers")]
+        return [text.strip().split("\n")[0].strip() for text in written]
+
 # %% ../nbs/05d_report.ipynb #5de00009
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Asked):
     """What the metrics of one report share: the model, the text, and what is computed only once."""
 
     model: Any
@@ -321,6 +381,8 @@ class Setup:
     repeats: int
     folder: Path | None
     items: Sequence[Item] | None
+    questions: Sequence[Question] | None
+    new_tokens: int
     tokenizer: Any
     watch: bool
     """whether a metric needs more than the losses"""
@@ -385,6 +447,10 @@ _NEEDS: dict[str, tuple[Callable[[Setup], bool], str]] = {
     "items": (
         lambda s: s.items is not None and s.tokenizer is not None,
         "items (multiple choice) and the tokenizer",
+    ),
+    "questions": (
+        lambda s: s.questions is not None and s.tokenizer is not None and _writes(s.model),
+        "questions that have references, the tokenizer, and a model that writes",
     ),
     "folder": (lambda s: s.folder is not None, "folder, where the files of the model are"),
 }
@@ -472,21 +538,92 @@ def _calibration_error(s: Setup) -> Iterator[Row]:
     yield _text_row(s, name="overconfidence", value=float(gap.mean()), **ends, **about)
 
 
+def _items_card(s: Setup) -> str:
+    card = str(s.scored.protocol)
+    return ", ".join(" ".join(line.split()) for line in card.splitlines())
+
+
 @metric("accuracy", "items")
 def _accuracy(s: Setup) -> Iterator[Row]:
     """Multiple choice: plain, and with the scores divided by the bytes of each choice."""
-    options = {"batch_size": s.batch_size, "rt": s.rt, "name": s.name}
-    scored = score_choices(s.model, s.tokenizer, s.items, **options)
-    protocol = ", ".join(" ".join(line.split()) for line in str(scored.protocol).splitlines())
     for name, norm in (("accuracy", "none"), ("accuracy_per_byte", "bytes")):
-        found = scored.accuracy(norm, level=s.bootstrap.level)
+        found = s.scored.accuracy(norm, level=s.bootstrap.level)
         few = "" if found.interval else "too few items for an interval; "
         low, high = found.interval or (None, None)
         yield Row(
             name=name, value=found.value, low=low, high=high, level=low and found.level,
-            n=len(s.items), counts="items", protocol=f"{protocol}; Wilson's interval",
+            n=len(s.items), counts="items", protocol=f"{_items_card(s)}; Wilson's interval",
             note=f"{few}a blind choice scores {found.chance:.2f}",
         )
+
+# %% ../nbs/05d_report.ipynb #142ea74a
+def _score_row(s: Setup, name: str, score: CorpusScore, protocol: str, counts: str) -> Row:
+    """A score of a whole test set, with what its bootstrap keeps."""
+    how = s.bootstrap
+    level, ends, note = score_level(score, level=how.level), {}, ""
+    if level is None:
+        note = f"no interval: too few {counts} carry the score, or too skewed ones"
+    else:
+        options = {"level": how.level, "n_boot": how.n_boot, "seed": how.seed}
+        ends = dict(zip(("low", "high"), score_interval(score, **options)), level=level)
+    return Row(
+        name=name, value=score.value, **ends, n=len(score.sums), counts=counts, note=note,
+        protocol=f"{protocol}; {score.signature}; bootstrap of {counts}, {how.n_boot} replicates, "
+        f"seed {how.seed}",
+    )
+
+
+def _written(s: Setup) -> str:
+    """The protocol of what the model wrote."""
+    return (
+        f"{len(s.questions)} questions, answered with the most probable tokens, {s.new_tokens} at "
+        f"most and up to the end of the line, in {str(s.rt.dtype).removeprefix('torch.')}"
+    )
+
+
+def _answered(name: str, scores: Callable[[Sequence, Sequence], dict[str, CorpusScore]]) -> None:
+    """Register a metric that compares answers with references: names of rows and their scores."""
+
+    def rows(s: Setup) -> Iterator[Row]:
+        for row, score in scores(s.answers, [list(q.references) for q in s.questions]).items():
+            yield _score_row(s, row, score, _written(s), "questions")
+
+    METRICS[name] = Metric(rows, ("questions",))
+
+
+def _mean(kind: str, f: Callable[[str, Sequence[str]], float]) -> Callable:
+    return lambda answers, wanted: {kind: mean_score([*map(f, answers, wanted)], kind)}
+
+
+_answered("bleu", lambda answers, wanted: {"bleu": corpus_bleu(answers, wanted)})
+_answered("chrf", lambda answers, wanted: {"chrf": chrf(answers, wanted)})
+_answered("token_f1", _mean("token_f1", token_f1))
+for _kind in ("rouge1", "rougeL"):
+    _answered(_kind, _mean(_kind, lambda a, w, kind=_kind: rouge(a, w, types=[kind])[kind].f1))
+
+# %% ../nbs/05d_report.ipynb #5ae41a3c
+@metric("exact_match", "questions")
+def _exact_match(s: Setup) -> Iterator[Row]:
+    """Share of answers that are one of the references, up to case, signs and articles."""
+    hits = [exact_match(a, list(q.references)) for a, q in zip(s.answers, s.questions)]
+    k, n, ends, note = int(sum(hits)), len(hits), {}, "too few questions for an interval"
+    if n >= FEWEST:
+        low, high = wilson_interval(k, n, level=s.bootstrap.level)
+        ends, note = {"low": low, "high": high, "level": s.bootstrap.level}, ""
+    yield Row(
+        name="exact_match", value=k / n, **ends, n=n, counts="questions", note=note,
+        protocol=f"{_written(s)}; Wilson's interval",
+    )
+
+
+@metric("brier", "items")
+def _brier(s: Setup) -> Iterator[Row]:
+    """Brier score of the choices, their likelihoods divided by their sum: 0 is best, 2 is worst."""
+    log_p = torch.from_numpy(s.scored.log_p)  # (n, choices), -inf where an item has fewer
+    p = log_p.softmax(-1).numpy()
+    right = np.eye(p.shape[1])[[item.answer for item in s.items]]
+    score = mean_score(((p - right) ** 2).sum(1), "Brier score of each item's likelihoods")
+    yield _score_row(s, "brier", score, _items_card(s), "items")
 
 # %% ../nbs/05d_report.ipynb #5de00013
 def _latency(s: Setup, which: str, what: str) -> Iterator[Row]:
@@ -611,9 +748,18 @@ def evaluate(
     metrics: Sequence[str] = ("perplexity", "bits_per_byte"), *, context: int | None = None,
     stride: int | None = None, batch_size: int = 1, bootstrap: Bootstrap | None = None,
     prompt: int = 128, repeats: int = 40, name: str = "unnamed", folder: str | Path | None = None,
-    items: Sequence[Item] | None = None, tokenizer: Any = None, rt: Runtime | None = None,
+    items: Sequence[Item] | None = None, questions: Sequence[Question] | None = None,
+    new_tokens: int = 32, tokenizer: Any = None, rt: Runtime | None = None,
 ) -> Evaluation:
     """Measure a model: every number with its interval, its n and its protocol.
+
+    | metrics | ask for |
+    |---|---|
+    | perplexity, bits_per_byte, token_accuracy, calibration_error | data |
+    | accuracy, brier | items, tokenizer |
+    | bleu, chrf, rouge1, rougeL, token_f1, exact_match | questions, tokenizer |
+    | first_token, next_token, tokens_per_second, peak_memory, energy_per_token | a decoder |
+    | memory_bytes; disk_bytes | a torch module; its folder |
 
     Args:
         model: maps ids (B, T) to logits (B, T, V), or to an object with `.logits`; latencies need
@@ -627,7 +773,8 @@ def evaluate(
         repeats: runs of each; the interval of a 90th percentile needs 36.
         name: of the model, for the report.
         folder: where its files are, for their bytes.
-        items, tokenizer: multiple-choice items for the metric "accuracy", and who cuts them.
+        items, questions, tokenizer: multiple choice; prompts with references; who cuts both.
+        new_tokens: that an answer has at most.
         rt: device and format; by default where the model is.
     Raises:
         BadInput: before anything is measured: an unknown metric, one that model or data cannot
@@ -637,7 +784,7 @@ def evaluate(
     setup = _setup(
         model, data, rt, context, stride, batch_size=batch_size, bootstrap=bootstrap or Bootstrap(),
         prompt=prompt, repeats=repeats, name=name, folder=None if folder is None else Path(folder),
-        items=items, tokenizer=tokenizer,
+        items=items, questions=questions, new_tokens=new_tokens, tokenizer=tokenizer,
         watch=any("choices" in METRICS[n].needs for n in names),
     )
     _check_setup(setup, names)
@@ -698,3 +845,18 @@ def _check_setup(s: Setup, names: Sequence[str]) -> None:
         weight_files(s.folder)
     if any("items" in METRICS[n].needs for n in names):
         check_items(s.items)
+    if any("questions" in METRICS[n].needs for n in names):
+        _check_questions(s, within)
+
+# %% ../nbs/05d_report.ipynb #90c606d2
+def _check_questions(s: Setup, within: Callable[[str, int], None]) -> None:
+    require(len(s.questions) > 0, "questions", list(s.questions), "at least one with references")
+    for i, q in enumerate(s.questions):
+        good = isinstance(q, Question) and isinstance(q.prompt, str) and bool(q.prompt.strip())
+        require(good, f"questions[{i}]", q, "a Question with a prompt")
+        texts = isinstance(q.references, tuple) and len(q.references) > 0
+        texts = texts and all(isinstance(r, str) and r.strip() for r in q.references)
+        name = f"references of questions[{i}]"
+        require(texts, name, q.references, "a tuple of texts, none empty")
+    longest = max(len(s.tokenizer(q.prompt)["input_ids"]) for q in s.questions)
+    within("prompt of a question and its answer", longest + whole("new_tokens", s.new_tokens, 1))

@@ -48,7 +48,9 @@ def measure(
         names = tuple(n for n in names if n != "disk_bytes")
     reads = any(METRICS[n].reads for n in names)
     documents = _documents(part, settings) if reads else []  # complains about the text before the model is loaded
-    items = _items(part, settings) if "accuracy" in names else None
+    needs = {need for n in names for need in METRICS[n].needs}
+    items = _items(part, settings) if "items" in needs else None
+    questions = _questions(part, settings) if "questions" in needs else None
 
     from llmcourse.data import load_model
     from llmcourse.evaluation import Bootstrap
@@ -66,6 +68,7 @@ def measure(
         "name": loaded.card.name,
         "folder": folder,
         "items": items,
+        "questions": questions,
         "tokenizer": loaded.tokenizer,
         "rt": rt,
     }
@@ -80,24 +83,47 @@ def _part(part: str | None, settings: Settings) -> str:
     return one_of("part", part, PARTS) if part is not None else "test" if settings.data in DATA else "all"
 
 
-def _documents(part: str | None, settings: Settings) -> list[str]:
+def _records(part: str | None, settings: Settings) -> list[dict]:
     from llmcourse.data import load_records
 
     part = _part(part, settings)
-    return [r["text"] for r in load_records(settings.data, None if part == "all" else part, settings=settings)]
+    return load_records(settings.data, None if part == "all" else part, settings=settings)
+
+
+def _documents(part: str | None, settings: Settings) -> list[str]:
+    return [r["text"] for r in _records(part, settings)]
 
 
 def _items(part: str | None, settings: Settings, most: int = 100):
     """Multiple choice "which title belongs to this description?" from the encyclopedia's articles."""
     from llmcourse.accuracy import description_items
-    from llmcourse.data import load_records
 
-    allowed = "wikipedia: its articles have titles and descriptions, from which the items of 'accuracy' are made"
+    allowed = "wikipedia: its articles have titles and descriptions, of which multiple choice is made"
     require(settings.data == "wikipedia", "data", settings.data, allowed)
-    part = _part(part, settings)
-    records = load_records(settings.data, None if part == "all" else part, settings=settings)
+    records = _records(part, settings)
     described = {r["title"] for r in records if r["description"] and r["topic"] not in ("", "Uncategorized")}
     return description_items(records, min(most, len(described)), seed=settings.seed)
+
+
+def _questions(part: str | None, settings: Settings, most: int = 100):
+    """Prompts with references: translations, descriptions of articles, or the `references` of a file of one's own."""
+    from llmcourse.evaluator import Question
+
+    words = lambda text: " ".join(text.split()[:60])
+    forms = {
+        "en-fr": lambda r: (f"English: {r['text']}\nFrench:", r["translation"]),
+        "en-zh": lambda r: (f"English: {r['text']}\nChinese:", r["translation"]),
+        "wikipedia": lambda r: (f"{words(r['text'])}\nThis article in a few words:", r["description"]),
+    }
+    form = forms.get(settings.data, lambda r: (r["text"], r.get("references")))
+    made = []
+    for prompt, found in map(form, _records(part, settings)):
+        texts = (found,) if isinstance(found, str) else tuple(found or ())
+        if texts and all(isinstance(t, str) and t.strip() for t in texts):
+            made.append(Question(prompt, texts))
+    allowed = f"{', '.join(forms)}, or a .jsonl file whose lines have `text` (the prompt) and `references`"
+    require(bool(made), "data", settings.data, f"data with references for these metrics: {allowed}")
+    return made[:most]
 
 
 def as_text(tokenizer: Any, documents: list[str], part: str | None, settings: Settings, context: int):

@@ -17,6 +17,7 @@ from llmcourse.evaluation import Bootstrap, Text, perplexity
 from llmcourse.model import GPT, GPTConfig
 from llmcourse.settings import BadInput
 
+CUT = lambda prompt: {"input_ids": [1, 2]}
 V, N = 31, 200
 WINDOW = {"context": 32, "stride": 24}
 FAST = {"prompt": 8, "repeats": 6}
@@ -83,7 +84,8 @@ def test_values_without_a_quantile(values):
 @pytest.mark.parametrize("make", [lambda llama: llama, lambda llama: gpt()], ids=["llama", "gpt"])
 def test_every_metric_gives_rows_that_say_where_they_come_from(llama, text, make, tmp_path):
     llama.save_pretrained(tmp_path)
-    names = [name for name in ev.METRICS if name != "accuracy"]
+    tasks = {"items", "questions"}
+    names = [name for name, metric in ev.METRICS.items() if not tasks & set(metric.needs)]
     report = ev.evaluate(make(llama), text, names, **WINDOW, **FAST, folder=tmp_path)
     for row in report.rows:
         assert row.protocol and row.counts
@@ -167,6 +169,55 @@ def test_multiple_choice_is_that_of_the_chapter_before(tiny_model):
     assert few.low is None and "too few items" in few.note
 
 
+QUESTIONS = [ev.Question(f"ka lo {i} mi", ("ne ru", f"sa to {i}")) for i in range(24)]
+WRITTEN = ("bleu", "chrf", "token_f1", "rouge1", "rougeL", "exact_match")
+
+
+def test_what_is_written_is_compared_with_the_references(tiny_model, monkeypatch):
+    """The scores are those of the chapter on metrics, of what `generate` of transformers writes, with their levels."""
+    from llmcourse import metrics
+
+    model = LlamaForCausalLM.from_pretrained(tiny_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    given = {"questions": QUESTIONS, "tokenizer": tokenizer, "new_tokens": 6}
+    answers = []
+    for q in QUESTIONS:
+        ids = torch.tensor([tokenizer(q.prompt)["input_ids"]])
+        new = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+        new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+        answers.append(tokenizer.decode(new, skip_special_tokens=True).strip().split("\n")[0].strip())
+    wanted = [list(q.references) for q in QUESTIONS]
+    report = ev.evaluate(model, None, WRITTEN, **given)
+    assert report["bleu"].value == metrics.corpus_bleu(answers, wanted).value
+    assert report["chrf"].value == metrics.chrf(answers, wanted).value
+    assert report["rougeL"].value == np.mean([metrics.rouge(a, w)["rougeL"].f1 for a, w in zip(answers, wanted)])
+    for row in report.rows:
+        assert row.n == 24 and row.counts == "questions" and "24 questions" in row.protocol
+        assert (row.low is None and "no interval" in row.note) or row.low <= row.value <= row.high
+    assert report["exact_match"].level == 0.95 and report["exact_match"].low == 0 < report["exact_match"].high
+
+    right = iter([*[q.references[1] for q in QUESTIONS[:12]], *["ka"] * 12])
+    monkeypatch.setattr(ev, "write_answer", lambda *_: next(right) + "\nand more that is not asked for")
+    half = ev.evaluate(model, None, WRITTEN, **given)
+    assert half["exact_match"].value == 0.5 == half["token_f1"].value == half["rougeL"].value
+    f1 = half["token_f1"]
+    assert f1.low < 0.5 < f1.high and 0.85 < f1.level < 0.95 and "24 questions" in f1.protocol
+    monkeypatch.undo()
+    few = ev.evaluate(model, None, "exact_match", **given | {"questions": QUESTIONS[:3]})
+    assert few["exact_match"].low is None and "too few" in few["exact_match"].note
+
+
+def test_brier_is_that_of_the_likelihoods(tiny_model):
+    from llmcourse.accuracy import brier, score_choices
+
+    model, tokenizer = LlamaForCausalLM.from_pretrained(tiny_model).eval(), AutoTokenizer.from_pretrained(tiny_model)
+    items = [Item(context=f"ka lo {i} mi", choices=("ne ru", "sa", "to vi qu"), answer=i % 3) for i in range(24)]
+    row = ev.evaluate(model, None, "brier", items=items, tokenizer=tokenizer)["brier"]
+    log_p = torch.from_numpy(score_choices(model, tokenizer, items).log_p)
+    assert row.value == pytest.approx(brier(log_p.softmax(-1).numpy(), np.arange(24) % 3)) and 0 <= row.value <= 2
+    assert row.level is None or row.low < row.value < row.high
+
+
 def test_the_model_is_as_it_was(llama, text):
     llama.train()
     before = {k: v.clone() for k, v in llama.state_dict().items()}
@@ -228,6 +279,13 @@ def test_names_from_outside_are_text_on_a_page(llama, text):
         ({"metrics": ["next_token"], "prompt": 8, "repeats": 1}, "repeats is 1"),
         ({"metrics": ["accuracy"]}, "only with items"),
         ({"metrics": ["accuracy"], "items": [], "tokenizer": object()}, "items is"),
+        ({"metrics": ["bleu"]}, "only with questions that have references"),
+        ({"metrics": ["brier"]}, "only with items"),
+        ({"metrics": ["bleu"], "questions": [], "tokenizer": object()}, "questions is"),
+        ({"metrics": ["rouge1"], "questions": ["ka"], "tokenizer": object()}, "a Question with a prompt"),
+        ({"metrics": ["chrf"], "questions": [ev.Question("ka", ())], "tokenizer": object()}, "none empty"),
+        ({"metrics": ["chrf"], "questions": [ev.Question("ka", ("",))], "tokenizer": object()}, "none empty"),
+        ({"metrics": ["chrf"], "questions": [ev.Question("ka", ("lo",))], "tokenizer": CUT, "new_tokens": 63}, "is 65"),
         ({"metrics": ["disk_bytes"]}, "only with folder"),
         ({"metrics": ["disk_bytes"], "folder": "nowhere"}, "no weights"),
     ],
@@ -344,6 +402,20 @@ def test_json_is_alone_on_standard_output(cli, tiny_model, tmp_path):
     assert rows["perplexity"]["low"] is None and "too few carry the result" in rows["perplexity"]["note"]
     code, out, _ = cli(*given)
     assert code == 0 and "token_accuracy" in out and "[1]" in out and "part all" in out
+
+
+def test_a_file_with_references_is_answered_and_scored(cli, tiny_model, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    rows = [{"text": f"ka lo {i} mi", "references": ["ne ru", "sa"]} for i in range(24)]
+    mine.write_text("\n".join(map(json.dumps, rows)), "utf8")
+    given = ("evaluate", tiny_model, "--scale", "test", "--metrics", "bleu, exact_match", "--json")
+    code, out, err = cli(*given, "--data", mine)
+    assert code == 0, err
+    found = {r["name"]: r for r in json.loads(out)["rows"]}
+    assert found["exact_match"]["n"] == 24 and found["bleu"]["counts"] == "questions"
+    mine.write_text("\n".join(json.dumps({"text": r["text"]}) for r in rows), "utf8")
+    code, out, err = cli(*given, "--data", mine)
+    assert code == 2 and "data with references" in err and not out and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
