@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -416,6 +417,27 @@ def test_a_file_with_references_is_answered_and_scored(cli, tiny_model, tmp_path
     mine.write_text("\n".join(json.dumps({"text": r["text"]}) for r in rows), "utf8")
     code, out, err = cli(*given, "--data", mine)
     assert code == 2 and "data with references" in err and not out and err.count("\n") == 1
+
+
+def test_a_hub_id_is_read_from_the_hubs_own_cache(cli, tiny_model, tmp_path, monkeypatch, no_network):
+    """A model that the hub's library has fetched before: by its id, with the numbers of the same files in a folder."""
+    from huggingface_hub import constants
+
+    commit, repository = "0" * 40, tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(tiny_model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    given = ("--metrics", "perplexity", "--scale", "test", "--json")
+    code, out, err = cli("evaluate", "somebody/tiny", *given, LLMCOURSE_OFFLINE="false")
+    assert code == 0, err
+    found, folder = json.loads(out), json.loads(cli("evaluate", tiny_model, *given)[1])
+    assert found["model"] == "somebody/tiny" and found["rows"][0]["value"] == folder["rows"][0]["value"]
+    code, out, err = cli("evaluate", "somebody/else", *given, LLMCOURSE_OFFLINE="false")
+    assert code == 2 and not out and "somebody/else" in err and "Traceback" not in err
+    code, out, err = cli("evaluate", "somebody/tiny", *given, LLMCOURSE_OFFLINE="true")
+    assert code == 2 and "the course is offline" in err
 
 
 @pytest.mark.parametrize(
