@@ -1,13 +1,15 @@
 """Data: models that are refused, files in every state, the split, leaks, streams of tokens, windows."""
 
 import csv
+import dataclasses
 import random
+import shutil
 
 import pytest
 import torch
 
 from llmcourse import data
-from llmcourse.settings import BadInput
+from llmcourse.settings import BadInput, load_settings
 
 
 def prose(n, rng, n_words=120):
@@ -91,6 +93,31 @@ def test_one_text_file_is_many_documents(tmp_path):
     )
     assert sum(len(r["text"]) < 500 for r in records) <= 1
     assert len(data.load_records(tmp_path)) == 1
+
+
+def test_documents_that_are_kept_in_a_process_are_nobody_s_and_their_files_are_still_compared(home, tmp_path):
+    """A data set of the catalog is read once; what a caller does to its records stays there, and damage is noticed."""
+    shutil.copytree(home / "data" / "banking", tmp_path / "data" / "banking")
+    settings = dataclasses.replace(load_settings(), home=tmp_path)
+    first = data.load_records("banking", settings=settings)
+    before = [dict(r) for r in first]
+    for record in first:
+        record["text"] = "changed"
+    first.clear()
+    assert data.load_records("banking", settings=settings) == before
+    parts = [data.load_records("banking", part, settings=settings) for part in data.SPLITS]
+    assert sorted(r["title"] for part in parts for r in part) == sorted(r["title"] for r in before)
+    content = tmp_path / "data" / "banking" / "documents.json"
+    content.write_bytes(content.read_bytes()[:-1] + b" ")
+    with pytest.raises(BadInput, match="banking"):
+        data.load_records("banking", settings=settings)
+
+
+def test_a_file_of_one_s_own_is_read_again(tmp_path):
+    mine = tmp_path / "mine.txt"
+    for words in ("the first text", "the second text"):
+        mine.write_text(words, encoding="utf8")
+        assert [r["text"] for r in data.load_records(mine)] == [words]
 
 
 BROKEN_FILES = {
