@@ -773,6 +773,8 @@ def training_mode(run: Run) -> Iterator[None]:
             m.training = mode
         for group, peak in zip(run.optimizer.param_groups, run.peaks):
             group["lr"] = peak
+        for name in ("forward", "_original_forward"):  # accelerate's, for 16 bits: a circle
+            vars(run.losses).pop(name, None)
         # one process: what the run held goes with its last reference, without a search for garbage
         if run.accelerator.distributed_type != "NO":
             run.accelerator.free_memory()

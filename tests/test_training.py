@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 import random
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -775,6 +777,27 @@ def test_gradients_of_an_earlier_loop_are_not_part_of_the_run():
         p.grad = torch.full_like(p, 100.0)
     a, b = (train(m, token_stream(), TrainConfig(**SHORT)) for m in (clean, dirty))
     assert a.grad_norms == b.grad_norms and all(p.grad is None for p in dirty.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_run_held_is_gone_without_a_search_for_garbage(monkeypatch, dtype):
+    """The collector is off: the optimizer's moments and the wrapped model go with the last reference."""
+    held, model, rt = [], worker.model(), Runtime(device=torch.device("cpu"), dtype=dtype)
+    begin = tr.Report.begin
+
+    def look(self, run):
+        held.extend(weakref.ref(x) for x in (run.accelerator, run.optimizer, run.optimizer.optimizer, run.losses))
+        begin(self, run)
+
+    monkeypatch.setattr(tr.Report, "begin", look)
+    train(model, token_stream(), TrainConfig(**SHORT), rt=rt)  # what is imported and cached comes with the first
+    held.clear()
+    gc.disable()
+    try:
+        train(model, token_stream(), TrainConfig(**SHORT), rt=rt)
+        assert len(held) == 4 and [ref() for ref in held] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_after_a_loss_that_was_not_finite_the_model_trains_on():
