@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -167,3 +168,71 @@ def test_the_readme_names_commands_that_exist():
     for command in set(re.findall(r"`llmcourse ([a-z]+)", readme)):
         assert command in commands, command
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf8")
+
+
+def setup_env():
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FIRST = ["--index-strategy", "unsafe-best-match"]
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "env"),
+    [
+        ("", [], {}),
+        ("global.index-url='https://m.example/simple'", ["--default-index", "https://m.example/simple"], {}),
+        # a command's section is above the general one, a variable above both
+        (
+            "global.index-url='https://a/'\n:env:.index-url='https://c/'\ninstall.index-url='https://b/'",
+            ["--default-index", "https://c/"],
+            {},
+        ),
+        ("global.extra-index-url='https://a/ https://b/'", ["--index", "https://a/", "--index", "https://b/"], {}),
+        (r"global.extra-index-url='\nhttps://a/\nhttps://b/'", ["--index", "https://a/", "--index", "https://b/"], {}),
+        # pip goes on without a folder that is missing, uv would stop
+        (
+            "global.find-links='/no/such/folder {here}'\nglobal.constraint='/no/such.txt'",
+            ["--find-links", "{here}"],
+            {},
+        ),
+        ("global.extra-index-url='file:///no/such file://{here}'", ["--index", "file://{here}"], {}),
+        (
+            "global.trusted-host='m.example other'",
+            ["--allow-insecure-host", "m.example", "--allow-insecure-host", "other"],
+            {},
+        ),
+        ("global.no-index='true'\nglobal.cert='/c.pem'", ["--no-index"], {"SSL_CERT_FILE": "/c.pem"}),
+        ("global.no-index='false'\nglobal.timeout='60'", [], {"UV_HTTP_TIMEOUT": "60"}),
+        ("global.proxy='http://p:1'", [], {"HTTP_PROXY": "http://p:1", "HTTPS_PROXY": "http://p:1"}),
+        ("a line of another kind\nlist.format='columns'", [], {}),
+    ],
+)
+def test_uv_is_told_what_pip_is_set_up_with(config, args, env, tmp_path, monkeypatch):
+    for name in ("SSL_CERT_FILE", "UV_HTTP_TIMEOUT", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    here = str(tmp_path)
+    got = setup_env().as_uv(config.replace("{here}", here))
+    assert got == (FIRST + [a.replace("{here}", here) for a in args], env)
+
+
+@pytest.mark.parametrize("uv", ["missing", "fails", "works"])
+def test_where_uv_cannot_install_pip_does(uv, tmp_path, monkeypatch, capsys):
+    tool, asked = setup_env(), []
+    monkeypatch.setattr(tool, "UV", tmp_path / "uv")
+    if uv != "missing":
+        (tmp_path / "uv").touch()
+
+    def run(command, quiet=True, check=True, env=None):
+        asked.append(Path(command[0]).name)
+        code = int(uv == "fails" and asked[-1] == "uv")
+        return subprocess.CompletedProcess(command, code, stdout="", stderr="no such index")
+
+    monkeypatch.setattr(tool, "run", run)
+    tool.install("a-package")
+    python = tool.PYTHON.name
+    assert asked == {"missing": [python], "fails": [python, "uv", python], "works": [python, "uv"]}[uv]
+    assert ("no such index" in capsys.readouterr().out) == (uv == "fails")

@@ -8,6 +8,7 @@ up with offers a CPU build itself. On macOS and Windows the registry's build is 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+UV = PYTHON.with_name("uv.exe" if os.name == "nt" else "uv")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -28,24 +30,85 @@ def say(text: str) -> None:
     print(f"environment: {text}", flush=True)
 
 
-def pip(*args: str, quiet: bool = True, check: bool = True) -> subprocess.CompletedProcess:
-    if args[0] == "install":
-        args = ("install", "--no-compile", *args[1:])  # the first import of a module does it; most are never imported
-    command = [str(PYTHON), "-m", "pip", *args]
+def run(command: list[str], quiet: bool = True, check: bool = True, env: dict[str, str] | None = None):
     result = subprocess.run(
         command,
         text=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.PIPE if quiet else None,
+        env=os.environ | (env or {}),
     )
     if check and result.returncode:
         sys.stderr.write((result.stderr or "")[-3000:])
+        said = " ".join(Path(command[0]).name if i == 0 else part for i, part in enumerate(command[:5]))
         raise SystemExit(
-            f"environment: `pip {' '.join(args[:3])} …` failed; "
-            "nothing is lost, run make again after mending the cause above."
+            f"environment: `{said} …` failed; nothing is lost, run make again after mending the cause above."
         )
     return result
+
+
+def pip(*args: str, quiet: bool = True, check: bool = True) -> subprocess.CompletedProcess:
+    if args[0] == "install":
+        args = ("install", "--no-compile", *args[1:])  # the first import of a module does it; most are never imported
+    return run([str(PYTHON), "-m", "pip", *args], quiet, check)
+
+
+def as_uv(pip_config: str) -> tuple[list[str], dict[str, str]]:
+    """What `pip config list` prints, as (arguments, environment variables) for `uv pip install`.
+
+    uv does not read pip's files. As pip does, it is to take the best version that any of the indexes offers
+    (`unsafe-best-match`: the warning in that name holds for pip as well).
+    """
+    values: dict[str, str] = {}
+    lines = [re.fullmatch(r"(global|install|:env:)\.([\w-]+)=(.*)", line) for line in pip_config.splitlines()]
+    for section in ("global", "install", ":env:"):  # the later one wins
+        for line in lines:
+            if line and line[1] == section:
+                values[line[2]] = str(ast.literal_eval(line[3]))
+    args, env = ["--index-strategy", "unsafe-best-match"], {}
+
+    def places(key: str) -> list[str]:
+        here = [p for p in values.get(key, "").split() if "://" in p or Path(p).exists()]
+        # uv stops at a folder that is missing, pip goes on without it
+        return [p for p in here if not p.startswith("file://") or Path(p.removeprefix("file://")).exists()]
+
+    for key, option in (
+        ("index-url", "--default-index"),
+        ("extra-index-url", "--index"),
+        ("find-links", "--find-links"),
+        ("constraint", "--constraint"),
+        ("trusted-host", "--allow-insecure-host"),
+    ):
+        for place in values.get(key, "").split() if key == "trusted-host" else places(key):
+            args += [option, place]
+    if values.get("no-index", "").lower() in ("1", "true", "yes", "on"):
+        args += ["--no-index"]
+    for key, variables in (
+        ("cert", ["SSL_CERT_FILE"]),
+        ("client-cert", ["SSL_CLIENT_CERT"]),
+        ("proxy", ["HTTP_PROXY", "HTTPS_PROXY"]),
+        ("timeout", ["UV_HTTP_TIMEOUT"]),
+        ("default-timeout", ["UV_HTTP_TIMEOUT"]),
+    ):
+        for variable in variables:
+            if key in values and variable not in os.environ:
+                env[variable] = values[key]
+    return args, env
+
+
+def install(*args: str) -> None:
+    """uv resolves, fetches and unpacks many packages at once (a sixth of pip's time); pip, where uv cannot."""
+    if UV.exists():
+        config = pip("config", "list", check=False).stdout or ""
+        options, env = as_uv(config)
+        # --no-config: a uv.toml or pyproject.toml above this folder is about other projects
+        command = [str(UV), "pip", "install", "--no-config", "--python", str(PYTHON), *options, *args]
+        result = run(command, check=False, env=env)
+        if not result.returncode:
+            return
+        say("uv could not do it (" + " ".join((result.stderr or "").split())[-160:] + "); asking pip")
+    pip("install", *args, quiet=not sys.stdout.isatty())  # pip's own bars where somebody watches
 
 
 def torch_requirement() -> str:
@@ -72,7 +135,9 @@ def install_torch() -> None:
             offered = json.loads(report.stdout)["install"][0]["metadata"]["version"]
         except (ValueError, LookupError):
             offered = ""
-        if not offered.endswith("+cpu"):
+        if offered.endswith("+cpu"):
+            requirement = f"torch=={offered}"
+        else:
             say("no NVIDIA GPU: asking PyTorch's CPU index")
             got = pip(
                 "install",
@@ -92,7 +157,7 @@ def install_torch() -> None:
                     "PyTorch's CPU index cannot be reached; taking what your index offers, "
                     "which may be the CUDA build of several gigabytes"
                 )
-    pip("install", requirement, *constraints)
+    install(requirement, *constraints)
     build = subprocess.run(
         [
             str(PYTHON),
@@ -120,10 +185,11 @@ def main() -> None:
         say(f"making {VENV.name} with Python {platform.python_version()}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
         pip("install", "--upgrade", "pip")
+    if not UV.exists():
+        pip("install", "uv", "-c", str(ROOT / "constraints.txt"), check=False)  # there is none for some machines
     install_torch()
     say(f"installing the course with the extra '{extra}' (some minutes the first time)")
-    show = sys.stdout.isatty()  # pip's own bars where somebody watches
-    pip("install", "--editable", f"{ROOT}[{extra}]", "-c", str(ROOT / "constraints.txt"), quiet=not show)
+    install("--editable", f"{ROOT}[{extra}]", "-c", str(ROOT / "constraints.txt"))
     (VENV / f".{extra}.stamp").write_text(f"{extra}\n")
     say(f"ready, {time.time() - start:.0f} s")
 
