@@ -50,6 +50,7 @@ MODELS = {
 }
 TINY = {"tiny": dict(vocab_size=512, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=256)}
 BASE, DENSE, JOINED = "transformers", "bfloat16", "norms in one call"
+INT4 = "4 bits, PyTorch's kernel"
 NINE = 9  # the prompt and eight steps: what the profiler looks at
 DEVICE = "cuda"
 
@@ -256,7 +257,7 @@ def forms_of(shape: dict[str, Any], rt: Runtime) -> tuple[Any, dict[str, GPT]]:
     int4, said = faster(packed, rt, kernels="int4")
     print(said, flush=True)
     forms = {"our GPT": plain, JOINED: faster_(dense_model(shape), rt)[0]}
-    return their_model(plain), forms | {"4 bits, Triton": packed, "4 bits, PyTorch's kernel": int4}
+    return their_model(plain), forms | {"4 bits, Triton": packed, INT4: int4}
 
 
 def recordings(forms: dict[str, GPT], ids: Tensor, new: int, compiled: bool) -> dict[str, tuple[GPT, Any, float]]:
@@ -264,6 +265,7 @@ def recordings(forms: dict[str, GPT], ids: Tensor, new: int, compiled: bool) -> 
     wanted = {f"{name}, recorded": (model, False) for name, model in forms.items() if name != "our GPT"}
     if compiled:
         wanted["recorded and compiled"] = (forms[JOINED], True)
+        wanted[f"{INT4}, recorded and compiled"] = (forms[INT4], True)
     made = {}
     for name, (model, joined) in wanted.items():
         start = time.perf_counter()
@@ -300,7 +302,7 @@ def measure_answers(
     rt: Runtime, theirs: Any, forms: dict[str, GPT], ids: Tensor, new: int, options: Any, bandwidth: float
 ) -> dict[str, Any]:
     """All ways to continue these prompts, in turn; for one prompt also what a pass starts on the GPU."""
-    made = recordings(forms, ids, new, options.compile and len(ids) == 1)
+    made = recordings(forms, ids, new, options.compile)
     runs = answers_of(theirs, forms, made, ids, new)
     if options.peer_compiled:
         runs["transformers, compiled"] = lambda: by_transformers(theirs, ids, new, cache_implementation="static")
