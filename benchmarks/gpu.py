@@ -19,7 +19,7 @@ import argparse
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -330,9 +330,8 @@ def measure_answers(
     return found
 
 
-def measure_decode(rt: Runtime, options: Any, bandwidth: float) -> list[dict]:
+def measure_decode(rt: Runtime, options: Any, bandwidth: float) -> Iterator[dict]:
     prompt, new = (8, NINE) if options.quick else (32, 64)
-    table = []
     for name, shape in (TINY if options.quick else MODELS).items():
         if options.models and not any(word in name for word in options.models):
             continue
@@ -340,12 +339,11 @@ def measure_decode(rt: Runtime, options: Any, bandwidth: float) -> list[dict]:
         for batch in options.batches:
             print(f"{name}, {batch} texts", flush=True)
             ids = torch.randint(shape["vocab_size"], (batch, prompt), device=DEVICE)
-            table.append({"model": name} | measure_answers(rt, theirs, forms, ids, new, options, bandwidth))
+            yield {"model": name} | measure_answers(rt, theirs, forms, ids, new, options, bandwidth)
         del theirs, forms
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    return table
 
 
 def main() -> int:
@@ -379,8 +377,10 @@ def main() -> int:
     parts["decode"] = lambda: measure_decode(rt, options, roof["bandwidth"])
     for part, measure in parts.items():
         if options.part in ("all", part):
-            report[part] = measure()
-            save(report, options.out)  # a run that is cut off keeps what it has
+            report[part] = []
+            for row in measure():
+                report[part].append(row)
+                save(report, options.out)  # a run that is cut off keeps what it has
     print(f"written to {options.out.name}")
     return 0
 
