@@ -302,6 +302,7 @@ def measure_answers(
     rt: Runtime, theirs: Any, forms: dict[str, GPT], ids: Tensor, new: int, options: Any, bandwidth: float
 ) -> dict[str, Any]:
     """All ways to continue these prompts, in turn; for one prompt also what a pass starts on the GPU."""
+    torch._dynamo.reset()  # what was compiled for another number of texts counts towards its limit of variants
     made = recordings(forms, ids, new, options.compile)
     runs = answers_of(theirs, forms, made, ids, new)
     if options.peer_compiled:
@@ -321,7 +322,8 @@ def measure_answers(
             f"{row['bandwidth_share']:.0%} {row.get('same_tokens', '')} {row.get('seconds_to_record', '')}",
             flush=True,
         )
-    found: dict[str, Any] = {"batch": len(ids), "prompt": ids.shape[1], "new": new, "rows": rows}
+    found: dict[str, Any] = {"batch": len(ids), "prompt": ids.shape[1], "new": new, "rounds": options.rounds}
+    found |= {"bandwidth": bandwidth, "rows": rows}
     if len(ids) == 1:
         nine = answers_of(theirs, forms, made, ids, NINE)
         found["nine_tokens"] = {name: launches(fn) for name, fn in nine.items() if name != f"{BASE}, again"}
@@ -341,7 +343,6 @@ def measure_decode(rt: Runtime, options: Any, bandwidth: float) -> Iterator[dict
             ids = torch.randint(shape["vocab_size"], (batch, prompt), device=DEVICE)
             yield {"model": name} | measure_answers(rt, theirs, forms, ids, new, options, bandwidth)
         del theirs, forms
-        torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
 
