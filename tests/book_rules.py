@@ -15,6 +15,7 @@ The front matter of a chapter is its first cell, a raw cell:
       minutes-read: 25
       minutes-run: 2                         measured, on two CPU cores
       sources: ["@frantar2022gptq"]          keys in references.bib; may be []
+      covers: [C8, "C12#storing"]            what of nbs/_topics.yml it teaches, and in which section
     ---
 """
 
@@ -181,8 +182,39 @@ def front_matter_complete(name: str, nb: dict, chapters: set[str], keys: set[str
     for source in course.get("sources") or []:
         if str(source).removeprefix("@") not in keys:
             problems.append(f"course.sources names {source!r}, which is not in references.bib")
-    unknown = sorted(set(course) - {"needs", "minutes-read", "minutes-run", "sources"})
+    unknown = sorted(set(course) - {"needs", "minutes-read", "minutes-run", "sources", "covers"})
     return problems + [f"course.{key} is not a field that the book knows" for key in unknown]
+
+
+def topics_have_places(known: dict, books: dict[str, dict]) -> list[str]:
+    """Every topic of nbs/_topics.yml is taught somewhere or is listed as not taught, with a reason; none is both.
+
+    `known` is that file, `books` all notebooks by file name.
+    """
+    topics, waiting = known["topics"], known["not_yet"]
+    problems, taught = [], set()
+    for name, nb in books.items():
+        covers = (front_matter(nb).get("course") or {}).get("covers", [])
+        for entry in covers:
+            topic, _, anchor = str(entry).partition("#")
+            taught.add(topic)
+            if topic not in topics:
+                problems.append(f"{name}: course.covers names {entry!r}, which is no topic")
+            if anchor and anchor not in anchors(nb):
+                problems.append(f"{name}: course.covers names {entry!r}, and no section has that anchor")
+        twice = sorted({str(c) for c in covers if covers.count(c) > 1})
+        problems += [f"{name}: course.covers names {c!r} twice" for c in twice]
+    for topic, about in topics.items():
+        missing = [k for k in ("section", "en", "zh") if not about.get(k)]
+        problems += [f"topic {topic} has no {key}" for key in missing]
+        if topic[0] not in known["articles"]:
+            problems.append(f"topic {topic} belongs to no article")
+        if topic not in taught and topic not in waiting:
+            problems.append(f"topic {topic} ({about.get('en')}) has no place")
+        if topic in taught and topic in waiting:
+            problems.append(f"topic {topic} has a place: take it off the list of those that have none")
+    problems += [f"not_yet names {t!r}, which is no topic" for t in waiting if t not in topics]
+    return problems + [f"not_yet gives no reason for {t}" for t, why in waiting.items() if len(str(why)) < 20]
 
 
 def one_title(nb: dict) -> list[str]:

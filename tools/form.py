@@ -12,6 +12,8 @@ Generated, and never to be edited by hand:
 - the last cell (id `foot`): the sheet with its command, and the links again;
 - a caption after each figure (id `…-caption`): JupyterLab shows no `fig-cap`. The page drops it and shows Quarto's own;
 - the table of chapters and sheets (id `contents`) of the tour;
+- the tables of what the source articles speak about and where it is taught (id `topics`), from nbs/_topics.yml and from
+  `covers` in the front matter of the chapters;
 - a citation `[@key]`: a link to the entry in nbs/93_references.ipynb, which is made here from references.bib;
 - `#| code-fold: true` in a cell that draws a figure or only imports: on the page its code waits behind a button.
   Where the code is the lesson the cell says `code-fold: false`;
@@ -81,6 +83,53 @@ def sheets() -> dict[str, list[dict]]:
         entry = {"sheet": sheet, "path": f"exercises/{chapter}/{sheet}.ipynb", "n": len(exercises), "minutes": minutes}
         found.setdefault(chapter.split("_")[0], []).append(entry)
     return found
+
+
+# ---------------------------------------------------------------------------------------- topics
+
+
+def heading_id(heading: str) -> str:
+    """The anchor of a heading: lower case, dashes, no punctuation, nothing before the first letter."""
+    plain_text = re.sub(r"[^\w\s.-]", "", re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading))
+    return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", plain_text.strip().lower()))
+
+
+def topic_list() -> dict:
+    """`articles`, `topics` and `not_yet` of nbs/_topics.yml."""
+    return yaml.safe_load((NBS / "_topics.yml").read_text(encoding="utf8"))
+
+
+@functools.cache
+def places() -> dict[str, list[str]]:
+    """Topic -> links to the chapters and sections whose front matter says that they teach it, in reading order."""
+    found: dict[str, list[str]] = {}
+    for name in reading_order():
+        nb = nbformat.read(NBS / name, 4)
+        text = "\n".join(re.sub(r"(?ms)^```.*?^```", "", c.source) for c in nb.cells if c.cell_type == "markdown")
+        sections = {heading_id(h): h.strip() for h in re.findall(r"^#{2,} +(.+)$", text, re.M)}
+        meta = front_matter(nb)
+        for entry in meta["course"].get("covers", []):
+            topic, _, anchor = entry.partition("#")
+            if anchor and anchor not in sections:
+                raise SystemExit(f"{name}: course.covers names {entry}, and no section has that anchor")
+            title = f"{meta['title']} › {sections[anchor]}" if anchor else meta["title"]
+            found.setdefault(topic, []).append(f"[{title}]({name}{'#' + anchor if anchor else ''})")
+    return found
+
+
+def topics() -> str:
+    """One table an article: each topic, its Chinese name, and where it is taught."""
+    known, parts = topic_list(), []
+    for letter, article in known["articles"].items():
+        mine = {t: topic for t, topic in known["topics"].items() if t[0] == letter}
+        head = f"### {letter}: {article['en']}\n\n<span lang=\"zh\">{article['zh']}</span>"
+        rows = ["| | section | topic | 中文 | taught in |", "|---|---|---|---|---|"]
+        for t, topic in mine.items():
+            where = "; ".join(places().get(t, [])) or f"*none:* {known['not_yet'].get(t, '')}"
+            zh = f'<span lang="zh">{topic["zh"]}</span>'
+            rows.append(f"| {t} | {topic['section']} | {topic['en']} | {zh} | {where} |")
+        parts.append(head + "\n\n" + "\n".join(rows))
+    return "\n\n".join(parts)
 
 
 # ------------------------------------------------------------------------------------ references
@@ -287,7 +336,7 @@ def with_fold(cell: nbformat.NotebookNode) -> str:
 def minutes_to_read(nb: nbformat.NotebookNode) -> int:
     words = lines = 0
     for cell in nb.cells:
-        if cell.cell_type == "markdown" and cell.id not in ("head", "foot") and not cell.id.endswith("-caption"):
+        if cell.cell_type == "markdown" and cell.id not in ("head", "foot", "topics") and not cell.id.endswith("-caption"):
             words += len(re.sub(r"<!--.*?-->|</?\w[^>]*>", " ", cell.source, flags=re.S).split())
         elif cell.cell_type == "code":
             seen = options(cell)
@@ -316,6 +365,8 @@ def generate(name: str, nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in nb.cells:
         if cell.id == "contents":
             cell.source = contents()
+        elif cell.id == "topics":
+            cell.source = topics()
     raw, numbers = nb.cells[0], {}
     if "minutes-read" in raw.source:
         raw.source = re.sub(r"(?m)^(\s*minutes-read:).*$", rf"\1 {minutes_to_read(nb)}", raw.source)
