@@ -336,7 +336,9 @@ def with_fold(cell: nbformat.NotebookNode) -> str:
 def minutes_to_read(nb: nbformat.NotebookNode) -> int:
     words = lines = 0
     for cell in nb.cells:
-        if cell.cell_type == "markdown" and cell.id not in ("head", "foot", "topics") and not cell.id.endswith("-caption"):
+        if cell.cell_type == "markdown":
+            if cell.id in ("head", "foot", "topics") or cell.id.endswith("-caption"):  # generated
+                continue
             words += len(re.sub(r"<!--.*?-->|</?\w[^>]*>", " ", cell.source, flags=re.S).split())
         elif cell.cell_type == "code":
             seen = options(cell)
