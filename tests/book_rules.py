@@ -486,7 +486,7 @@ def no_typed_results(nb: dict) -> list[str]:
     """
     problems = []
     for i, cell in cells(nb, "markdown"):
-        if cell.get("id") in ("head", "foot") or str(cell.get("id", "")).endswith("-caption"):
+        if cell.get("id") in ("head", "foot", "topics") or str(cell.get("id", "")).endswith("-caption"):
             continue
         stack: list[bool] = []  # open blocks, True where published
         for line, original in zip(prose(cell).splitlines(), text(cell["source"]).splitlines(), strict=False):
