@@ -24,12 +24,11 @@ import dataclasses
 import functools
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from shared import machine, save
+from shared import keep, machine, save
 
 from llmcourse.checkpoints import digest
 from llmcourse.continual import (
@@ -49,7 +48,6 @@ from llmcourse.data import load_model, load_records, token_data
 from llmcourse.evaluation import Text, compare_perplexity, perplexity
 from llmcourse.finetuning import Classifier, Labeled, add_lora, draw_labels, finetune, topic_texts, trainable
 from llmcourse.settings import BadInput
-from llmcourse.store import write_atomic
 from llmcourse.training import Sequences, TrainConfig, causal_lm_loss, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -428,12 +426,7 @@ def main() -> None:
         for name, go in PARTS[part](args.seeds, kept):
             if args.arms and name.split()[1] not in args.arms:
                 continue
-            file = kept / f"{name.replace(' ', '_')}.json"
-            if not file.exists():
-                start = time.perf_counter()
-                found = go()
-                write_atomic(file, json.dumps({"name": name, **found, "seconds": time.perf_counter() - start}))
-                print(f"{name:<32}{time.perf_counter() - start:4.0f} s  {str(found)[:160]}", flush=True)
+            keep(kept, name, go)
     rows: dict[str, dict[str, list]] = {}
     for file in sorted(kept.glob("*_*_*.json")):
         found = json.loads(file.read_text(encoding="utf8"))

@@ -26,11 +26,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import time
 from pathlib import Path
 
 import torch
-from shared import machine, save
+from shared import keep, machine, save
 
 from llmcourse.accuracy import Item, loglikelihood, prompt, score_choices
 from llmcourse.checkpoints import digest
@@ -54,7 +53,6 @@ from llmcourse.finetuning import (
 from llmcourse.packed import pack_model
 from llmcourse.quantization import RTN
 from llmcourse.settings import BadInput
-from llmcourse.store import write_atomic
 from llmcourse.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -334,13 +332,7 @@ def main() -> None:
     kept.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         for name, go in PARTS[part](seeds, budgets):
-            file = kept / f"{name.replace(' ', '_')}.json"
-            if not file.exists():
-                start = time.perf_counter()
-                found = go()
-                found = found if isinstance(found, dict) else {"right": found}
-                write_atomic(file, json.dumps({"name": name, **found, "seconds": time.perf_counter() - start}))
-                print(f"{name:<28}{found}  {time.perf_counter() - start:.0f} s", flush=True)
+            keep(kept, name, lambda go=go: found if isinstance(found := go(), dict) else {"right": found})
     rows: dict[str, dict[str, list]] = {}
     for file in sorted(kept.glob("*_*_*.json")):
         found = json.loads(file.read_text(encoding="utf8"))

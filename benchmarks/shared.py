@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmcourse.runtime import Comparison
+from llmcourse.store import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -35,6 +37,18 @@ def machine(**more: Any) -> dict[str, Any]:
     """The machine without its name."""
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {"cores": os.cpu_count(), "python": platform.python_version(), "load": load} | more
+
+
+def keep(folder: Path, name: str, go: Callable[[], dict] | None = None) -> dict:
+    """What `go` found, from its file where it has run before: a benchmark of hours goes on where it was."""
+    file = folder / f"{name.replace(' ', '_')}.json"
+    if go and not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        found = go()
+        write_atomic(file, json.dumps({"name": name, **found, "seconds": time.perf_counter() - start}))
+        print(f"{name:<32}{time.perf_counter() - start:4.0f} s  {str(found)[:160]}", flush=True)
+    return json.loads(file.read_text(encoding="utf8"))
 
 
 def save(report: dict, out: Path) -> None:
