@@ -1,6 +1,6 @@
 """The two questions of the chapter on experiments, on whole models instead of a block and a toy.
 
-    python benchmarks/experiments.py            # both: about two hours on one thread; goes on where it was
+    python benchmarks/experiments.py            # both: about an hour on one thread; goes on where it was
     python benchmarks/experiments.py gptq       # does GPTQ beat RTN, whatever the calibration text?
     python benchmarks/experiments.py house      # which of rate, warm-up, batch and decay matters?
     python benchmarks/experiments.py --quick    # tiny settings: a smoke run, whose numbers mean nothing
@@ -39,9 +39,9 @@ from llmcourse.training import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS, ORDERS = ("wikipedia", "sotu", "shakespeare"), ("as drawn", "reversed")
-REAL = {"model": "smollm2-135m", "bits": [3, 4], "group": 64, "n": 64, "length": 128, "draws": 2}
+REAL = {"model": "smollm2-135m", "bits": [3], "group": 64, "n": 64, "length": 128, "draws": 2}
 REAL |= {"target": "wikipedia", "tokens": 4096, "context": 512, "stride": 384}
-HOUSE = {"model": "course-3m", "data": "sotu", "length": 128, "tokens": 131_072, "rows": 128}
+HOUSE = {"model": "course-3m", "data": "sotu", "length": 128, "tokens": 65_536, "rows": 128}
 FACTORS = {"rate": (1e-3, 4e-3), "warmup": (0.02, 0.2), "batch": (4, 16), "decay": (0.0, 0.3)}
 SEEDS, FRESH = (0, 1, 2), (100, 101, 102, 103, 104)
 
