@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -339,6 +341,21 @@ def test_a_sweep_from_start_to_log(tmp_path, settings, tiny):
     (tmp_path / "full" / "x").touch()
     with pytest.raises(BadInput, match="out is"):
         sweep(path, tmp_path / "full", settings=settings)
+
+
+def test_in_a_terminal_the_table_is_redrawn_after_every_trial(tmp_path, settings, tiny, monkeypatch):
+    import rich
+    from rich.console import Console
+
+    screen, told = io.StringIO(), []
+    monkeypatch.setattr(rich, "_console", Console(file=screen, force_terminal=True, width=100))
+    study = sweep(tiny, tmp_path / "out", settings=settings, say=told.append, live=True)
+    frames = re.findall(r"(\d) of 3 finished", screen.getvalue())
+    assert frames == sorted(frames) and set(frames) >= {"0", "3"}  # a fast trial may be passed over
+    assert "\x1b[2K" in screen.getvalue()  # a frame takes the place of the one before
+    assert told == [] and len(finished(study)) == 3  # no lines between the frames
+    lines = screen.getvalue().split("3 of 3 finished")[-1]
+    assert f"{study.best_value:.4f}" in lines
 
 
 def test_a_worker_that_is_killed_between_two_checkpoints(tmp_path, settings, tiny, monkeypatch):
