@@ -132,6 +132,7 @@ def _read_path(path: Path) -> Iterator[dict]:
         try:
             alone = not path.is_dir()
             for line, record in kinds[file.suffix](file, alone):
+                record = _with_text(record)
                 text = record.get("text") if isinstance(record, dict) else None
                 where = f"line {line} of {file.name!r}"
                 if not isinstance(text, str):
@@ -144,6 +145,13 @@ def _read_path(path: Path) -> Iterator[dict]:
             raise BadInput(f"data file is {file.name!r} and not UTF-8; allowed: UTF-8 text.") from None
         except (OSError, csv.Error) as e:
             raise BadInput(f"data file {file.name!r} could not be read ({e}); allowed: {allowed}.") from None
+
+
+def _with_text(record: Any) -> Any:
+    """A chat without a text of its own: what is said in it, a turn a line, so that copies and parts are seen."""
+    chat = record.get("messages") if isinstance(record, dict) and "text" not in record else None
+    said = [turn.get("content") for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
+    return record | {"text": "\n".join(said)} if said and all(isinstance(s, str) for s in said) else record
 
 
 # Each reader yields (number of the line, record).

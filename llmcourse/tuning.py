@@ -9,11 +9,14 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import platform
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 import torch
@@ -41,18 +44,20 @@ from llmcourse.finetuning import (
     tf_idf,
     trainable,
 )
+from llmcourse.instructions import COURSE_TEMPLATE, Chats, Turns, chat_batch, encode_chat, example_loss, tune, turns
 from llmcourse.launch import check_machine
 from llmcourse.modelfolder import positions_of
 from llmcourse.runfolder import is_made, run_folder
-from llmcourse.runtime import Runtime
+from llmcourse.runtime import Runtime, evaluating
 from llmcourse.schema import parse, read_toml
 from llmcourse.settings import BadInput, Settings, load_settings, number, one_of, read_text, require, whole
 from llmcourse.store import CATALOG, MANIFEST, atomic_folder, manifest_faults, write_manifest
 from llmcourse.training import TrainConfig, TrainResult, train, training_curve
+from llmcourse.verdicts import paired
 
 __all__ = ["FinetuneRecipe", "Tuned", "finetune_recipe", "load_finetune_recipe", "load_tuned"]
 
-TASKS, METHODS = ("language", "classify"), ("lora", "full", "head")
+TASKS, METHODS = ("language", "classify", "chat"), ("lora", "full", "head")
 RESULT, ABOUT, HEAD = "result", "result.json", "score.safetensors"
 
 
@@ -77,7 +82,7 @@ class FinetuneRecipe:
 
     name: str
     task: str
-    """language: go on reading a text; classify: a label for each text"""
+    """language: go on reading a text; classify: a label for each text; chat: what the assistant answers"""
     data: str
     license: str
     limits: str
@@ -88,7 +93,13 @@ class FinetuneRecipe:
     method: str = "lora"
     """lora, full, or head (classify only: everything else stays frozen)"""
     beside: tuple[str, ...] = ()
-    """language: other data sets that are measured before and after, to see what was forgotten"""
+    """language, chat: other texts that are measured before and after, to see what was forgotten"""
+    question: str | None = None
+    """chat: what is asked, with fields of a document in braces: "Translate: {text}"; None: rows have `messages`"""
+    answer: str | None = None
+    """chat: what is answered, likewise"""
+    longest: int | None = None
+    """chat: tokens of a chat; longer ones are left out. None: as many as the model can read"""
     label: str | None = None
     """classify: the field of a document that holds its label"""
     classes: int | None = None
@@ -102,7 +113,7 @@ class FinetuneRecipe:
     pool: str = "mean"
     """classify: what the head reads, "mean" or "last" """
     most: int = 400
-    """classify: test texts at most"""
+    """classify, chat: test texts at most"""
     text: str = ""
     """the file itself, which goes into the card"""
 
@@ -117,22 +128,40 @@ class FinetuneRecipe:
         for key in ("model", "data", "license", "limits"):
             require(bool(getattr(self, key).strip()), key, getattr(self, key), "a text")
         whole("most", self.most, FEWEST)
-        for key, least in (("classes", 2), ("per_class", 1), ("cut", 1)):
+        for key, least in (("classes", 2), ("per_class", 1), ("cut", 1), ("longest", 2)):
             if getattr(self, key) is not None:
                 whole(key, getattr(self, key), least)
-        classify = self.task == "classify"
-        require(classify == (self.label is not None), "label", self.label, _label_allowed(classify))
-        require(classify or self.method != "head", "method", self.method, "lora or full for the task 'language'")
+        classify, chat, none = self.task == "classify", self.task == "chat", f"no such key for the task {self.task!r}"
+        label = "the field that holds the label of a document" if classify else none
+        require(classify == (self.label is not None), "label", self.label, label)
+        require(classify or self.method != "head", "method", self.method, f"lora or full for the task {self.task!r}")
         require(not (classify and self.beside), "beside", list(self.beside), "no list for the task 'classify'")
         names = [self.data, *self.beside]
         require(len(set(names)) == len(names), "beside", list(self.beside), "other data sets than data, each once")
         for key in ("classes", "per_class", "cut", "without"):
-            fits = classify or not getattr(self, key)
-            require(fits, key, getattr(self, key), "no such key for the task 'language'")
+            require(classify or not getattr(self, key), key, getattr(self, key), none)
+        for key in ("question", "answer", "longest"):
+            require(chat or getattr(self, key) is None, key, getattr(self, key), none)
+        both = (self.question is None) == (self.answer is None)
+        require(both, "answer", self.answer, "a text where question is one, and none where it is none")
+        for key in ("question", "answer"):
+            if getattr(self, key) is not None:
+                fields_of(getattr(self, key), key)
 
 
-def _label_allowed(classify: bool) -> str:
-    return "the field that holds the label of a document" if classify else "no such key for the task 'language'"
+def fields_of(pattern: str, key: str) -> list[str]:
+    """The fields of a document that a pattern names in braces.
+
+    Raises:
+        BadInput: none, or something in braces that is no plain name.
+    """
+    try:
+        parts = [part[1:] for part in Formatter().parse(pattern) if part[1] is not None]
+    except ValueError:  # a brace that is not closed
+        parts = []
+    plain = bool(parts) and all(name.isidentifier() and not spec and not how for name, spec, how in parts)
+    require(plain, key, pattern, "a text with names of fields in braces, such as '{text}'")
+    return [name for name, *_ in parts]
 
 
 def load_finetune_recipe(path: str | Path, *, model: str | None = None, data: str | None = None) -> FinetuneRecipe:
@@ -148,8 +177,9 @@ def load_finetune_recipe(path: str | Path, *, model: str | None = None, data: st
     train, lora = table.pop("train", None), table.pop("lora", {})
     require(isinstance(train, dict), f"[train] in {path.name}", train, "a table with steps, batch_size and lr")
     given: dict[str, Any] = {}
-    if table.get("task") == "classify":
-        allowed = "no such key for the task 'classify': a text has one target"
+    if (task := table.get("task")) in ("classify", "chat"):
+        why = "a text has one target" if task == "classify" else "a chat is read whole (see longest)"
+        allowed = f"no such key for the task {task!r}: {why}"
         require("seq_len" not in train, "seq_len", train.get("seq_len"), allowed)
         given = {"seq_len": 1}
     parts = {"train": parse(TrainConfig, train, "[train]", given=given), "lora": parse(Adapter, lora, "[lora]")}
@@ -171,7 +201,7 @@ def finetune_recipe(
     say: Callable[[str], None] = print,
     command: str = "",
 ) -> Path:
-    """Train a model that is there on a text or on labels, measure before and after, and write what came out.
+    """Train a model that is there on a text, on labels or on chats, measure before and after, and write what came out.
 
     Everything goes into `out`: `checkpoints/`, and at the end `result/` with `adapter/` (peft's format) or `model/`,
     or both, and a card. A run that was stopped goes on where it was when the same command is given again.
@@ -189,9 +219,9 @@ def finetune_recipe(
     require(rt.world_size == 1, "WORLD_SIZE", rt.world_size, "1: finetune runs in one process (train takes several)")
     check_machine(recipe.train, rt)
     base = load_model(recipe.model, rt=rt, settings=settings)
-    job = (_Labels if recipe.task == "classify" else _Reading)(recipe, base, settings, rt)
+    job = {"classify": _Labels, "language": _Reading, "chat": _Chats}[recipe.task](recipe, base, settings, rt)
     inputs = {"recipe": dataclasses.asdict(recipe), "texts": job.digest, "base": job.fingerprint}
-    inputs |= {"scale": dataclasses.asdict(settings.scale)} if recipe.task == "language" else {}
+    inputs |= {"scale": dataclasses.asdict(settings.scale)} if recipe.task != "classify" else {}
     same = "a folder of this recipe with this model, these texts and this scale"
     with run_folder(out, inputs, same=same, target=RESULT, command="finetune") as folder:
         if is_made(folder / RESULT):
@@ -220,7 +250,7 @@ class Row(NamedTuple):
 
 
 class _Job:
-    """What the two tasks share: a recipe, a base, and texts that were looked at before anything is written."""
+    """What the tasks share: a recipe, a base, and texts that were looked at before anything is written."""
 
     digest: str
     head: tuple[str, ...]
@@ -253,27 +283,11 @@ class _Job:
         return model.requires_grad_(True)
 
 
-class _Reading(_Job):
-    """Language modeling on another text."""
+class _Causal(_Job):
+    """A language model, which is one afterwards, too; texts are measured before and after."""
 
-    head = ("test part of", "perplexity before", "after", "after / before")
-
-    def __init__(self, recipe: FinetuneRecipe, base: LoadedModel, settings: Settings, rt: Runtime):
-        super().__init__(recipe, base, settings, rt)
-        cfg = recipe.train
-        fits = self.limit is None or cfg.seq_len <= self.limit
-        require(fits, "seq_len", cfg.seq_len, f"at most {self.limit}, what the model can read")
-        names = (recipe.data, *recipe.beside)
-        records = {name: load_records(name, settings=settings) for name in names}
-        self.digest = "-".join(_digest(r) for r in records.values())
-        self.records = records[recipe.data]
-        parts = {"train": None} | ({"val": None} if cfg.eval_every else {})
-        self.data: TokenData = token_data(base.tokenizer, recipe.data, limits=parts, settings=settings)
-        for part in parts:
-            n, least = len(getattr(self.data, part)), cfg.seq_len + 1
-            allowed = f"at least {least} (documents are dealt out whole: take more of them)"
-            self.enough(n, least, f"{n} tokens in its {part} part", allowed)
-        self.tests = {name: self._test(name) for name in names}
+    tokenizer: Any
+    tests: dict[str, Text]
 
     def _test(self, name: str) -> Text:
         from llmcourse.jobs import bounded
@@ -288,13 +302,10 @@ class _Reading(_Job):
         model = self.base.model if self.recipe.method == "lora" else copy.deepcopy(self.base.model)
         return self.body(model)
 
-    def train(self, model: nn.Module, out: Path, say: Callable[[str], None]) -> TrainResult:
-        return train(model, self.data, self.recipe.train, rt=self.rt, out=out, say=say)
-
     def measured(self, model: nn.Module, say: Callable[[str], None]) -> list[Row]:
         rows = []
-        how = {"context": self.scale.context, "stride": self.scale.stride, "batch_size": self.scale.batch_size}
         for name, text in self.tests.items():
+            how = {"context": self.scale.context, "stride": self.scale.stride, "batch_size": self.scale.batch_size}
             before, after = (
                 perplexity(m, text, **how, rt=self.rt, model=what)
                 for m, what in ((self.base.model, self.base.card.name), (model, self.recipe.name))
@@ -314,8 +325,34 @@ class _Reading(_Job):
             if self.packed:
                 return made
             model = merge(model)
-        _save_model(model, self.base.tokenizer, folder / "model", self.rt)
+        _save_model(model, self.tokenizer, folder / "model", self.rt)
         return [*made, "`model/` is a model folder that `load_model` and transformers read"]
+
+
+class _Reading(_Causal):
+    """Language modeling on another text."""
+
+    head = ("test part of", "perplexity before", "after", "after / before")
+
+    def __init__(self, recipe: FinetuneRecipe, base: LoadedModel, settings: Settings, rt: Runtime):
+        super().__init__(recipe, base, settings, rt)
+        cfg, self.tokenizer = recipe.train, base.tokenizer
+        fits = self.limit is None or cfg.seq_len <= self.limit
+        require(fits, "seq_len", cfg.seq_len, f"at most {self.limit}, what the model can read")
+        names = (recipe.data, *recipe.beside)
+        records = {name: load_records(name, settings=settings) for name in names}
+        self.digest = "-".join(_digest(r) for r in records.values())
+        self.records = records[recipe.data]
+        parts = {"train": None} | ({"val": None} if cfg.eval_every else {})
+        self.data: TokenData = token_data(base.tokenizer, recipe.data, limits=parts, settings=settings)
+        for part in parts:
+            n, least = len(getattr(self.data, part)), cfg.seq_len + 1
+            allowed = f"at least {least} (documents are dealt out whole: take more of them)"
+            self.enough(n, least, f"{n} tokens in its {part} part", allowed)
+        self.tests = {name: self._test(name) for name in names}
+
+    def train(self, model: nn.Module, out: Path, say: Callable[[str], None]) -> TrainResult:
+        return train(model, self.data, self.recipe.train, rt=self.rt, out=out, say=say)
 
     def protocols(self, rows: list[Row]) -> str:
         test, seen = ([r["text"] for r in self.records if r["split"] == part] for part in ("test", "train"))
@@ -331,6 +368,114 @@ def _reading_row(name: str, before: Perplexity, after: Perplexity, ratio: Ratio)
     numbers = {"data": name, "before": before.value, "after": after.value, "ratio": ratio.value, "low": ratio.low}
     numbers |= {"high": ratio.high, "level": ratio.level, "protocol": str(after.protocol)}
     return Row((name, *map(str, (before, after, ratio))), numbers)
+
+
+class _Chats(_Causal):
+    """Answers in chats: only what the assistant writes counts."""
+
+    head = ("test part of", "perplexity before", "after", "after / before")
+
+    def __init__(self, recipe: FinetuneRecipe, base: LoadedModel, settings: Settings, rt: Runtime):
+        super().__init__(recipe, base, settings, rt)
+        self.tokenizer = base.tokenizer
+        if not getattr(base.tokenizer, "chat_template", None):
+            self.tokenizer = copy.deepcopy(base.tokenizer)
+            self.tokenizer.chat_template = COURSE_TEMPLATE
+        lengths = (n for n in (recipe.longest, self.limit) if n is not None)
+        longest, records = min(lengths, default=None), load_records(recipe.data, settings=settings)
+        patterns = [p for p in (recipe.question, recipe.answer) if p is not None]
+        fields = [name for p in patterns for name in fields_of(p, "question")] or ["messages"]
+        beside = {name: load_records(name, settings=settings) for name in recipe.beside}
+        self.digest = "-".join([_digest(records, *fields), *map(_digest, beside.values())])
+        self.chats: dict[str, list[Turns]] = {part: [] for part in SPLITS}
+        self.left_out = 0
+        for i, record in enumerate(records):
+            chat = _chat(record, recipe, i)
+            fits = longest is None or len(encode_chat(self.tokenizer, chat).ids) <= longest
+            self.left_out += not fits
+            if fits and len(self.chats[record["split"]]) < (recipe.most if record["split"] == "test" else len(records)):
+                self.chats[record["split"]].append(chat)
+        room = "" if longest is None else f" of at most {longest} tokens"
+        for part, least in (("train", 1), ("test", FEWEST)):
+            n = len(self.chats[part])
+            self.enough(n, least, f"{n} chats{room} in its {part} part", f"at least {least}")
+        looks = not recipe.train.eval_every or bool(self.chats["val"])
+        require(looks, "eval_every", recipe.train.eval_every, f"0: no chat{room} lies in the validation part")
+        self.data = {part: Chats(self.tokenizer, chats) for part, chats in self.chats.items() if chats}
+        self.tests = {name: self._test(name) for name in recipe.beside}
+
+    def train(self, model: nn.Module, out: Path, say: Callable[[str], None]) -> TrainResult:
+        val = self.data["val"] if self.recipe.train.eval_every else None
+        return tune(model, self.data["train"], self.recipe.train, val=val, rt=self.rt, out=out, say=say)
+
+    def measured(self, model: nn.Module, say: Callable[[str], None]) -> list[Row]:
+        rows = []
+        others = {"answers": self.data["test"], SHUFFLED: Chats(self.tokenizer, _dealt(self.chats["test"]))}
+        for what, chats in others.items():
+            before, after = [self._losses(m, chats) for m in (self.base.model, model)]
+            was, now = (math.exp(statistics.fmean(losses)) for losses in (before, after))
+            ratio, low, high = (math.exp(v) for v in paired(before, after)[:3])
+            shown = f"{ratio:.4f}× ({low:.4f} to {high:.4f})"
+            say(f"{what}: perplexity {was:.2f} before, {now:.2f} after, {shown}")
+            numbers = {"data": self.recipe.data, "what": what, "before": was, "after": now}
+            numbers |= {"ratio": ratio, "low": low, "high": high, "level": 0.95}
+            rows.append(Row((f"{self.recipe.data}: {what}", f"{was:.2f}", f"{now:.2f}", shown), numbers))
+        return rows + super().measured(model, say)
+
+    @torch.no_grad()
+    def _losses(self, model: nn.Module, chats: Chats) -> list[float]:
+        """Mean of -ln p over the answer of each chat."""
+        found: list[float] = []
+        with evaluating(model):
+            for i in range(0, len(chats), 16):
+                batch = chat_batch(chats.examples[i : i + 16])
+                found += example_loss(model, {k: self.rt.move(v) for k, v in batch.items()}).tolist()
+        return found
+
+    def told(self) -> dict[str, Any]:
+        return super().told() | {"template": self.tokenizer.chat_template}
+
+    def protocols(self, rows: list[Row]) -> str:
+        sizes = ", ".join(f"{part} {len(data):,}" for part, data in self.data.items())
+        own = "the tokenizer's own template" if self.tokenizer is self.base.tokenizer else "the course's template"
+        answers = (
+            f"chats: {sizes}; {self.left_out:,} longer ones left out; {own}; the perplexity of answers is that of a "
+            f"token, every chat with the same weight; intervals: pairs of chats, made for 95 %. {SHUFFLED!r}: each "
+            "answer stands under another question, which takes away all that the question tells"
+        )
+        return "\n\n".join([answers, *(row.numbers["protocol"] for row in rows if "protocol" in row.numbers)])
+
+
+SHUFFLED = "answers to other questions"
+
+
+def _chat(record: dict, recipe: FinetuneRecipe, i: int) -> Turns:
+    """The turns of a document: its `messages`, or question and answer from its fields."""
+    where = f"document {i} of {recipe.data}"
+    if recipe.question is None:
+        chat = record.get("messages")
+        good = isinstance(chat, list) and any(isinstance(t, dict) and t.get("role") == "assistant" for t in chat)
+        allowed = "rows with a list 'messages' in which the assistant speaks, or question and answer in the recipe"
+        if not good:
+            raise BadInput(f"{where} has no messages of an assistant; allowed: {allowed}.")
+        return chat
+    said = []
+    for pattern in (recipe.question, recipe.answer):
+        missing = [n for n in fields_of(pattern, "question") if not isinstance(record.get(n), (str, int, float))]
+        if missing:
+            allowed = f"one that holds a text or a number for it (it has {', '.join(sorted(record))})"
+            raise BadInput(f"{where} has no field {missing[0]!r}; allowed: {allowed}.")
+        said.append(pattern.format(**record))
+    return turns(*said)
+
+
+def _dealt(chats: list[Turns]) -> list[Turns]:
+    """The same questions, each with the last answer of the next chat: a null control."""
+    last = lambda chat: max(k for k, turn in enumerate(chat) if turn["role"] == "assistant")
+    answers = [chat[last(chat)] for chat in chats]
+    return [
+        [*chat[: last(chat)], answers[(i + 1) % len(chats)], *chat[last(chat) + 1 :]] for i, chat in enumerate(chats)
+    ]
 
 
 class _Labels(_Job):
@@ -552,7 +697,7 @@ class Tuned(NamedTuple):
     """A fine-tuned model of a folder that `llmcourse finetune` wrote."""
 
     model: nn.Module
-    """a `Classifier`, or a language model"""
+    """a `Classifier`, or a language model; its tokenizer has the template that it was trained with"""
     tokenizer: Any
     labels: list[str]
     """names of the classes; empty for a language model"""
@@ -580,11 +725,12 @@ def load_tuned(folder: str | Path, *, rt: Runtime | None = None, settings: Setti
     faults = manifest_faults(folder) if there else [f"lacks {ABOUT} or {MANIFEST}"]
     require(not faults, "folder", f"{folder}, which {' and '.join(faults)}", "one that `llmcourse finetune` wrote")
     about = json.loads((folder / ABOUT).read_text(encoding="utf8"))
-    if about["task"] == "language" and (folder / "model").is_dir():
+    if about["task"] != "classify" and (folder / "model").is_dir():
         found = load_model(folder / "model", rt=rt, settings=settings)
         return Tuned(found.model, found.tokenizer, [], None)
     base = load_model(about["base"], rt=rt, settings=settings)
-    if about["task"] == "language":  # an adapter on a packed model
+    if about["task"] != "classify":  # an adapter on a packed model
+        base.tokenizer.chat_template = about.get("template", getattr(base.tokenizer, "chat_template", None))
         return Tuned(load_adapter(base.model, folder / "adapter").eval(), base.tokenizer, [], None)
     model = _classifier(folder, base.model, about, rt, settings)
     return Tuned(model.eval(), base.tokenizer, about["labels"], about["cut"])

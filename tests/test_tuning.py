@@ -13,17 +13,19 @@ from conftest import ROOT
 from transformers import LlamaForCausalLM
 
 from llmcourse.compression import compress
-from llmcourse.data import load_model, split_of
+from llmcourse.data import load_model, load_records, split_of
 from llmcourse.finetuning import adapted, load_adapter
+from llmcourse.instructions import COURSE_TEMPLATE, Chats, chat_batch, example_loss, turns
 from llmcourse.packed import save_student
 from llmcourse.quantization import RTN
 from llmcourse.recipes import find_recipe
 from llmcourse.settings import BadInput
-from llmcourse.tuning import finetune_recipe, load_finetune_recipe, load_tuned
+from llmcourse.tuning import _dealt, finetune_recipe, load_finetune_recipe, load_tuned
 
 TRAIN = {"steps": 4, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "warmup": 1}
 COMMON = {"license": "none", "limits": "Made for a test."}
 READ = {"name": "reads", "task": "language", **COMMON, "lora": {"rank": 2, "alpha": 4.0}}
+TALK = {"name": "talks", "task": "chat", **COMMON, "lora": {"rank": 2, "alpha": 4.0}}
 SORT = {"name": "sorts", "task": "classify", "label": "kind", **COMMON, "lora": {"rank": 2, "alpha": 4.0}}
 quiet = lambda line: None
 
@@ -42,13 +44,31 @@ def labeled(tmp_path_factory):
     return file
 
 
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """Chats of two turns, some with a system's turn before or another question behind; two long ones."""
+    file, dice = tmp_path_factory.mktemp("talks") / "talks.jsonl", random.Random(1)
+    rows = []
+    for i in range(360):
+        a, b = dice.choice("abcd"), dice.choice("wxyz")
+        more, system = ([f"and {i}", a] if i % 3 == 0 else []), ("be" if i % 5 else None)
+        chat = turns(f"say {a} {i}", f"{a} {b}", *more, system=system)
+        rows.append({"messages": chat, "asked": a, "said": b, "n": i})
+    for n in (1, 2):
+        long = f"{n} long " * 300
+        rows.append({"messages": turns(long, "yes"), "asked": long, "said": "yes", "n": n})
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf8")
+    return file
+
+
 @pytest.fixture
-def recipe(tmp_path, tiny_model, corpus, labeled):
-    """A recipe out of one of the two tables, with changes; None takes a key away."""
+def recipe(tmp_path, tiny_model, corpus, labeled, talks):
+    """A recipe out of one of the tables, with changes; None takes a key away."""
 
     def make(table=READ, **changes):
         read = table["task"] == "language"
-        data = {"data": str(corpus if read else labeled), "model": str(tiny_model)}
+        texts = {"language": corpus, "classify": labeled, "chat": talks}[table["task"]]
+        data = {"data": str(texts), "model": str(tiny_model)}
         own = changes.pop("train", {})
         train = own if own is None else TRAIN | ({"seq_len": 32} if read else {}) | own
         whole = {k: v for k, v in (table | data | {"train": train} | changes).items() if v is not None}
@@ -101,6 +121,54 @@ def test_what_is_forgotten_is_measured_beside(recipe, tmp_path, small_settings, 
     )["rows"]
     assert [r["data"] for r in rows] == [str(corpus), str(labeled)]
     assert f"data       {labeled}" in rows[1]["protocol"]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"question": "say {asked} {n}", "answer": "{said}!"}], ids=["messages", "fields"]
+)
+def test_a_model_learns_to_answer(method, fields, recipe, tmp_path, small_settings, corpus):
+    lora = {"lora": None} if method == "full" else {}
+    made = recipe(TALK, method=method, beside=[str(corpus)], longest=120, train={"steps": 12}, **lora, **fields)
+    result = finetune_recipe(made, tmp_path / "o", settings=small_settings, say=quiet)
+    about = json.loads((result / "result.json").read_text(encoding="utf8"))
+    rows = about["rows"]
+    assert [r.get("what", r["data"]) for r in rows] == ["answers", "answers to other questions", str(corpus)]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["after"] / row["before"]) and row["low"] <= row["ratio"] <= row["high"]
+    assert rows[0]["high"] < 1  # it has learned what answers look like
+    card = (result / "README.md").read_text(encoding="utf8")
+    assert "2 longer ones left out; the course's template" in card and 'task = "chat"' in card
+    tuned = load_tuned(result, settings=small_settings)
+    assert tuned.labels == [] and tuned.tokenizer.chat_template == COURSE_TEMPLATE == about["template"]
+    again = load_model(result / "model", settings=small_settings)
+    assert again.tokenizer.chat_template == COURSE_TEMPLATE  # what `llmcourse serve` asks for
+    # by hand: the mean over chats of the mean loss of their answers
+    pattern = lambda r: turns(f"say {r['asked']} {r['n']}", f"{r['said']}!") if fields else r["messages"]
+    chats = [pattern(r) for r in load_records(made.data, "test")]
+    some = [e for e in Chats(tuned.tokenizer, chats).examples if len(e.ids) <= 120]
+    with torch.no_grad():
+        losses = torch.cat([example_loss(tuned.model, chat_batch([e])) for e in some])
+    assert rows[0]["after"] == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+
+
+def test_the_control_of_answers_keeps_every_answer_and_no_pair():
+    chats = [turns(f"q{i}", f"a{i}", "more", f"b{i}") for i in range(5)]
+    dealt = _dealt(chats)
+    assert [c[:3] for c in dealt] == [c[:3] for c in chats]
+    assert [c[3]["content"] for c in dealt] == ["b1", "b2", "b3", "b4", "b0"]
+    with_end = [[*c, {"role": "user", "content": "bye"}] for c in chats]  # the last word is not the assistant's
+    assert [c[3]["content"] for c in _dealt(with_end)] == ["b1", "b2", "b3", "b4", "b0"]
+
+
+def test_a_packed_model_learns_to_answer(recipe, tmp_path, tiny_model, small_settings):
+    dense = load_model(tiny_model, settings=small_settings)
+    small, _ = compress(dense.model, [RTN(bits=4, group_size=32)], None, None)
+    save_student(small, dense.tokenizer, tmp_path / "packed")
+    made = recipe(TALK, model=str(tmp_path / "packed"), longest=120)
+    result = finetune_recipe(made, tmp_path / "o", settings=small_settings, say=quiet)
+    assert not (result / "model").exists()
+    assert load_tuned(result, settings=small_settings).tokenizer.chat_template == COURSE_TEMPLATE
 
 
 def test_a_packed_model_gets_an_adapter_and_nothing_else(recipe, tmp_path, tiny_model, small_settings):
@@ -207,7 +275,7 @@ def test_a_finished_run_is_known_again_and_another_one_refused(
 
 
 REFUSED = [  # table, changes, words of the sentence
-    (READ, {"task": "sort"}, "task is 'sort'; allowed: language, classify"),
+    (READ, {"task": "sort"}, "task is 'sort'; allowed: language, classify, chat"),
     (READ, {"method": "head", "lora": None}, "method is 'head'; allowed: lora or full for the task 'language'"),
     (READ, {"method": "ia3"}, "method is 'ia3'; allowed: lora, full, head"),
     (READ, {"label": "kind"}, "label is 'kind'; allowed: no such key for the task 'language'"),
@@ -232,6 +300,19 @@ REFUSED = [  # table, changes, words of the sentence
     (SORT, {"pool": "max"}, "pool is 'max'; allowed: mean, last"),
     (SORT, {"classes": 1}, "classes is 1; allowed: a whole number of at least 2"),
     (SORT, {"train": {"seq_len": 8}}, "seq_len is 8; allowed: no such key for the task 'classify'"),
+    (SORT, {"question": "{text}", "answer": "{kind}"}, "question is '{text}'; allowed: no such key for the task 'cl"),
+    (READ, {"longest": 8}, "longest is 8; allowed: no such key for the task 'language'"),
+    (TALK, {"train": {"seq_len": 8}}, "seq_len is 8; allowed: no such key for the task 'chat': a chat is read whole"),
+    (TALK, {"question": "{asked}"}, "answer is None; allowed: a text where question is one, and none where it is none"),
+    (TALK, {"answer": "{asked}"}, "answer is '{asked}'; allowed: a text where question is one"),
+    (TALK, {"question": "a", "answer": "{said}"}, "question is 'a'; allowed: a text with names of fields in braces"),
+    (TALK, {"question": "{", "answer": "{said}"}, "question is '{'; allowed: a text with names of fields in braces"),
+    (TALK, {"question": "{a.b}", "answer": "{said}"}, "question is '{a.b}'; allowed: a text with names of fields"),
+    (TALK, {"question": "{n:>9}", "answer": "{said}"}, "question is '{n:>9}'; allowed: a text with names of fields"),
+    (TALK, {"longest": 1}, "longest is 1; allowed: a whole number of at least 2"),
+    (TALK, {"method": "head", "lora": None}, "method is 'head'; allowed: lora or full for the task 'chat'"),
+    (TALK, {"cut": 3}, "cut is 3; allowed: no such key for the task 'chat'"),
+    (TALK, {"label": "asked"}, "label is 'asked'; allowed: no such key for the task 'chat'"),
     # what only the model or the texts can tell
     (READ, {"lora": {"layers": "*.nothing"}}, "layers is '*.nothing'; allowed"),
     (READ, {"train": {"seq_len": 257}}, "seq_len is 257; allowed: at most 256"),
@@ -242,6 +323,13 @@ REFUSED = [  # table, changes, words of the sentence
     (SORT, {"classes": 3}, "2 labels in the field 'kind' that have 1 or more texts to train on; allowed: at least 3"),
     (SORT, {"without": ["sea"]}, "1 labels in the field 'kind'"),
     (SORT, {"per_class": 10_000}, "0 labels in the field 'kind' that have 10000 or more texts to train on"),
+    (TALK, {"longest": 4}, "with 0 chats of at most 4 tokens in its train part; allowed: at least 1"),
+    (
+        TALK,
+        {"data": "{two}"},
+        "has no messages of an assistant; allowed: rows with a list",
+    ),
+    (TALK, {"question": "{who}", "answer": "{said}"}, "has no field 'who'; allowed: one that holds a text or a number"),
     (SORT, {"data": "{two}"}, "with 0 labeled texts in its test part; allowed: at least 20: fewer say nothing"),
 ]
 
@@ -274,7 +362,7 @@ def test_two_at_once_and_folders_of_others_are_refused(recipe, tmp_path, small_s
 
 def test_the_recipes_of_the_course_and_the_command(cli, tmp_path, tiny_model, corpus):
     names = sorted(p.stem for p in (ROOT / "recipes" / "finetune").glob("*.toml"))
-    assert names == ["finance", "topics"]
+    assert names == ["finance", "topics", "translate"]
     for name in names:
         found = load_finetune_recipe(find_recipe(name, "finetune"))
         assert found.name == name and found.text == find_recipe(name, "finetune").read_text(encoding="utf8")
@@ -290,4 +378,4 @@ def test_the_recipes_of_the_course_and_the_command(cli, tmp_path, tiny_model, co
     code, out, _ = cli(*given)
     assert code == 0 and "is there" in out
     code, _, err = cli("finetune", "topic", "--out", tmp_path / "p")
-    assert code == 2 and "allowed: the path of a .toml file, or one of finance, topics." in err
+    assert code == 2 and "allowed: the path of a .toml file, or one of finance, topics, translate." in err
