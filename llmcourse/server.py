@@ -353,13 +353,10 @@ class ModelServer:
 
     def _mask(self, schema: Any) -> Any:
         """The token mask of a response format. The last ones are kept: clients ask for the same form again."""
-        from llmcourse.structured import TokenMask, schema_pattern
+        from llmcourse.structured import TokenMask, any_object, schema_pattern
 
-        if schema is True:
-            text = "response_format.type is 'json_object'; allowed: text, json_schema: the masks need a schema."
-            raise Refused(text, param="response_format")
         try:
-            pattern = schema_pattern(schema)
+            pattern = any_object() if schema is True else schema_pattern(schema)
             if pattern not in self._masks:
                 mask = TokenMask(pattern, self._vocabulary, vocab_size=self.vocab_size)
                 self._masks[pattern] = mask

@@ -22,6 +22,7 @@ from llmcourse.structured import (
     Automaton,
     TokenMask,
     Vocabulary,
+    any_object,
     byte_paths,
     masked_generate,
     parse_pattern,
@@ -628,3 +629,53 @@ def test_an_engine_keeps_to_the_masks_of_its_requests(house, noise):
     for i, pattern in ids.items():
         assert re.fullmatch(pattern, text_of(house, made[i])), pattern
         assert made[i] == masked_generate(noise, [1, 2], TokenMask(pattern, house), max_new_tokens=100).tokens
+
+
+def nested(dice: random.Random, depth: int):
+    """Any JSON value with at most `depth` objects and lists in each other."""
+    kind = dice.choice(["scalar", "list", "object"]) if depth else "scalar"
+    if kind == "scalar":
+        return dice.choice([None, True, False, 0, -7, 1.5, 2e-9, "", 'a"b', "\\", "é\n", 123456789012345])
+    some = [nested(dice, depth - 1) for _ in range(dice.randrange(3))]
+    return some if kind == "list" else {f"k{i}": value for i, value in enumerate(some)}
+
+
+def levels(value) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inside is None else 1 + max(map(levels, inside), default=0)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_any_object_of_a_depth(depth):
+    machine, dice, seen = Automaton(any_object(depth)), random.Random(depth), set()
+    for trial in range(300):
+        value = {"a": nested(dice, 4), "b c": nested(dice, 2)} if trial else {}
+        text = json.dumps(value, ensure_ascii=trial % 2 == 0).encode()
+        fits = levels(value) <= depth and b"\\u" not in text  # \u is left out: a character is written as itself
+        assert machine.complete(machine.read(text)) == fits, text
+        seen.add(fits)
+        if fits:  # what is cut is not whole, and a comma too many is refused
+            assert not machine.complete(machine.read(text[:-1])), text
+            assert not machine.complete(machine.read(text[:-1] + b", }")), text
+    assert seen == {True, False}
+    for text in (
+        "[]",
+        "1",
+        '"a"',
+        "null",
+        "{a: 1}",
+        "{'a': 1}",
+        '{"a":1}',
+        '{"a": 01}',
+        '{"a": }',
+        '{"a" }',
+        "{ }",
+        "",
+    ):
+        assert not machine.complete(machine.read(text.encode())), text
+
+
+@pytest.mark.parametrize("depth", [0, 5, 2.0, True, "2", None])
+def test_a_depth_that_no_pattern_is_made_for(depth):
+    with pytest.raises(BadInput, match=r"depth is .*; allowed: a whole number from 1 to 4"):
+        any_object(depth)

@@ -324,11 +324,7 @@ REFUSED = [  # table, changes, words of the sentence
     (SORT, {"without": ["sea"]}, "1 labels in the field 'kind'"),
     (SORT, {"per_class": 10_000}, "0 labels in the field 'kind' that have 10000 or more texts to train on"),
     (TALK, {"longest": 4}, "with 0 chats of at most 4 tokens in its train part; allowed: at least 1"),
-    (
-        TALK,
-        {"data": "{two}"},
-        "has no messages of an assistant; allowed: rows with a list",
-    ),
+    (TALK, {"data": "{two}"}, "has no messages of an assistant; allowed: rows with a list"),
     (TALK, {"question": "{who}", "answer": "{said}"}, "has no field 'who'; allowed: one that holds a text or a number"),
     (SORT, {"data": "{two}"}, "with 0 labeled texts in its test part; allowed: at least 20: fewer say nothing"),
 ]
