@@ -47,6 +47,9 @@ Data = Annotated[
 Calib = Annotated[str | None, typer.Option(help="Text to calibrate on; by default the calibration part of the data.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Kernels = Annotated[
+    str | None, typer.Option(help="auto, int4 or portable: how a CPU multiplies packed weights (auto tries them).")
+]
 ScaleName = Annotated[str | None, typer.Option("--scale", help="How much is measured: a [scale.NAME] of settings.ini.")]
 Layers = Annotated[str | None, typer.Option(help="Treat only layers whose names match, e.g. '*.mlp.*'.")]
 Model = Annotated[str, typer.Argument(help="A name from `llmcourse data`, a folder, or a hub id.")]
@@ -130,9 +133,11 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     scale: ScaleName = None,
+    kernels: Kernels = None,
 ) -> None:
     """Measure a model: quality on a text and what it costs, each number with its interval and protocol."""
-    settings = load_settings(overrides={"data": data, "device": device, "dtype": dtype, "scale": scale})
+    given = {"data": data, "device": device, "dtype": dtype, "scale": scale, "kernels": kernels}
+    settings = load_settings(overrides=given)
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else ()
     from llmcourse.measure import measure, print_evaluation
 
@@ -157,9 +162,10 @@ def serve(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    kernels: Kernels = None,
 ) -> None:
     """Serve a model over HTTP in the form of OpenAI's API, many requests at a time."""
-    settings = load_settings(overrides={"device": device, "dtype": dtype})
+    settings = load_settings(overrides={"device": device, "dtype": dtype, "kernels": kernels})
     from llmcourse.server import ServerConfig, read_key
     from llmcourse.server import serve as run
 

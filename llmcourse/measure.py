@@ -39,7 +39,7 @@ def measure(
     """
     from llmcourse.evaluator import METRICS, check_metrics, evaluate
     from llmcourse.jobs import bounded, model_folder
-    from llmcourse.modelfolder import positions_of
+    from llmcourse.modelfolder import kernels_said, positions_of
 
     settings = settings or load_settings()
     names = check_metrics(metrics or DEFAULT)
@@ -74,7 +74,8 @@ def measure(
     }
     text = as_text(loaded.tokenizer, documents, part, settings, scale.context) if reads else None
     parts = [evaluate(lm, text, some, **options) for lm, some in _forms(loaded.model, names, rt)]
-    return replace(parts[0], rows=tuple(row for p in parts for row in p.rows))
+    machine = f"{parts[0].machine}; {kernels_said(loaded.model)}"
+    return replace(parts[0], machine=machine, rows=tuple(row for p in parts for row in p.rows))
 
 
 def _part(part: str | None, settings: Settings) -> str:

@@ -207,3 +207,11 @@ def positions_of(model: Any) -> int | None:
     names = ("context", "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
     known = (getattr(config, name, None) for name in names)
     return next((n for n in known if isinstance(n, int) and n > 0), None)
+
+
+def kernels_said(model: Any) -> str:
+    """How the weights of a model that was loaded are multiplied, as one line."""
+    if (speed := getattr(model, "speed", None)) is not None:
+        return "; ".join(str(speed).splitlines())
+    packed = any(hasattr(m, "passport_counts") for m in model.modules())
+    return "packed weights, unpacked at every step" if packed else "dense, no kernels of ours"

@@ -770,14 +770,14 @@ def serve(name: str, config: ServerConfig, *, settings: Any = None, say: Callabl
     sock = listen(config)
     with contextlib.closing(sock):
         from llmcourse.data import load_model
+        from llmcourse.modelfolder import kernels_said
         from llmcourse.runtime import Runtime
 
         rt = Runtime.auto(settings.device, settings.dtype)
         model, tokenizer, _ = load_model(name, rt=rt, settings=settings)
         called = Path(name).resolve().name if Path(name).is_dir() else name
         server = ModelServer(model, tokenizer, name=called, config=config)
-        speed = getattr(model, "speed", None)
-        how = "; ".join(str(speed).splitlines()) if speed is not None else "dense, no kernels of ours"
-        start = lambda url: say(f"Ready: {url}/v1 serves {called} ({rt.describe()}; {how}). Ctrl-C ends it.")
+        where = f"{rt.describe()}; {kernels_said(model)}"
+        start = lambda url: say(f"Ready: {url}/v1 serves {called} ({where}). Ctrl-C ends it.")
         server.run(sock, start)
         say("Stopped: nothing runs any more.")

@@ -266,6 +266,8 @@ def try_out(model: nn.Module, limits: Limits) -> None:
         BadInput: a model with layers that keep something else than keys and values.
     """
     kind, what = type(model).__name__, "a causal model that keeps keys and values and nothing else"
+    room = limits.context is None or limits.context >= 5
+    require(room, "context of the model", limits.context, "at least 5 tokens, which are read here")
     ids = [(7 * i * i + i + 3) % limits.vocabulary for i in range(5)]
     device = device_of(model)
     plain = lambda n: getattr(out := model(torch.tensor([ids[:n]], device=device)), "logits", out)

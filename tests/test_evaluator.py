@@ -384,6 +384,26 @@ def test_a_packed_folder_is_measured_as_it_is_stored(tiny_model, small_settings,
     assert packed["memory_bytes"].value == ev.weight_bytes(stored) < dense["memory_bytes"].value
     own = perplexity(stored, packed_text(tokenizer, small_settings), context=64, stride=48)
     assert packed["perplexity"].value == pytest.approx(own.value, rel=1e-4)
+    assert packed.machine.endswith("; packed weights, unpacked at every step")
+    assert dense.machine.endswith("; dense, no kernels of ours")
+
+
+def test_which_kernels_measure_is_asked_for_and_said(tiny_model, small_settings, tmp_path, cli, corpus):
+    from llmcourse import RTN, compress, save_student
+    from llmcourse.data import load_model
+
+    model, tokenizer, _ = load_model(str(tiny_model), settings=small_settings)
+    student, _ = compress(model, [RTN(bits=4, group_size=32)], None, None)
+    save_student(student, tokenizer, tmp_path / "small")
+    given = ("evaluate", tmp_path / "small", "--data", corpus, "--metrics", "memory_bytes", "--json")
+    said = {}
+    for kernels in ("auto", "portable"):
+        code, out, err = cli(*given, "--kernels", kernels)
+        assert code == 0, err
+        said[kernels] = json.loads(out)["machine"]
+    assert said["portable"].endswith("unpacked at every step") and said["auto"] != said["portable"]
+    code, _, err = cli(*given, "--kernels", "fast")
+    assert code == 2 and "kernels is 'fast'; allowed: auto, int4, portable" in err
 
 
 def packed_text(tokenizer, settings):

@@ -559,3 +559,12 @@ def test_the_measured_clock_and_real_waiting():
         assert load.present * load.seconds == pytest.approx(sum(r.ended - r.submitted for r in load.served))
     with pytest.raises(BadInput, match="cost is 'given'; allowed: None with real waiting"):
         open_loop(Engine(MODEL), asked, arrivals, sleep=True, cost=lambda rows, tokens: 1.0)
+
+
+@pytest.mark.parametrize("context", [1, 4])
+def test_a_context_too_short_to_try_the_cache_is_named(context):
+    model = GPT(GPTConfig(vocab_size=16, d_model=8, n_layers=1, n_heads=2, context=context)).eval()
+    with pytest.raises(BadInput, match=f"context of the model is {context}; allowed: at least 5"):
+        serving.try_out(model, serving.limits_of(model))
+    longer = GPT(GPTConfig(vocab_size=16, d_model=8, n_layers=1, n_heads=2, context=5)).eval()
+    serving.try_out(longer, serving.limits_of(longer))
