@@ -53,8 +53,7 @@ class Reversed(TokenData):
         return super().calib_batch(n, length, seed).flip(0)
 
 
-def gptq() -> Iterator[tuple[str, Callable[[], dict]]]:
-    rt = Runtime.auto("cpu", "float32")
+def gptq(rt: Runtime) -> Iterator[tuple[str, Callable[[], dict]]]:
     dense, tokenizer, _ = load_model(REAL["model"], rt=rt)
     target = token_data(tokenizer, REAL["target"], limits={"test": REAL["tokens"]})
     limits = {"calib": 2 * REAL["n"] * REAL["length"]}
@@ -82,10 +81,11 @@ def gptq() -> Iterator[tuple[str, Callable[[], dict]]]:
                     )
 
 
-def final_loss(data: TokenData, shape: GPTConfig, rows: torch.Tensor, rate, warmup, batch, decay, seed) -> dict:
-    rt, steps = Runtime.auto("cpu", "float32"), HOUSE["tokens"] // (batch * HOUSE["length"])
+def final_loss(rt: Runtime, data: TokenData, shape: GPTConfig, rows: torch.Tensor, setting: dict, seed: int) -> dict:
+    rate, warmup, batch, decay = (setting[name] for name in FACTORS)
+    steps = HOUSE["tokens"] // (batch * HOUSE["length"])
     torch.manual_seed(seed)
-    model = GPT(shape)
+    model, rows = rt.move(GPT(shape)), rt.move(rows)
     cfg = TrainConfig(
         steps=steps, batch_size=batch, seq_len=HOUSE["length"], lr=rate, warmup=max(1, round(warmup * steps)),
         weight_decay=decay, seed=seed,
@@ -94,10 +94,10 @@ def final_loss(data: TokenData, shape: GPTConfig, rows: torch.Tensor, rate, warm
     with torch.no_grad(), evaluating(model):
         logits = model(rows[:, :-1])  # (rows, length, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-    return {"loss": float(loss), "steps": steps}
+    return {"loss": float(loss), "steps": steps, "setting": setting}
 
 
-def house(kept: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
+def house(rt: Runtime, kept: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
     theirs, tokenizer, _ = load_model(HOUSE["model"])
     c, T = theirs.config, HOUSE["length"]
     shape = GPTConfig(
@@ -107,7 +107,7 @@ def house(kept: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
     data = token_data(tokenizer, HOUSE["data"])
     rows = data.val[: HOUSE["rows"] * T + 1].unfold(0, T + 1, T)  # (rows, T + 1)
     design = fractional_factorial(FACTORS, {"decay": "rate*warmup*batch"})
-    run = lambda setting, seed: lambda: final_loss(data, shape, rows, **setting, seed=seed) | {"setting": setting}
+    run = lambda setting, seed: lambda: final_loss(rt, data, shape, rows, setting, seed)
     means = []
     for i in range(len(design)):
         found = []
@@ -124,6 +124,7 @@ def house(kept: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["gptq", "house"], help="gptq, house")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, …; runs of one table belong on one device")
     parser.add_argument("--quick", action="store_true", help="tiny settings: a smoke run")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs" / "_results" / "experiments.json")
     args = parser.parse_args()
@@ -132,16 +133,17 @@ def main() -> None:
     if args.quick:
         REAL.update(model="course-3m", n=2, length=16, tokens=128, context=64, stride=48, bits=[3])
         HOUSE.update(tokens=2048, length=32, rows=8)
-    kept = ROOT / "build" / "experiments" / digest([REAL, HOUSE, FACTORS, SEEDS, FRESH])
+    rt = Runtime.auto(args.device, "float32")
+    kept = ROOT / "build" / "experiments" / digest([REAL, HOUSE, FACTORS, SEEDS, FRESH, rt.device.type])
     if args.quick and args.out.parent == ROOT / "nbs" / "_results":
         args.out = kept / "all.json"
     for part in args.parts:
-        for name, go in gptq() if part == "gptq" else house(kept):
+        for name, go in gptq(rt) if part == "gptq" else house(rt, kept):
             keep(kept, name, go)
     rows = {file.stem.replace("_", " "): keep(kept, file.stem) for file in sorted(kept.glob("*_*.json"))}
     assert all(math.isfinite(r.get("loss", r.get("perplexity"))) for r in rows.values())
     report = {"real": REAL, "house": HOUSE, "factors": FACTORS, "seeds": SEEDS, "fresh": FRESH, "rows": rows}
-    save(report | {"machine": machine(threads=torch.get_num_threads())}, args.out)
+    save(report | {"machine": machine(where=rt.describe())}, args.out)
     print(args.out)
 
 

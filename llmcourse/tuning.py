@@ -382,7 +382,7 @@ class _Chats(_Causal):
             self.tokenizer = copy.deepcopy(base.tokenizer)
             self.tokenizer.chat_template = COURSE_TEMPLATE
         lengths = (n for n in (recipe.longest, self.limit) if n is not None)
-        longest, records = min(lengths, default=None), load_records(recipe.data, settings=settings)
+        self.longest, records = min(lengths, default=None), load_records(recipe.data, settings=settings)
         patterns = [p for p in (recipe.question, recipe.answer) if p is not None]
         fields = [name for p in patterns for name in fields_of(p, "question")] or ["messages"]
         beside = {name: load_records(name, settings=settings) for name in recipe.beside}
@@ -391,11 +391,11 @@ class _Chats(_Causal):
         self.left_out = 0
         for i, record in enumerate(records):
             chat = _chat(record, recipe, i)
-            fits = longest is None or len(encode_chat(self.tokenizer, chat).ids) <= longest
+            fits, part = self._fits(chat), record["split"]
             self.left_out += not fits
-            if fits and len(self.chats[record["split"]]) < (recipe.most if record["split"] == "test" else len(records)):
-                self.chats[record["split"]].append(chat)
-        room = "" if longest is None else f" of at most {longest} tokens"
+            if fits and (part != "test" or len(self.chats[part]) < recipe.most):
+                self.chats[part].append(chat)
+        room = "" if self.longest is None else f" of at most {self.longest} tokens"
         for part, least in (("train", 1), ("test", FEWEST)):
             n = len(self.chats[part])
             self.enough(n, least, f"{n} chats{room} in its {part} part", f"at least {least}")
@@ -404,13 +404,18 @@ class _Chats(_Causal):
         self.data = {part: Chats(self.tokenizer, chats) for part, chats in self.chats.items() if chats}
         self.tests = {name: self._test(name) for name in recipe.beside}
 
+    def _fits(self, chat: Turns) -> bool:
+        return self.longest is None or len(encode_chat(self.tokenizer, chat).ids) <= self.longest
+
     def train(self, model: nn.Module, out: Path, say: Callable[[str], None]) -> TrainResult:
         val = self.data["val"] if self.recipe.train.eval_every else None
         return tune(model, self.data["train"], self.recipe.train, val=val, rt=self.rt, out=out, say=say)
 
     def measured(self, model: nn.Module, say: Callable[[str], None]) -> list[Row]:
         rows = []
-        others = {"answers": self.data["test"], SHUFFLED: Chats(self.tokenizer, _dealt(self.chats["test"]))}
+        dealt = [chat for chat in _dealt(self.chats["test"]) if self._fits(chat)]  # one's question, another's answer
+        others = {"answers": self.data["test"]}
+        others |= {SHUFFLED: Chats(self.tokenizer, dealt)} if len(dealt) >= FEWEST else {}
         for what, chats in others.items():
             before, after = [self._losses(m, chats) for m in (self.base.model, model)]
             was, now = (math.exp(statistics.fmean(losses)) for losses in (before, after))
