@@ -24,6 +24,7 @@ LOCAL = {
     "12_pruning": {"U"},  # the Cholesky factor, as in quantization
     "14_quantization": {"U", "Delta"},
     "16b_federated": {"Phi"},  # the normal distribution function
+    "16c_scaling": {"A", "U", "P"},  # a constant of the published law; different tokens; FLOP/s of a device
 }
 
 
