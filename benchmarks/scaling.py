@@ -1,11 +1,10 @@
 """Small GPTs of five sizes, trained on different numbers of tokens: the runs behind the scaling laws of chapter 16c.
 
-    python benchmarks/scaling.py                      # all of it: about 45 minutes on one core; goes on where it was
-    python benchmarks/scaling.py grid --sizes 32x1    # a part for some sizes: rates, long, grid, repeats
+    python benchmarks/scaling.py                      # all of it: about an hour on one core; goes on where it was
+    python benchmarks/scaling.py grid --sizes 32x1    # a part for some sizes: rates, grid, repeats
     python benchmarks/scaling.py --quick              # few steps: a smoke run, whose numbers mean nothing
 
     rates     the learning rate of each size: every rate of RATES, seeds of their own, loss on the validation part
-    long      the same for the smallest size with four times the tokens: does the best rate move with the length?
     grid      each size on each number of tokens at the rate that `rates` found for it, loss on the test part
     repeats   one size, always the same number of tokens, from fewer and fewer different ones; and its fresh text
     collect   nothing new: the file is written from the runs that are there
@@ -41,7 +40,6 @@ HOW = {
     "largest": {"64x2": 2**20, "80x3": 2**19, "112x4": 2**19},  # these read no more than that
     "rates": [1e-3, 2e-3, 4e-3, 8e-3],
     "rate_tokens": 2**17,
-    "long_tokens": 2**19,
     "repeat_size": "64x2",
     "repeat_tokens": 2**19,
     "different": [2**17, 2**15, 2**13],
@@ -85,13 +83,6 @@ def rates(sizes, kept):
                 yield f"rates_{size}_{HOW['rate_tokens']}_{lr:g}_{seed}", go
 
 
-def long(sizes, kept):
-    size, tokens = next(iter(SIZES)), HOW["long_tokens"]
-    for seed in RATE_SEEDS if size in sizes else ():
-        for lr in HOW["rates"]:
-            yield f"rates_{size}_{tokens}_{lr:g}_{seed}", functools.partial(run, size, tokens, lr, seed, "val")
-
-
 def grid(sizes, kept):
     for size in sizes:
         lr, most = best_rate(size, kept, HOW["rate_tokens"]), HOW["largest"].get(size, max(HOW["tokens"]))
@@ -114,12 +105,12 @@ def repeats(sizes, kept):
             yield f"repeats_{size}_{different}_{lr:g}_{seed}", go
 
 
-PARTS = {"rates": rates, "long": long, "grid": grid, "repeats": repeats, "collect": lambda sizes, kept: ()}
+PARTS = {"rates": rates, "grid": grid, "repeats": repeats, "collect": lambda sizes, kept: ()}
 
 
 def collected(kept: Path) -> dict[str, list[dict]]:
     """All runs by part, each with its size and, where text is repeated, how many different tokens there were."""
-    found: dict[str, list[dict]] = {name: [] for name in PARTS if name not in ("collect", "long")}
+    found: dict[str, list[dict]] = {name: [] for name in PARTS if name != "collect"}
     for file in sorted(kept.glob("*_*_*_*_*.json")):
         part, size, amount, _, _ = file.stem.split("_")
         entry = {"size": size} | json.loads(file.read_text(encoding="utf8"))
@@ -139,7 +130,7 @@ def main() -> None:
             raise BadInput(f"{what} is {unknown[0]!r}; allowed: {', '.join(allowed)}.")
     if args.quick:
         each = PLAN.length * PLAN.batch_size
-        HOW.update(tokens=[each, 2 * each], largest={}, rate_tokens=each, long_tokens=2 * each, held_rows=8)
+        HOW.update(tokens=[each, 2 * each], largest={}, rate_tokens=each, held_rows=8)
         HOW.update(repeat_tokens=2 * each, different=[each])
     settings = [HOW, SIZES, dataclasses.asdict(PLAN), SEEDS, RATE_SEEDS]
     kept = ROOT / "build" / "scaling" / digest(settings)  # runs of other settings are other runs

@@ -51,7 +51,7 @@ def byte_rows(texts: Iterable[str], length: int) -> Tensor:
     Raises:
         BadInput: fewer than length + 1 bytes.
     """
-    stream = torch.tensor(list("\n".join(texts).encode()))
+    stream = torch.frombuffer(bytearray("\n".join(texts).encode()), dtype=torch.uint8).long()
     n = (len(stream) - 1) // whole("length", length, 1)
     require(n > 0, "bytes of the texts", len(stream), f"at least {length + 1}")
     return stream[: n * length + 1].unfold(0, length + 1, length)  # (n, length + 1)
@@ -185,7 +185,7 @@ def train_one(
     n, last = non_embedding(config), float(loss.detach())
     return Trained(n, tokens, seed, lr, held_out_loss(model, held), last, seen, seconds)
 
-# %% ../nbs/16c_scaling.ipynb #sc000019
+# %% ../nbs/16c_scaling.ipynb #sc000021
 class Law(NamedTuple):
     """L(N, D) = E + A / N^α + B / D^β in nats a token (Hoffmann et al., 2022, equation 2).
 
@@ -244,7 +244,7 @@ def _counts(name: str, values: Any) -> np.ndarray:
     require(good, name, values, "finite numbers of at least 1, each a plain count")
     return found
 
-# %% ../nbs/16c_scaling.ipynb #sc000022
+# %% ../nbs/16c_scaling.ipynb #sc000024
 STARTS = tuple((-0.5, a, b, x, x) for a, b, x in product((2.0, 6.0), (2.0, 6.0), (0.2, 0.6)))
 """log E, log A, log B, α, β from which a fit starts: a coarse grid"""
 
@@ -275,7 +275,7 @@ def _runs(n: Any, tokens: Any, loss: Any) -> tuple[np.ndarray, np.ndarray, np.nd
     require(good, "loss", float(np.min(loss)), "finite losses above 0, in nats")
     return n, tokens, loss
 
-# %% ../nbs/16c_scaling.ipynb #sc000023
+# %% ../nbs/16c_scaling.ipynb #sc000025
 def _descend(start, x, y, z, delta, reduce, how) -> tuple[float, np.ndarray, int]:
     """L-BFGS from one start: the summed objective, the five numbers, the iterations."""
     theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
@@ -321,7 +321,7 @@ def fit_law(
     law = Law(*map(float, (*np.exp(best[1][:3]), *best[1][3:])))
     return Fit(law, best[0], [end[0] for end in ends], best[2])
 
-# %% ../nbs/16c_scaling.ipynb #sc000028
+# %% ../nbs/16c_scaling.ipynb #sc000030
 def _around(theta, around, z, weights, delta):
     """Objective (k,), its Gauss-Newton matrix (k, 5, 5) and its gradient (k, 5)."""
     e, a, b, alpha, beta = theta.T[:, :, None]
@@ -338,7 +338,7 @@ def _around(theta, around, z, weights, delta):
     weighted = J.transpose(0, 2, 1) * w[:, None, :]
     return (weights * huber).sum(1), weighted @ J, (weighted @ r[:, :, None])[:, :, 0]
 
-# %% ../nbs/16c_scaling.ipynb #sc000029
+# %% ../nbs/16c_scaling.ipynb #sc000031
 def fit_many(
     n: Any, tokens: Any, loss: Any, start: Law, *, weights: Any = None, delta: float = 1e-3,
     floor: Any = None, steps: int = 300,
@@ -386,7 +386,7 @@ def fit_many(
     with np.errstate(over="ignore"):
         return Law(*np.exp(theta[:, :3]).T, *theta[:, 3:].T), value
 
-# %% ../nbs/16c_scaling.ipynb #sc000031
+# %% ../nbs/16c_scaling.ipynb #sc000033
 def draw_weights(units: Sequence[Any], repeats: int, seed: int) -> np.ndarray:
     """How often each run counts in each draw of as many units with replacement, (repeats, runs).
 
@@ -441,7 +441,7 @@ def middle_part(values: Any, level: float = 0.95) -> tuple[float, float]:
     )
     return float(low), float(high)
 
-# %% ../nbs/16c_scaling.ipynb #sc000055
+# %% ../nbs/16c_scaling.ipynb #sc000057
 def cheapest(law: Law, loss: float, served: float = 0.0, *, points: int = 20_001) -> Shape:
     """The size and training tokens that reach `loss` with the fewest FLOPs of training and use.
 
@@ -485,7 +485,7 @@ def effective_tokens(different: Any, tokens: Any, half: float = 15.4) -> Any:
     again = tokens / different - 1
     return different * (1 + half * (1 - np.exp(-again / half)))
 
-# %% ../nbs/16c_scaling.ipynb #sc000068
+# %% ../nbs/16c_scaling.ipynb #sc000070
 class Spread(NamedTuple):
     """A number that comes out of stated ranges: its median and its middle 95 %."""
 
@@ -521,7 +521,7 @@ def _draws(name: str, given: Range, k: int, dice: Any, **limits: float) -> np.nd
     even = np.sort(dice.uniform(size=k)) if low < high else np.zeros(k)
     return low * (high / low) ** dice.permutation(even)
 
-# %% ../nbs/16c_scaling.ipynb #sc000069
+# %% ../nbs/16c_scaling.ipynb #sc000071
 def training_footprint(
     flops: float,
     *,
@@ -564,7 +564,7 @@ def training_footprint(
     spread = lambda v: Spread(float(np.median(v)), *middle_part(v))
     return Footprint(*map(spread, (hours, kwh, kg)), None if price is None else spread(price))
 
-# %% ../nbs/16c_scaling.ipynb #sc000074
+# %% ../nbs/16c_scaling.ipynb #sc000076
 def break_even(once: float, before: float, after: float) -> float:
     """Tokens after which a cost that is paid once has come back.
 
