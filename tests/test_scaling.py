@@ -165,14 +165,16 @@ class TestFit:
         assert np.allclose(law.E, [0.2, 1.0, 1.5]) and (value >= free * (1 - 1e-9)).all()
         assert value[2] > 2 * free and value[1] < 1.1 * free
 
-    def test_an_average_stops_too_early_and_a_sum_does_not(self):
+    def test_an_average_stops_earlier_than_a_sum(self):
         """The error that Besiroglu et al. (2024) describe: the tolerance meets a gradient made small by the mean."""
         loss, how = noisy(0), dict(starts=sc.STARTS[3:4])
         right = sc.fit_law(N, D, loss, tolerance=1e-5, **how)
         early = sc.fit_law(N, D, loss, reduce="mean", tolerance=1e-5, **how)
         late = sc.fit_law(N, D, loss, reduce="mean", tolerance=1e-9, **how)
         assert early.objective > 2 * right.objective and early.iterations < right.iterations
-        assert late.objective == pytest.approx(right.objective, rel=0.02)
+        assert late.objective < 1.02 * right.objective  # a smaller tolerance mends it
+        best = sc.fit_law(N, D, loss, tolerance=1e-9, **how)
+        assert late.objective == pytest.approx(best.objective, rel=0.02)
 
     def test_one_wild_run_moves_it_little(self):
         loss = TRUE.loss(N, D)
