@@ -184,22 +184,28 @@ FIRST = ["--index-strategy", "unsafe-best-match"]
     ("config", "args", "env"),
     [
         ("", [], {}),
-        ("global.index-url='https://m.example/simple'", ["--default-index", "https://m.example/simple"], {}),
+        # an address may hold a password: it is no argument, which everybody on the machine can read
+        (
+            "global.index-url='https://me:pw@m.example/simple'",
+            [],
+            {"UV_DEFAULT_INDEX": "https://me:pw@m.example/simple"},
+        ),
         # a command's section is above the general one, a variable above both
         (
             "global.index-url='https://a/'\n:env:.index-url='https://c/'\ninstall.index-url='https://b/'",
-            ["--default-index", "https://c/"],
-            {},
+            [],
+            {"UV_DEFAULT_INDEX": "https://c/"},
         ),
-        ("global.extra-index-url='https://a/ https://b/'", ["--index", "https://a/", "--index", "https://b/"], {}),
-        (r"global.extra-index-url='\nhttps://a/\nhttps://b/'", ["--index", "https://a/", "--index", "https://b/"], {}),
+        ("global.extra-index-url='https://a/ https://b/'", [], {"UV_INDEX": "https://a/ https://b/"}),
+        (r"global.extra-index-url='\nhttps://a/\nhttps://b/'", [], {"UV_INDEX": "https://a/ https://b/"}),
         # pip goes on without a folder that is missing, uv would stop
         (
             "global.find-links='/no/such/folder {here}'\nglobal.constraint='/no/such.txt'",
             ["--find-links", "{here}"],
             {},
         ),
-        ("global.extra-index-url='file:///no/such file://{here}'", ["--index", "file://{here}"], {}),
+        ("global.extra-index-url='file:///no/such file://{here}'", [], {"UV_INDEX": "file://{here}"}),
+        ("global.extra-index-url='file:///no/such'", [], {}),
         (
             "global.trusted-host='m.example other'",
             ["--allow-insecure-host", "m.example", "--allow-insecure-host", "other"],
@@ -212,11 +218,16 @@ FIRST = ["--index-strategy", "unsafe-best-match"]
     ],
 )
 def test_uv_is_told_what_pip_is_set_up_with(config, args, env, tmp_path, monkeypatch):
-    for name in ("SSL_CERT_FILE", "UV_HTTP_TIMEOUT", "HTTP_PROXY", "HTTPS_PROXY"):
+    for name in ("SSL_CERT_FILE", "UV_HTTP_TIMEOUT", "HTTP_PROXY", "HTTPS_PROXY", "UV_DEFAULT_INDEX", "UV_INDEX"):
         monkeypatch.delenv(name, raising=False)
     here = str(tmp_path)
-    got = setup_env().as_uv(config.replace("{here}", here))
-    assert got == (FIRST + [a.replace("{here}", here) for a in args], env)
+    want = {name: value.replace("{here}", here) for name, value in env.items()}
+    tool = setup_env()
+    got = tool.as_uv(config.replace("{here}", here))
+    assert got == (FIRST + [a.replace("{here}", here) for a in args], want)
+    for name in want:  # what somebody has set for uv stays
+        monkeypatch.setenv(name, "mine")
+    assert tool.as_uv(config.replace("{here}", here))[1] == {}
 
 
 @pytest.mark.parametrize("uv", ["missing", "fails", "works"])
@@ -229,10 +240,13 @@ def test_where_uv_cannot_install_pip_does(uv, tmp_path, monkeypatch, capsys):
     def run(command, quiet=True, check=True, env=None):
         asked.append(Path(command[0]).name)
         code = int(uv == "fails" and asked[-1] == "uv")
-        return subprocess.CompletedProcess(command, code, stdout="", stderr="no such index")
+        return subprocess.CompletedProcess(
+            command, code, stdout="", stderr="no such index https://me:pw@m.example/simple"
+        )
 
     monkeypatch.setattr(tool, "run", run)
     tool.install("a-package")
     python = tool.PYTHON.name
     assert asked == {"missing": [python], "fails": [python, "uv", python], "works": [python, "uv"]}[uv]
-    assert ("no such index" in capsys.readouterr().out) == (uv == "fails")
+    said = capsys.readouterr().out
+    assert ("no such index https://…@m.example" in said) == (uv == "fails") and "pw" not in said

@@ -73,9 +73,11 @@ def as_uv(pip_config: str) -> tuple[list[str], dict[str, str]]:
         # uv stops at a folder that is missing, pip goes on without it
         return [p for p in here if not p.startswith("file://") or Path(p.removeprefix("file://")).exists()]
 
+    # addresses may hold a password, and what is in a command line can be read by everybody on the machine
+    for key, variable in (("index-url", "UV_DEFAULT_INDEX"), ("extra-index-url", "UV_INDEX")):
+        if places(key) and variable not in os.environ:
+            env[variable] = " ".join(places(key))
     for key, option in (
-        ("index-url", "--default-index"),
-        ("extra-index-url", "--index"),
         ("find-links", "--find-links"),
         ("constraint", "--constraint"),
         ("trusted-host", "--allow-insecure-host"),
@@ -107,7 +109,8 @@ def install(*args: str) -> None:
         result = run(command, check=False, env=env)
         if not result.returncode:
             return
-        say("uv could not do it (" + " ".join((result.stderr or "").split())[-160:] + "); asking pip")
+        why = re.sub(r"://[^/@\s]+@", "://…@", " ".join((result.stderr or "").split()))  # no passwords
+        say(f"uv could not do it ({why[-160:]}); asking pip")
     pip("install", *args, quiet=not sys.stdout.isatty())  # pip's own bars where somebody watches
 
 
