@@ -7,6 +7,7 @@ imported inside the command that needs it. Exit codes: 0 done, 1 something broke
 from __future__ import annotations
 
 import contextlib
+import json as jsonlib
 import os
 import re
 import shutil
@@ -234,6 +235,39 @@ def finetune(
     command = f"llmcourse finetune {recipe} --out {out}{options}"
     folder = finetune_recipe(chosen, out, settings=settings, say=_say, command=command)
     _say(f"Card: {folder / 'README.md'}   result: {folder} (loads with llmcourse.tuning.load_tuned)")
+
+
+@app.command()
+def capstone(
+    recipe: Annotated[
+        str, typer.Argument(help="A .toml file, or the name of a recipe that comes with the course.")
+    ] = "finance",
+    out: Annotated[
+        Path, typer.Option(help="Where every step and the result go; a run that was stopped goes on there.")
+    ] = Path("build/capstone"),
+    model: Annotated[
+        str | None, typer.Option(help="Model in place of the recipe's: a name, a folder, a hub id.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text in place of the recipe's: a name, a file, a folder.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    scale: ScaleName = None,
+    kernels: Kernels = None,
+) -> None:
+    """The whole way: adapt a model to a text, compress it, measure, choose, export, serve, ask, and report."""
+    settings = load_settings(overrides={"device": device, "dtype": dtype, "scale": scale, "kernels": kernels})
+    from llmcourse.recipes import find_recipe
+
+    path = find_recipe(recipe, "capstone")
+    from llmcourse.capstone import NUMBERS, REPORT, load_capstone_recipe
+    from llmcourse.capstone import capstone as run
+    from llmcourse.capstone_report import print_capstone
+
+    chosen = load_capstone_recipe(path, model=model, data=data)
+    options = "".join(f" --{k} {v}" for k, v in (("model", model), ("data", data)) if v is not None)
+    folder = run(chosen, out, settings=settings, say=_say, command=f"llmcourse capstone {recipe} --out {out}{options}")
+    print_capstone(jsonlib.loads((folder / NUMBERS).read_text(encoding="utf8")))
+    _say(f"Report: {folder / REPORT}   model: {folder / 'model'} (loads with llmcourse.load_model)")
 
 
 @app.command()

@@ -162,7 +162,7 @@ def _plain_errors(out: Path, work: Path) -> Iterator[None]:
         raise
 
 
-class _Steps:
+class Steps:
     """Runs named steps once: a finished step's JSON in the work folder is its result."""
 
     def __init__(self, folder: Path, total: int, say: Callable[[str], None]):
@@ -314,8 +314,6 @@ class _Job:
 
     def _evaluate(self, model, folder: Path | None, packed=None) -> dict:
         """Perplexity of `model`, and the passport of the form it is stored in (`packed`, or the model itself)."""
-        import numpy as np
-
         from llmcourse.compression import passport
         from llmcourse.evaluation import Bootstrap, perplexity
 
@@ -331,16 +329,7 @@ class _Job:
             bootstrap=Bootstrap(seed=self.settings.seed),
         )
         card = passport(self.card.name, packed if packed is not None else model, self.rt, perplexity=p, folder=folder)
-        buffer = io.BytesIO()
-        np.save(buffer, p.nll.numpy())
-        numbers = {f.name: getattr(p, f.name) for f in fields(p) if f.name not in ("nll", "protocol")}
-        return {
-            "passport": card.to_dict(),
-            "perplexity": numbers,
-            "protocol": asdict(p.protocol),
-            "nll": base64.b64encode(buffer.getvalue()).decode(),
-            "writes": self._write(model),
-        }
+        return {"passport": card.to_dict(), "writes": self._write(model)} | perplexity_as_json(p)
 
     def _write(self, model, n: int = 24) -> str | None:
         """What a model writes after a prompt, greedily; None where it cannot."""
@@ -432,7 +421,7 @@ class _Job:
             arm.name: 2.0 * max(evaluation / 20, *(p.needs.get("calib", 0) for p in self.arms[arm.name]))
             for arm in self.recipe.arms
         }
-        steps = _Steps(work, total, self.say)
+        steps = Steps(work, total, self.say)
         steps.cost_left = evaluation * (1.2 + len(costs)) + sum(costs.values())
         self.say(f"{self.recipe.name}: {self.card.name} on {self.rt.describe()}, scale {scale.name}")
         results = {
@@ -490,7 +479,7 @@ class _Job:
     def _summary(self, results: dict, speed: dict) -> dict:
         from llmcourse.evaluation import compare_perplexity
 
-        measured = {name: _perplexity_of(r) for name, r in results.items()}
+        measured = {name: perplexity_from_json(r) for name, r in results.items()}
         parameters = results[DENSE]["passport"]["parameters"]
         rows = []
         for name, r in results.items():
@@ -587,7 +576,17 @@ def job_data(tokenizer, settings: Settings, calib: str, wanted: dict[str, int]):
     return replace(data, calib=ids, bytes=data.bytes | {"calib": sizes})
 
 
-def _perplexity_of(result: dict):
+def perplexity_as_json(p) -> dict:
+    """A measurement with its per-token losses as JSON; `perplexity_from_json` reads it."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, p.nll.numpy())
+    numbers = {f.name: getattr(p, f.name) for f in fields(p) if f.name not in ("nll", "protocol")}
+    return {"perplexity": numbers, "protocol": asdict(p.protocol), "nll": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def perplexity_from_json(result: dict):
     """The measurement of a finished step, with its per-token losses."""
     import numpy as np
     import torch

@@ -108,10 +108,10 @@ def find_recipe(name: str | Path, kind: str | None = None) -> Path:
     """The recipe file: a path, or the name of one that comes with the course.
 
     Args:
-        kind: compress (in `recipes/`), or pretrain, finetune, sweep (in folders of these names); None: all.
+        kind: compress (in `recipes/`), or pretrain, finetune, sweep, capstone (in folders of these names); None: all.
     """
     recipes = course_root() / "recipes"
-    folders = {"compress": recipes} | {k: recipes / k for k in ("pretrain", "finetune", "sweep")}
+    folders = {"compress": recipes} | {k: recipes / k for k in ("pretrain", "finetune", "sweep", "capstone")}
     shipped = [p for k, folder in folders.items() if kind in (None, k) for p in sorted(folder.glob("*.toml"))]
     names = ", ".join(p.stem for p in shipped)
     require("\0" not in str(name), "recipe", str(name), f"the path of a .toml file, or one of {names}")

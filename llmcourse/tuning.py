@@ -55,7 +55,7 @@ from llmcourse.store import CATALOG, MANIFEST, atomic_folder, manifest_faults, w
 from llmcourse.training import TrainConfig, TrainResult, train, training_curve
 from llmcourse.verdicts import paired
 
-__all__ = ["FinetuneRecipe", "Tuned", "finetune_recipe", "load_finetune_recipe", "load_tuned"]
+__all__ = ["FinetuneRecipe", "Tuned", "check_finetuning", "finetune_recipe", "load_finetune_recipe", "load_tuned"]
 
 TASKS, METHODS = ("language", "classify", "chat"), ("lora", "full", "head")
 RESULT, ABOUT, HEAD = "result", "result.json", "score.safetensors"
@@ -219,7 +219,7 @@ def finetune_recipe(
     require(rt.world_size == 1, "WORLD_SIZE", rt.world_size, "1: finetune runs in one process (train takes several)")
     check_machine(recipe.train, rt)
     base = load_model(recipe.model, rt=rt, settings=settings)
-    job = {"classify": _Labels, "language": _Reading, "chat": _Chats}[recipe.task](recipe, base, settings, rt)
+    job = _job(recipe, base, settings, rt)
     inputs = {"recipe": dataclasses.asdict(recipe), "texts": job.digest, "base": job.fingerprint}
     inputs |= {"scale": dataclasses.asdict(settings.scale)} if recipe.task != "classify" else {}
     same = "a folder of this recipe with this model, these texts and this scale"
@@ -233,6 +233,16 @@ def finetune_recipe(
         result = job.train(model, folder / "checkpoints", say)
         rows = job.measured(model, say)
         return _write(job, model, folder / RESULT, result, rows, command)
+
+
+def _job(recipe: FinetuneRecipe, base: LoadedModel, settings: Settings, rt: Runtime) -> _Job:
+    return {"classify": _Labels, "language": _Reading, "chat": _Chats}[recipe.task](recipe, base, settings, rt)
+
+
+def check_finetuning(recipe: FinetuneRecipe, base: LoadedModel, settings: Settings, rt: Runtime) -> None:
+    """Raise BadInput for whatever `finetune_recipe` would refuse; nothing is written."""
+    check_machine(recipe.train, rt)
+    _job(recipe, base, settings, rt)
 
 
 def _digest(records: list[dict], *fields: str) -> str:
