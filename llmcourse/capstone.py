@@ -304,11 +304,15 @@ class _Capstone:
         self.limit = positions_of(base.model)
         self.settings = dataclasses.replace(settings, scale=bounded(settings.scale, self.limit))
         self.tokenizer, self.card = base.tokenizer, base.card
-        self.records = {n: load_records(n, settings=settings) for n in (recipe.data, *recipe.beside)}
+        # a file is called by its name, not by where it lies
+        self.data, *self.beside = called = [Path(name).name for name in (recipe.data, *recipe.beside)]
+        require(len(set(called)) == len(called), "beside", list(recipe.beside), f"texts whose names differ: {called}")
+        names = dict(zip(called, (recipe.data, *recipe.beside)))
+        self.records = {name: load_records(source, settings=settings) for name, source in names.items()}
         of = lambda name, part: [r["text"] for r in self.records[name] if r["split"] == part]
         self.texts = {(name, part): self._text(name, of(name, part), part) for name in self.records for part in PARTS}
         self.items = {n: continuation_items(of(n, "test"), recipe.items, seed=settings.seed) for n in self.records}
-        self.openings = openings(of(recipe.data, "test"), recipe.answers)
+        self.openings = openings(of(self.data, "test"), recipe.answers)
         enough = len(self.openings) >= 2
         require(enough, "data", recipe.data, "two test documents of 8 words at least, to be continued")
         self.prompts = list(recipe.ask) or [o.prompt for o in self.openings[:3]]
@@ -320,7 +324,7 @@ class _Capstone:
             except BadInput as e:
                 raise BadInput(f"arm {c.arm.name!r}: {e}") from e
             self._data(c, passes)  # complains about too little text
-        texts = {*self.records, *(c.calib for c in recipe.candidates if c.calib)} - {"python"}
+        texts = {*names.values(), *(c.calib for c in recipe.candidates if c.calib)} - {"python"}
         self.inputs = {
             "recipe": dataclasses.asdict(recipe),
             "files of the model": digests(self.folder) if self.folder else {},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcourse import __version__
@@ -46,7 +47,12 @@ def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | 
     rows = []
     for name, found in kept.items():
         c, card = candidates.get(name), found["passport"]
-        row = {"name": name, "compressed": c is not None, "of": c.of if c else None, "calib": c and c.calib}
+        row = {
+            "name": name,
+            "compressed": c is not None,
+            "of": c.of if c else None,
+            "calib": c and c.calib and Path(c.calib).name,
+        }
         row |= {key: card[key] for key in ("parameters", "nonzeros", "bytes_disk", "bytes_memory")}
         if c is None:  # a dense model is compared as one that nobody would ship in 32 bits
             row["bytes_disk"] = 2 * card["parameters"]
@@ -65,9 +71,9 @@ def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | 
         "description": recipe.description,
         "model": job.card.name,
         "note": job.card.note,
-        "data": recipe.data,
+        "data": job.data,
         "origin": job.origin,
-        "beside": list(recipe.beside),
+        "beside": job.beside,
         "original": ORIGINAL,
         "reference": ref,
         "bounds": dataclasses.asdict(recipe.choose),
@@ -80,12 +86,13 @@ def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | 
         "chosen": chosen,
         "delivered": chosen or ref,
         "adapting": adapting,
+        "told": told_levels(rows, ref, job.data),
         "sizes": {text: len(items) for text, items in job.items.items()},
         "answers": [{"prompt": o.prompt, "reference": o.reference} for o in job.openings],
         "written": {name: found["written"] for name, found in kept.items()},
         "shared": _shared(job),
-        "needed": _needed(read, chosen or ref, ref, recipe.data),
-        "protocol": str(read[ref][f"test of {recipe.data}"].protocol),
+        "needed": _needed(read, chosen or ref, ref, job.data),
+        "protocol": str(read[ref][f"test of {job.data}"].protocol),
         "device": job.rt.describe(),
         "scale": dataclasses.asdict(job.settings.scale),
         "seed": job.settings.seed,
@@ -93,6 +100,13 @@ def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | 
         "recipe": recipe.text,
     }
     return told | {"conclusion": conclusion(told)}
+
+
+def told_levels(rows: list[dict], ref: str, text: str) -> str:
+    """How often the intervals of the ratios on a text hold the truth."""
+    from llmcourse.report import levels
+
+    return levels(*(r["test"][text]["level"] for r in rows if r["name"] != ref))
 
 
 def _told(p: Perplexity) -> dict[str, Any]:
@@ -105,7 +119,7 @@ def _bound(job: _Capstone, read: dict, name: str, text: str, part: str, level: f
     from llmcourse.capstone import ORIGINAL
     from llmcourse.evaluation import compare_perplexity
 
-    key = "own" if text == job.recipe.data else "beside"
+    key = "own" if text == job.data else "beside"
     base = job.recipe.reference if key == "own" else ORIGINAL
     pair, how = [read[n][f"{part} of {text}"] for n in (base, name)], {"level": level, "n_boot": DRAWS}
     value, low, high = found = compare_perplexity(
@@ -157,7 +171,7 @@ def _shared(job: _Capstone) -> str:
     """How much of the test part stands word by word in the training part."""
     from llmcourse.data import leak_test
 
-    records = job.records[job.recipe.data]
+    records = job.records[job.data]
     test, seen = ([r["text"] for r in records if r["split"] == part] for part in ("test", "train"))
     found = leak_test(test, seen)
     n = len(found.flagged)
@@ -252,8 +266,6 @@ def render(job: dict, figure_svg: str) -> str:
     """One HTML file without outside references."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from llmcourse.report import levels
-
     if "<svg" not in figure_svg:
         raise BadInput("figure is no SVG; allowed: the text of an .svg file.")
     env = Environment(
@@ -261,4 +273,4 @@ def render(job: dict, figure_svg: str) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     svg = figure_svg[figure_svg.index("<svg") :]
-    return env.get_template("capstone.html.j2").render(job=job, figure=svg, levels=levels)
+    return env.get_template("capstone.html.j2").render(job=job, figure=svg)
