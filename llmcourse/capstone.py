@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -419,6 +420,8 @@ class _Capstone:
         job = judged(self, rows, speed, adapting)
         job["exports"] = steps("export", f"{job['delivered']}: export", 0.4, lambda: self._export(job["delivered"]))
         job["asked"] = steps("serve", f"{job['delivered']}: serve and ask", 0.6, lambda: self._serve(job["delivered"]))
+        kept = {p.stem: json.loads(p.read_text(encoding="utf8")) for p in sorted(steps.folder.glob("*.json"))}
+        job["seconds"] = {name: step["seconds"] for name, step in kept.items()}
         start = time.perf_counter()
         self._deliver(job)
         self.say(f"[{steps.total}/{steps.total}] report: {time.perf_counter() - start:.0f} s")
@@ -597,11 +600,15 @@ class _Served:
         command = [sys.executable, "-m", "llmcourse", "serve", self.source, *words]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said = []
+        late = threading.Timer(self.SECONDS, self.process.kill)
+        late.start()
         for line in self.process.stdout:
             said.append(line.strip())
             if ready := re.search(r"Ready: (\S+) serves (.+?) \(", line):
+                late.cancel()
                 self.url, self.name = ready[1], ready[2]
                 return self
+        late.cancel()
         self.__exit__()
         raise BadInput(f"llmcourse serve ended before it was ready: {' '.join(said[-3:]) or 'it said nothing'}")
 
