@@ -473,6 +473,12 @@ def all_on_each_side(*a):
     return _cost(*a, tails=lambda level: (1 - level, level))
 
 
+@ex.wrong("You take the ends among the logarithms and then the exponential. Between two ratios the statement interpolates the ratios themselves; it is close, and another number.")
+def logarithms_interpolated(*a):
+    value, low, high = _cost(*a, ratio=lambda a, b: b - a)
+    return math.exp(value), math.exp(low), math.exp(high)
+
+
 @ex.wrong("Your interval goes from the smallest ratio to the largest, whatever the level is.")
 def smallest_to_largest(*a):
     return _cost(*a, tails=lambda level: (0.0, 1.0))
@@ -494,8 +500,22 @@ def ratio_of_losses(*a):
 
 
 @ex.wrong("You add up in the precision of the losses. In half precision a sum of thousands overflows, and small changes are rounded away: go to float64 first.")
-def in_half(*a):
+def summed_in_half(*a):
     return _cost(*a, wide=lambda x: x, mean=lambda parts: torch.cat(parts).cumsum(0)[-1] / sum(map(len, parts)))
+
+
+@ex.wrong("Your mean losses are in half precision, where a number has three digits or two, and their difference has hardly one. Go to float64 first.")
+def means_in_half(*a):
+    return _cost(*a, wide=lambda x: x)
+
+
+@ex.wrong("The mean of the differences is in half precision, where a number has three digits or two. Go to float64 before you average.")
+def differences_in_half(base, other, lengths, draws, level):
+    _refuse(base, other, lengths, draws, level)
+    moves = (other - base).split(lengths)
+    drawn = torch.stack([torch.cat([moves[i] for i in draw]).mean().exp() for draw in draws]).double()
+    low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return (other - base).mean().exp().item(), low, high
 
 
 @ex.wrong("Losses of different shape, lengths that do not fit them, no draw, or a level outside 0 to 1 should be a ValueError.")
@@ -1019,6 +1039,11 @@ def one_margin(*a):
     return _verdict(*a, alike=lambda cost, m: (cost[2] <= m, cost[1] > m))
 
 
+@ex.wrong("You never refute that a model is as good: where its whole interval is outside, on one side, the table does.")
+def never_worse(*a):
+    return _verdict(*a, alike=lambda cost, m: (1 / m <= cost[1] and cost[2] <= m, False))
+
+
 @ex.wrong("Your lower margin is 2 − margin. Ratios are alike by factors: twice as bad and half as bad are equally far from 1, so it is 1 / margin.")
 def margin_by_difference(*a):
     return _verdict(*a, alike=lambda cost, m: (2 - m <= cost[1] and cost[2] <= m, cost[2] < 2 - m or cost[1] > m))
@@ -1260,12 +1285,26 @@ def treated_first(*a):
     return _read(*a, scopes=("treated", "file"))
 
 
+@ex.wrong("You go through the scopes first and the bases inside. Asked is the order of the bases, and for each of them first the file.")
+def scope_by_scope(said, parts, bases):
+    both = [_read(said, parts, bases, scopes=(scope,)) for scope in ("file", "treated")]
+    return [*both[0], *both[1]]
+
+
+@ex.wrong("Where no pass has treated anything, your code divides nothing by nothing. Then there is one scope, the file.")
+def nothing_was_treated(said, parts, bases):
+    found = _read(said, parts, bases)
+    if bases and not any(part[2] for part in parts.values()):
+        raise ZeroDivisionError("Fraction(0, 0)")
+    return found
+
+
 @ex.wrong("You return the first reading that explains it. There may be several, and that is what makes such a sentence worthless.")
 def the_first_reading(*a):
     return _read(*a, first=True)
 
 
-@ex.wrong("You print the true number as Python does and compare the texts. Halves go to the even digit there, or where a float happens to lie: both ends belong to it.")
+@ex.wrong("You round the true number as Python does and compare. Halves go to the even digit there, or where a float happens to lie: here both ends belong to it.")
 def as_python_prints(*a):
     def same(true, number):
         return f"{float(true):.{len(number.partition('.')[2])}f}" == number
