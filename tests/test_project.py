@@ -76,6 +76,12 @@ def test_a_whole_project_has_no_faults(tmp_path, capsys):
     assert "fit together" in capsys.readouterr().out
 
 
+def test_the_checkpoint_chooses_as_the_folder_does():
+    job = finished()
+    name, words = checking.find("capstone.chosen").solution(job["rows"], **job["bounds"])
+    assert name == job["chosen"] and words == dict.fromkeys(SIZES, "within") | {"3 bits": "above"}
+
+
 def test_a_project_in_which_nothing_fits_is_whole_as_well(tmp_path):
     job = finished()
     for r in job["rows"]:

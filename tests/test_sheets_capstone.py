@@ -299,6 +299,12 @@ BOUNDS, ORDER, ACCEPTED = "bounds that say something", "an order that undoes not
         ([(CUT, CUT + ', { method = "wanda", sparsity = 0.5 }')], [PARTS]),  # the same, by one pass more
         ([(f"{CUT},\n  {ROUND},\n", f"{CUT},\n  {ROUND},\n  {CUT},\n")], [PARTS, ORDER]),  # after a first cut
         ([(f"  {CUT},\n  {ROUND},\n  {STORE},\n", f"  {CUT},\n  {STORE},\n  {ROUND},\n")], [PARTS]),
+        ([('dim = "channels"', 'dim = "heads"')], []),
+        ([(CUT, '{ method = "depth", blocks = 6 }')], []),
+        ([(CUT, '{ method = "rotate" }')], []),
+        ([(f"{CUT},\n  {ROUND},\n", ROUND + ',\n  { method = "rotate" },\n')], [ORDER]),
+        ([(f"{CUT},\n  {ROUND},\n", f"{ROUND},\n  {CUT.replace('channels', 'heads')},\n")], [ORDER]),
+        ([(f"{CUT},\n", f"{CUT},\n  {STORE},\n")], [PARTS, ORDER]),  # the embedding twice
     ],
 )
 def test_what_a_plan_lacks(changes, lacks):
@@ -321,6 +327,13 @@ def test_two_mistakes_are_told_as_a_part():
     text = changed(('beside = ["wikipedia"]', "beside = []"), ("own = 1.1", "own = 1.0"))
     result = checking.judge(ex, checking._run_here(ex, lambda: text))
     assert result.wrong_answer in ("nothing_beside", "bound_of_one") and result.sentence.startswith("In part: ")
+
+
+def test_another_order_that_undoes_something_is_not_called_pruning():
+    ex = checking.find("capstone.plan")
+    late = changed((f"{CUT},\n  {ROUND},\n", ROUND + ',\n  { method = "rotate" },\n'))
+    result = checking.judge(ex, checking._run_here(ex, lambda: late))
+    assert not result.wrong_answer and "rotate first" in result.detail
 
 
 def test_a_key_that_is_refused_is_told_in_the_words_of_the_command():
