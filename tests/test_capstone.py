@@ -51,7 +51,7 @@ passes = [{{ method = "depth", blocks = 1 }}, {{ method = "rtn", bits = 4, group
 
 def small_settings():
     settings = load_settings(overrides={"scale": "test", "device": "cpu", "dtype": "float32", "kernels": "portable"})
-    scale = dataclasses.replace(settings.scale, eval_tokens=4096, context=64, stride=48, calib_length=32)
+    scale = dataclasses.replace(settings.scale, eval_tokens=4096, context=64, stride=48, batch_size=16, calib_length=32)
     return dataclasses.replace(settings, scale=scale)
 
 
