@@ -2,7 +2,7 @@
 
     python benchmarks/capstone.py [--out build/capstone] [--device cuda --scale gpu]
 
-About a quarter of an hour on two cores; a run that was stopped goes on where it was. Times are taken in one step: to
+About half an hour on two cores; a run that was stopped goes on where it was. Times are taken in one step: to
 take them again on a quiet machine, remove `steps/speed.json` and `result` from the folder. The chapter
 `nbs/18_capstone.ipynb` reads `nbs/_results/capstone.json`.
 """

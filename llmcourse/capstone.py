@@ -99,7 +99,7 @@ class CapstoneRecipe:
     ask: tuple[str, ...] = ()
     """beginnings that the served model goes on from; none: those of test documents"""
     validation: int = 1
-    """so many times as many tokens as the scale says are read of the validation part, where the level is higher"""
+    """so many times as many tokens as the scale says are read of the validation part, on which the choice rests"""
     items: int = 60
     """multiple-choice items of each text, at most"""
     answers: int = 24

@@ -19,12 +19,9 @@ if TYPE_CHECKING:
     from llmcourse.evaluation import Perplexity
     from llmcourse.plotting import Plot
 
+BLOCK = 128
+"""tokens, as `llmcourse.evaluation.Bootstrap` takes them where documents are not known"""
 __all__ = ["conclusion", "front", "judged", "print_capstone", "render"]
-
-LEVEL = 0.95
-"""of everything but the choice"""
-DRAWS = 4000
-"""replicates of the intervals of the choice: their ends lie far out"""
 
 
 def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | None) -> dict[str, Any]:
@@ -43,7 +40,6 @@ def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | 
     recipe, ref = job.recipe, job.recipe.reference
     candidates = {c.arm.name: c for c in recipe.candidates}
     read = {name: {text: perplexity_from_json(p) for text, p in r["read"].items()} for name, r in kept.items()}
-    level = 1 - (1 - LEVEL) / len(candidates)
     rows = []
     for name, found in kept.items():
         c, card = candidates.get(name), found["passport"]
@@ -62,8 +58,8 @@ def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | 
         row |= {what: speed[what][name] for what in ("read", "write")}
         row["kernels"] = speed["kernels"][name]
         row["reports"] = found.get("made", {}).get("reports", [])
-        row["val"] = {text: _bound(job, read, name, text, "val", level) for text in job.records}
-        row["test"] = {text: _bound(job, read, name, text, "test", LEVEL) for text in job.records}
+        for part in ("val", "test"):
+            row[part] = {text: _bound(job, read, name, text, part) for text in job.records}
         rows.append(row)
     chosen = choose([r for r in rows if r["compressed"]], recipe.choose)
     told = {
@@ -77,7 +73,6 @@ def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | 
         "original": ORIGINAL,
         "reference": ref,
         "bounds": dataclasses.asdict(recipe.choose),
-        "choice_level": level,
         "license": recipe.license,
         "limits": recipe.limits,
         "command": job.command or "llmcourse.capstone.capstone",
@@ -113,22 +108,27 @@ def _told(p: Perplexity) -> dict[str, Any]:
     return {"value": p.value, "low": p.low, "high": p.high, "level": p.held, "tokens": p.protocol.n_tokens}
 
 
-def _bound(job: _Capstone, read: dict, name: str, text: str, part: str, level: float) -> dict[str, Any]:
+def _bound(job: _Capstone, read: dict, name: str, text: str, part: str) -> dict[str, Any]:
     """What a model costs on a text beside what it may cost there: on its own text against the model before
-    compression, on the others against the original one."""
+    compression, on the others against the original one. Where the documents are too few or too skewed to say how often
+    such an interval holds, blocks of tokens are drawn in their place."""
     from llmcourse.capstone import ORIGINAL
     from llmcourse.evaluation import compare_perplexity
 
     key = "own" if text == job.data else "beside"
     base = job.recipe.reference if key == "own" else ORIGINAL
-    pair, how = [read[n][f"{part} of {text}"] for n in (base, name)], {"level": level, "n_boot": DRAWS}
-    value, low, high = found = compare_perplexity(
-        *(dataclasses.replace(p, protocol=dataclasses.replace(p.protocol, **how)) for p in pair)
-    )
+    pair, units = [read[n][f"{part} of {text}"] for n in (base, name)], "documents"
+    found = compare_perplexity(*pair)
+    if name != base and (found.level is None or pair[0].protocol.block):
+        block = pair[0].protocol.block or min(BLOCK, len(pair[0].nll) // 8)
+        units = f"blocks of {block} tokens"
+        cut = [dataclasses.replace(p, protocol=dataclasses.replace(p.protocol, block=block)) for p in pair]
+        found = compare_perplexity(*cut)
+    value, low, high = found
     limit, word = getattr(job.recipe.choose, key), "not decided"
     if found.level is not None and (high <= limit or low > limit):
         word = "within" if high <= limit else "above"
-    told = {"value": value, "low": low, "high": high, "level": found.level}
+    told = {"value": value, "low": low, "high": high, "level": found.level, "units": units}
     return told | {"text": text, "base": base, "bound": key, "limit": limit, "word": word}
 
 

@@ -87,7 +87,7 @@ def test_other_data_are_not_asked_about_a_bank(tmp_path):
         ('limits = "none"', 'limits = " "', "limits"),
         ('limits = "none"', "", "limits"),
         ("items = 8", "items = 0", "items"),
-        ("items = 8", "items = 8\nvalidation = 0", "validation"),
+        ("validation = 2", "validation = 0", "validation"),
         ("items = 8", "items = 8.0", "items"),
         ("answers = 2", "answers = 1", "answers"),
         ("own = 2.0", "own = 0.99", "own"),
