@@ -201,7 +201,7 @@ def test_a_page_without_faults(small) -> None:
     page = small()
     assert translate.faults(page) == []
     made = {c["id"]: c for c in json.loads(translate.build(page))["cells"]}
-    assert list(made) == ["front", "head", translate.FOLDER, *(c["id"] for c in small.cells[2:])]
+    assert list(made) == ["front", "head", "idea", translate.FOLDER, "draw", "draw-caption", "look", "foot"]
     said = {id: "".join(c["source"]) for id, c in made.items()}
     assert 'title: "舍入"' in said["front"] and "\nlang: zh\n" in said["front"] and "covers" not in said["front"]
     for words in (
@@ -248,6 +248,14 @@ def test_what_changed_is_found_in_the_history(small) -> None:
         subprocess.run([*git, *command], check=True, capture_output=True)
     shown = translate.changes(small(cells=with_source(small.cells, "idea", TEXT.replace("rounded", "cut"))))
     assert "\n-A *weight* of $s$ is rounded," in shown and "\n+A *weight* of $s$ is cut," in shown
+
+
+def test_terms_that_the_glossary_calls_otherwise(small) -> None:
+    row = '| weight | <span lang="zh">{}</span> | a number |'
+    for chinese, said in (("权重（参数）", ""), ("砝码", "01_a, cell idea: weight: 砝码")):
+        words = json.dumps({"cells": [cell("terms", row.format(chinese))], "metadata": {}})
+        (small.nbs / "91_glossary.ipynb").write_text(words, encoding="utf8")
+        assert translate.terms(small()) == said
 
 
 def test_blocks_and_cells_that_lack_each_other(small) -> None:

@@ -5,6 +5,7 @@
     python tools/translate.py --todo [PAGE …]        blocks that are missing or older than their original, to be written
     python tools/translate.py --diff PAGE …          what changed in the original since a block was written (asks git)
     python tools/translate.py --confirm PAGE CELL …  these blocks say what the original says now: note that
+    python tools/translate.py --terms [PAGE …]       terms of the glossary that a block calls otherwise: look at them
 
 A page is the name of a notebook without its ending. To begin one: `--todo PAGE > nbs/zh/PAGE.md`, write, build, add the
 page to the part 中文 of _quarto.yml, and run tools/form.py, which puts the link to it on the English page.
@@ -210,7 +211,8 @@ def box(text: str, name: str) -> str:
 
 def head(page: Page, text: str) -> str:
     said = page.titles[page.name]
-    facts = "\n".join(fact(page, line) for line in box(text, "course-facts").splitlines())
+    lines = [fact(page, line) for line in box(text, "course-facts").splitlines()]
+    facts = "\n".join([*lines, "* **说明：** 代码、输出和图与英文页相同"])
     facts = f'<div class="course-facts">\n\n{facts}\n\n</div>'
     return f"# {said['title']}\n\n*{said['subtitle']}*\n\n{facts}\n\n{navigation(page, box(text, 'course-nav'))}"
 
@@ -327,10 +329,10 @@ def build(page: Page) -> str:
             text = marked(with_anchors(relink(page, block.text), text))
         else:
             text = relink(page, text)
-        made.append(cell | {"source": text})
-        if id == "head":
+        if cell["cell_type"] == "code" and not any(c["cell_type"] == "code" for c in made):
             hidden = {"cell_type": "code", "execution_count": None, "id": FOLDER, "outputs": [], "source": ENTER}
             made.append(hidden | {"metadata": {"jupyter": dict(form.FOLDED)}})
+        made.append(cell | {"source": text})
     for cell in made:
         if cell["cell_type"] == "markdown":  # figures are counted; whoever translates need not
             change = lambda m: f"[图 {numbers[m[1]]}](#{m[1]})" if m[1] in numbers else m[0]
@@ -500,6 +502,22 @@ def changes(page: Page) -> str:
     return "\n\n".join(parts)
 
 
+def terms(page: Page) -> str:
+    """Terms of the glossary in an original whose Chinese does not stand in the block: advice, no rule."""
+    glossary = "".join(source(c) for c in read(page.nbs / "91_glossary.ipynb")["cells"] if c["cell_type"] == "markdown")
+    rows = re.findall(rf'^\| (.+?) \| <span lang="{LANG}">(.+?)</span> \|', glossary, re.M)
+    found = []
+    for id, words in page.wanted().items():
+        text = page.blocks[id].text if id in page.blocks else ""
+        for english, chinese in rows:
+            names = [re.escape(name) for name in re.sub(r" *\([^)]*\)", "", english).split(", ")]
+            forms = [f for f in re.split(r"[（），、]|\(|\)", chinese) if f]
+            there = re.search(rf"(?<![\w-])(?:{'|'.join(names)})s?(?![\w-])", plain(words), re.I)
+            if there and not any(form in text for form in forms):
+                found.append(f"{page.name}, cell {id}: {english}: {chinese}")
+    return "\n".join(found)
+
+
 def confirm(page: Page, ids: list[str]) -> None:
     wanted = page.wanted()
     text, file = page.words.read_text(encoding="utf8"), page.nbs / LANG / "_titles.yml"
@@ -522,6 +540,7 @@ def main() -> int:
     what.add_argument("--check", action="store_true", help="change nothing; exit 1 when a page is not in step")
     what.add_argument("--todo", action="store_true", help="print the blocks that are missing or old")
     what.add_argument("--diff", action="store_true", help="print what changed in the original of old blocks")
+    what.add_argument("--terms", action="store_true", help="print terms that are called otherwise than in the glossary")
     what.add_argument("--confirm", nargs="+", metavar=("PAGE", "CELL"), help="these blocks are right again")
     args = parser.parse_args()
     if args.confirm:
@@ -532,9 +551,9 @@ def main() -> int:
             raise SystemExit(f"PAGE is {name!r}; allowed: the name of a notebook in nbs")
     if args.confirm:
         confirm(Page(names[0]), args.confirm[1:])
-    if args.todo or args.diff:
+    if args.todo or args.diff or args.terms:
         for name in names:
-            print((todo if args.todo else changes)(Page(name)))
+            print((todo if args.todo else changes if args.diff else terms)(Page(name)))
         return 0
     wrong = 0
     for page in map(Page, names):
