@@ -370,11 +370,11 @@ def same(text: str) -> dict[str, Counter]:
 
 
 def shown(text: str) -> str:
-    """What CommonMark makes of it, without code and formulas."""
+    """What CommonMark makes of it, without code, an x for each formula."""
     from markdown_it import MarkdownIt
 
     words = []
-    for token in MarkdownIt("commonmark").parse(re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$", "", text, flags=re.S)):
+    for token in MarkdownIt("commonmark").parse(re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$", "x", text, flags=re.S)):
         words += [child.content for child in token.children or [] if child.type == "text"]
     return "\n".join(words)
 
