@@ -388,8 +388,10 @@ class _Capstone:
 
         r, adapt = self.recipe, self.recipe.adapt
         about = {"name": r.name, "task": "language", "model": r.model, "data": r.data, "beside": r.beside}
-        about |= {"license": r.license, "limits": r.limits, "text": r.text}
-        return FinetuneRecipe(**about, method=adapt.method, train=adapt.train, lora=adapt.lora)
+        about |= {"license": r.license, "limits": r.limits, "method": adapt.method}
+        parts = {"lora": dataclasses.asdict(adapt.lora), "train": dataclasses.asdict(adapt.train)}
+        text = "\n\n".join([_toml(about), *(f"[{name}]\n{_toml(table)}" for name, table in parts.items())])
+        return FinetuneRecipe(**about, train=adapt.train, lora=adapt.lora, text=text)
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -583,6 +585,11 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], rt: Any, n: i
             rt.move(ids), attention_mask=rt.move(mask), max_new_tokens=n, do_sample=False, pad_token_id=fill
         )
     return [tokenizer.decode(new, skip_special_tokens=True) for new in made[:, longest:]]
+
+
+def _toml(table: Mapping[str, Any]) -> str:
+    """Plain values as lines of TOML, whose texts, numbers and lists are written as JSON writes them."""
+    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None)
 
 
 class _Served:

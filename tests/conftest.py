@@ -135,6 +135,19 @@ def cli(monkeypatch, capsys, corpus, tmp_path):
 
 
 @pytest.fixture
+def plain_figures(monkeypatch):
+    """Jobs of this process that draw nothing: half of the time of a tiny job is its figure."""
+    from llmcourse import jobs
+
+    def drawn(self, job, folder):
+        for name in ("pareto.png", "pareto.svg"):
+            (folder / name).write_text("<svg></svg>", encoding="utf8")
+        return "<svg></svg>"
+
+    monkeypatch.setattr(jobs._Job, "_figures", drawn)
+
+
+@pytest.fixture
 def no_network(monkeypatch):
     """Any attempt to connect from this process fails the test."""
     import socket

@@ -11,6 +11,7 @@ from conftest import ROOT
 from llmcourse import capstone as module
 from llmcourse.capstone import Bounds, capstone, choose, continuation_items, load_capstone_recipe, openings
 from llmcourse.capstone_report import conclusion, front, render
+from llmcourse.practice.project import project_faults
 from llmcourse.settings import BadInput, load_settings
 from llmcourse.store import manifest_faults
 
@@ -50,7 +51,7 @@ passes = [{{ method = "depth", blocks = 1 }}, {{ method = "rtn", bits = 4, group
 
 def small_settings():
     settings = load_settings(overrides={"scale": "test", "device": "cpu", "dtype": "float32", "kernels": "portable"})
-    scale = dataclasses.replace(settings.scale, eval_tokens=4096, context=64, stride=48, calib_length=32)
+    scale = dataclasses.replace(settings.scale, eval_tokens=4096, context=64, stride=48, batch_size=16, calib_length=32)
     return dataclasses.replace(settings, scale=scale)
 
 
@@ -243,6 +244,11 @@ def test_a_finished_run_does_nothing_again_and_another_recipe_is_refused(run):
     with pytest.raises(BadInput, match="a folder of this recipe"):
         capstone(other, run["out"], settings=small_settings(), say=said.append)
     assert not manifest_faults(run["result"])
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_whole_in_the_eyes_of_who_marks_it(run):
+    assert project_faults(run["result"]) == []
 
 
 @pytest.mark.slow

@@ -710,7 +710,7 @@ def kept_and_said(kind, k, trials):
         x = UNITS[kind](rng, k)
         level = held_level(x)
         if level is not None:
-            means = rng.multinomial(k, np.full(k, 1 / k), size=300) @ x / k
+            means = x[rng.integers(k, size=(300, k))].mean(1)
             low, high = np.quantile(means, [0.025, 0.975])
             held.append(low <= 0 <= high), said.append(level)
     return np.array(held), np.array(said)

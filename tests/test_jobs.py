@@ -26,6 +26,7 @@ from llmcourse.jobs import find_recipe, load_recipe, run_job
 from llmcourse.report import levels, print_table, render_report, told_levels
 from llmcourse.settings import BadInput
 
+pytestmark = pytest.mark.usefixtures("plain_figures")  # but for the job that tests share, which has real ones
 QUIET = lambda line: None
 PASS = '{ method = "rtn", bits = 4, group_size = 64 }'
 GOOD = f'name = "x"\ndeliver = "a"\n[[arm]]\nname = "a"\npasses = [{PASS}]\n'

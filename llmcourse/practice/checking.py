@@ -161,16 +161,19 @@ def nearest(ex: Exercise, outcomes: list[dict], failing: list[int]) -> tuple[str
     cases = ex.all_cases()
     asked = frozenset(name for c in cases for name in c.error)
     passed = [i for i in range(len(outcomes)) if i not in failing]
+    ran = [i for i in failing if i < len(outcomes)]
     best, best_score, best_explained = "", (0.0, 0), []
     for name in ex.wrong_answers:
         given = ex.given_by(name)
-        same = [likeness(given[i], outcome, cases[i], asked) for i, outcome in enumerate(outcomes)]
-        ran = [i for i in failing if i < len(outcomes)]
-        explained = sum(same[i] for i in ran)
-        against = [i for i in passed if same[i] < 1 and i in failed_by(ex, name)]
+        same = {i: likeness(given[i], outcomes[i], cases[i], asked) for i in ran}
+        explained = sum(same.values())
+        if explained * 2 < len(ran):
+            continue
+        fails = [i for i in passed if i in failed_by(ex, name)]
+        against = [i for i in fails if likeness(given[i], outcomes[i], cases[i], asked) < 1]
         unchecked = [i for i in against if cases[i].error] if any(same[i] for i in ran if not cases[i].error) else []
         score = (explained - len(against) + len(unchecked), -len(unchecked))
-        if explained * 2 >= len(ran) and score > best_score and score[0] > 0:
+        if score > best_score and score[0] > 0:
             best, best_score = name, score
             best_explained = [i for i in ran if same[i] == 1] or [i for i in ran if same[i]]
     return best, best_explained
