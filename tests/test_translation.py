@@ -280,6 +280,7 @@ def test_blocks_and_cells_that_lack_each_other(small) -> None:
         ("：\n", ":\n", "fullwidth"),
         ("舍入，见", "舍入, 见", "fullwidth"),
         ("这里的*权重*只有一个", "**这里：**只有一个", "star"),
+        ("这里的*权重*只有一个", "*这里。*只有*一个*，而且*就*一个", "star"),
         ("一个网格", "a grid", None),
         ("```\n\n!", "```\n\n<div>\n\n</div>\n\n!", "tags"),
         ("\n\n```bash", "\n\n| a |\n|---|\n\n```bash", "rows of tables"),

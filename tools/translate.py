@@ -31,6 +31,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -379,6 +380,20 @@ def shown(text: str) -> str:
     return "\n".join(words)
 
 
+def flat_stars(text: str) -> list[str]:
+    """Emphasis that CommonMark does not see: `**注意：**这里`, a sign inside of the stars and a character outside."""
+    text = re.sub(r"(?ms)^```.*?^```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$", "x", text)
+    sign = lambda c: unicodedata.category(c)[0] in "PS"
+    found = []
+    for match in re.finditer(r"(\*{1,2})(?=[^\s*])([^*\n]+)(?<=\S)\1", text):
+        before, after = text[: match.start()][-1:], text[match.end() :][:1]
+        opens = not sign(match[2][0]) or before.strip() == "" or sign(before)
+        closes = not sign(match[2][-1]) or after.strip() == "" or sign(after)
+        if not (opens and closes):
+            found.append(match[0])
+    return found
+
+
 def compare(original: str, text: str) -> list[str]:
     """What a translation has lost, added, or written as Chinese is not written."""
     found = []
@@ -393,7 +408,7 @@ def compare(original: str, text: str) -> list[str]:
         found.append("there is no Chinese in it")
     for match in re.finditer(rf"[{HAN}][,;:!?()]|[{HAN}]\.(?![\w])|[(][{HAN}]|[{HAN}] +[{HAN}]", words):
         found.append(f"{match[0]!r} is not how Chinese is set: fullwidth signs, and no space between its characters")
-    if "*" in shown(text):
+    if flat_stars(text) or "*" in shown(text):
         found.append("a star is left in what JupyterLab shows: put the sign inside the stars outside of them")
     return found
 
