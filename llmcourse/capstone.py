@@ -278,7 +278,7 @@ def capstone(
     same = "a folder of this recipe with this model, these texts, this scale and this version of the course"
     with run_folder(out, job.inputs, same=same, target=RESULT, command="capstone") as folder:
         if is_made(folder / RESULT):
-            say(f"{folder / RESULT} is there: nothing to do")
+            say(f"{RESULT} is there and whole: nothing to do")
         else:
             job.run(folder)
         return folder / RESULT

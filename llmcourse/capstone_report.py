@@ -244,8 +244,8 @@ def print_capstone(job: dict) -> None:
     table = Table(box=box.SIMPLE_HEAD, title=f"{job['model']}: {job['name']}", title_justify="left")
     heads = ["model", "MB", f"perplexity on {data}", f"× {job['reference']}"]
     heads += [f"× {job['original']} on {name}" for name in beside]
-    for i, head in enumerate([*heads, f"right on {data}", "write, × time"]):
-        table.add_column(head, justify="right" if i else "left", overflow="fold")
+    for i, head in enumerate([*heads, "right", "× time"]):
+        table.add_column(head, justify="right" if i else "left", overflow="fold", min_width=17 * (2 < i < len(heads)))
     for r in job["rows"]:
         p, right = r["perplexity"][data], r["accuracy"][data]
         cells = [r["name"], f"{r['bytes_disk'] / 1e6:.1f}", f"{p['value']:.2f}", *map(_ends, r["test"].values())]
@@ -253,13 +253,12 @@ def print_capstone(job: dict) -> None:
     width = None if sys.stdout.isatty() else 120
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)  # names are only names
     console.print(table)
+    console.print(f"right: of four continuations on {data}; × time: of writing a token, against {job['reference']}")
     console.print(job["conclusion"])
 
 
-def _ends(r: dict, form: str = ".3f") -> str:
-    if r["low"] == r["high"]:
-        return "1"
-    return f"{r['value']:{form}} ({r['low']:{form}}–{r['high']:{form}})"
+def _ends(r: dict) -> str:
+    return "1" if r["low"] == r["high"] else f"{r['value']:.3f} ({r['low']:.2f}–{r['high']:.2f})"
 
 
 def render(job: dict, figure_svg: str) -> str:
