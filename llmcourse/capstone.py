@@ -98,6 +98,8 @@ class CapstoneRecipe:
     """forms for other programs, as in `llmcourse export --to`"""
     ask: tuple[str, ...] = ()
     """beginnings that the served model goes on from; none: those of test documents"""
+    validation: int = 1
+    """so many times as many tokens as the scale says are read of the validation part, where the level is higher"""
     items: int = 60
     """multiple-choice items of each text, at most"""
     answers: int = 24
@@ -111,6 +113,7 @@ class CapstoneRecipe:
         require(plain, "name", self.name, allowed)
         for key in ("description", "model", "data", "license", "limits"):
             require(bool(getattr(self, key).strip()), key, getattr(self, key), "a text")
+        whole("validation", self.validation, 1)
         whole("items", self.items, 1)
         whole("answers", self.answers, 2)
         names = [self.data, *self.beside]
@@ -367,8 +370,10 @@ class _Capstone:
     def _text(self, name: str, documents: list[str], part: str) -> Text:
         from llmcourse.measure import as_text
 
-        settings = dataclasses.replace(self.settings, data=name)
-        return as_text(self.tokenizer, documents, part, settings, settings.scale.context)
+        scale = self.settings.scale
+        longer = scale.eval_tokens * (self.recipe.validation if part == "val" else 1)
+        settings = dataclasses.replace(self.settings, data=name, scale=dataclasses.replace(scale, eval_tokens=longer))
+        return as_text(self.tokenizer, documents, part, settings, scale.context)
 
     def _data(self, c: Candidate, passes: list) -> Any:
         """The text that the passes of a candidate look at."""

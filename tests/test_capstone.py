@@ -24,6 +24,7 @@ export = ["gguf"]
 license = "none"
 limits = "none"
 items = 8
+validation = 2
 answers = 2
 ask = ["The first word"]
 
@@ -86,6 +87,7 @@ def test_other_data_are_not_asked_about_a_bank(tmp_path):
         ('limits = "none"', 'limits = " "', "limits"),
         ('limits = "none"', "", "limits"),
         ("items = 8", "items = 0", "items"),
+        ("items = 8", "items = 8\nvalidation = 0", "validation"),
         ("items = 8", "items = 8.0", "items"),
         ("answers = 2", "answers = 1", "answers"),
         ("own = 2.0", "own = 0.99", "own"),
@@ -317,6 +319,15 @@ def test_what_cannot_work_is_refused_before_a_folder_is_made(tmp_path, corpus, c
     with pytest.raises(BadInput, match=says) as e:
         capstone(dataclasses.replace(recipe, **change), tmp_path / "out", settings=small_settings(), say=print)
     assert not (tmp_path / "out").exists() and "\n" not in str(e.value)
+
+
+def test_more_of_the_validation_part_is_read_where_the_recipe_says_so(tmp_path, corpus):
+    text = RECIPE.format(data=corpus).replace("validation = 2", "validation = 3")
+    settings = small_settings()
+    settings = dataclasses.replace(settings, scale=dataclasses.replace(settings.scale, eval_tokens=256))
+    recipe = load_capstone_recipe(written(tmp_path / "r.toml", text))
+    job = module._Capstone(recipe, settings, print, "")
+    assert {key: len(t.tokens) for key, t in job.texts.items()} == {(job.data, "val"): 768, (job.data, "test"): 256}
 
 
 @pytest.mark.parametrize(
