@@ -48,6 +48,7 @@ book:
 
 notebooks: .venv/.dev.stamp
 	$(BIN)/python tools/notebooks.py $(NB)
+	$(BIN)/python tools/translate.py
 
 export: .venv/.dev.stamp
 	$(BIN)/python tools/export.py

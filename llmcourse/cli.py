@@ -392,9 +392,9 @@ def start(
         for part in ("nbs", "exercises", "recipes"):
             if (root / part).is_dir():
                 shutil.copytree(root / part, partial / part, ignore=left_out)
-        for notebook in (partial / "nbs").glob("*.ipynb"):  # no link to what is left out
+        for notebook in (partial / "nbs").rglob("*.ipynb"):  # no link to what is left out
             text = notebook.read_text(encoding="utf8")
-            plain_text = re.sub(r"\[([^\]\[]*)\]\(92_teaching\.ipynb[^)]*\)", r"\1", text)
+            plain_text = re.sub(r"\[([^\]\[]*)\]\((?:\.\./)?92_teaching\.ipynb[^)]*\)", r"\1", text)
             if plain_text != text:
                 notebook.write_text(plain_text, encoding="utf8")
         shutil.copyfile(root / "settings.ini", partial / "settings.ini")

@@ -23,7 +23,8 @@ CONFIG = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
 LISTED = rules.chapter_files(CONFIG)
 # For teachers: a notebook beside the book.
 APART = "nbs/92_teaching.ipynb"
-NOTEBOOKS = [*(f for f in LISTED if f.endswith(".ipynb")), APART]
+# The pages in nbs/zh are made from those in nbs: tests/test_translation.py looks at them.
+NOTEBOOKS = [*(f for f in LISTED if f.endswith(".ipynb") and not f.startswith("nbs/zh/")), APART]
 KEYS = rules.bibliography_keys((ROOT / "references.bib").read_text(encoding="utf-8"))
 CHAPTERS = {rules.slug(Path(f).stem) for f in NOTEBOOKS}
 
@@ -47,7 +48,9 @@ def fine(problems: list[str]) -> None:
 class TestChapters:
     def test_every_chapter_is_listed_and_there(self) -> None:
         existing = {
-            p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("nbs/*.ipynb"), ROOT / "index.qmd"] if p.exists()
+            p.relative_to(ROOT).as_posix()
+            for p in [*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("nbs/zh/*.ipynb"), ROOT / "index.qmd"]
+            if p.exists()
         }
         fine(rules.listing(LISTED, existing))
 
@@ -444,8 +447,9 @@ class TestRenderedBook:
         fine(rules.warnings_in(rendered[1]))
 
     def test_every_page_is_there(self, rendered: tuple[Path, str], pages: dict[Path, rules.Page]) -> None:
-        names = {rules.slug(Path(f).stem) for f in LISTED if f.endswith(".ipynb")} - {"index"} | {"tour"}
-        want = {"index.html"} | {f"nbs/{name}.html" for name in names}
+        listed = [Path(f) for f in LISTED if f.endswith(".ipynb")]
+        names = {f.parent / rules.slug(f.stem).replace("index", "tour") for f in listed}
+        want = {"index.html"} | {f"{name.as_posix()}.html" for name in names}
         assert {p.relative_to(rendered[0].resolve()).as_posix() for p in pages} == want
 
     @pytest.mark.parametrize(
@@ -456,6 +460,11 @@ class TestRenderedBook:
 
     def test_links(self, pages: dict[Path, rules.Page]) -> None:
         fine([f"{where.name}: {problem}" for where in pages for problem in rules.page_links_resolve(where, pages)])
+
+    def test_a_page_says_its_language(self, pages: dict[Path, rules.Page]) -> None:
+        for where, page in pages.items():
+            lang = "zh" if where.parent.name == "zh" else "en"
+            assert f'<html xmlns="http://www.w3.org/1999/xhtml" lang="{lang}' in page.html, where.name
 
     def test_style_sheets_load_nothing_external(self, rendered: tuple[Path, str]) -> None:
         fine(

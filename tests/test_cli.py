@@ -259,6 +259,8 @@ def test_start_unpacks_the_course_and_does_not_touch_what_is_there(unpacked, tmp
     assert {p.name for p in unpacked.iterdir()} == {"README.md", "exercises", "nbs", "recipes", "settings.ini"}
     chapters = {p.name for p in (ROOT / "nbs").glob("*.ipynb")} - {"92_teaching.ipynb"}
     assert {p.name for p in (unpacked / "nbs").glob("*.ipynb")} == chapters
+    chinese = {p.name for p in (ROOT / "nbs" / "zh").glob("*.ipynb")}
+    assert {p.name for p in (unpacked / "nbs" / "zh").glob("*.ipynb")} == chinese
     sheets = lambda root: {p.relative_to(root) for p in root.rglob("exercises/**/*.ipynb")}
     assert sheets(unpacked) == {p for p in sheets(ROOT) if p.parts[0] == "exercises"}
     before = contents(unpacked)

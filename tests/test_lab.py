@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
     pytest.mark.xdist_group("lab"),  # one server for all
 ]
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "zh").glob("*.ipynb")])
 # What the page shows: cells in order, each with what can be seen of it.
 LOOK = """() => [...document.querySelectorAll('.jp-Notebook .jp-Cell')].map(cell => {
   const seen = e => !!e && e.getClientRects().length > 0;
@@ -88,12 +88,12 @@ def unreadable(cells: list[dict]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix())
 def test_a_chapter_reads_well_in_jupyterlab(page, notebook: Path) -> None:
     nb = rules.load(notebook)
-    cells = cells_seen(page, f"nbs/{notebook.name}", len(nb["cells"]))
+    cells = cells_seen(page, notebook.relative_to(ROOT).as_posix(), len(nb["cells"]))
     if "TEST_SHOTS" in os.environ:
-        page.screenshot(path=Path(os.environ["TEST_SHOTS"]) / f"lab-{notebook.stem}.png")
+        page.screenshot(path=Path(os.environ["TEST_SHOTS"]) / f"lab-{notebook.parent.name}-{notebook.stem}.png")
     title = rules.front_matter(nb)["title"]
     assert [c["title"] for c in cells if c["title"]] == [title], "the title is the first thing, and the only one"
     raw = [c for c in cells if c["kind"] == "Raw"]
@@ -107,11 +107,11 @@ def test_a_chapter_reads_well_in_jupyterlab(page, notebook: Path) -> None:
         options, _ = rules.directives(cell)
         if str(options.get("label", "")).startswith("fig-"):
             assert cells[i]["pictures"] >= 1, f"cell {i}: no picture"
-            assert cells[i + 1]["text"].startswith("Figure "), f"cell {i}: no visible caption"
+            assert cells[i + 1]["text"].startswith(("Figure ", "图 ")), f"cell {i}: no visible caption"
         if options.get("include") is False:
             assert not cells[i]["source"], f"cell {i}: not for the reader, and not folded"
     for where, cell in (("head", cells[1]), ("foot", cells[-1])):
-        assert any(word in link for link in cell["links"] for word in ("→", "←", "Contents")), (
+        assert any(word in link for link in cell["links"] for word in ("→", "←", "Contents", "目录")), (
             f"no way on at the {where}"
         )
 

@@ -53,8 +53,8 @@ def test_the_wheel_holds_the_package_and_the_course(wheel):
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert ours <= names
-    for notebook in (ROOT / "nbs").glob("*.ipynb"):
-        assert f"llmcourse/_course/nbs/{notebook.name}" in names
+    for notebook in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "zh").glob("*.ipynb")]:
+        assert f"llmcourse/_course/{notebook.relative_to(ROOT).as_posix()}" in names
     assert {"llmcourse/_course/settings.ini", "llmcourse/_course/recipes/w4.toml"} <= names
     assert not [n for n in names if n.startswith(("tests/", "tools/", "benchmarks/")) or n.endswith(".pyc")]
 

@@ -8,7 +8,7 @@ A chapter is met in JupyterLab first and as a page second, so it holds no syntax
 Generated, and never to be edited by hand:
 
 - the first Markdown cell (id `head`): title, promise, what to read first, minutes, sources, sheet, links to the
-  neighbors;
+  neighbors and to the page in Chinese, where there is one (tools/translate.py);
 - the last cell (id `foot`): the sheet with its command, and the links again;
 - a caption after each figure (id `…-caption`): JupyterLab shows no `fig-cap`. The page drops it and shows Quarto's own;
 - the table of chapters and sheets (id `contents`) of the tour;
@@ -240,6 +240,8 @@ def navigation(name: str) -> str:
     parts = [f"[← {title_of(order[i - 1])}]({order[i - 1]})"] if i else []
     parts += ["[Contents](index.ipynb)"] if name != "index.ipynb" else []
     parts += [f"[{title_of(order[i + 1])} →]({order[i + 1]})"] if i + 1 < len(order) else []
+    if (NBS / "zh" / f"{Path(name).stem}.md").exists():
+        parts.append(f'[<span lang="zh">中文</span>](zh/{name})')
     return '<div class="course-nav">\n\n' + " · ".join(parts) + "\n\n</div>"
 
 

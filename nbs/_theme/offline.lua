@@ -18,6 +18,11 @@ for path in (os.getenv("QUARTO_PROJECT_OUTPUT_FILES") or ""):gmatch("[^\n]+") do
     clean = clean:gsub('<nav id="quarto%-sidebar"', '<nav id="quarto-sidebar" aria-label="Chapters"')
     clean = clean:gsub('<nav class="quarto%-secondary%-nav"', '<nav class="quarto-secondary-nav" aria-label="Where you are"')
     clean = clean:gsub('<nav id="TOC"', '<nav id="TOC" aria-label="On this page"')
+    if clean:match('<html[^>]* lang="zh') then
+      for english, chinese in pairs({ Chapters = "章节", ["Where you are"] = "当前位置", ["On this page"] = "本页内容" }) do
+        clean = clean:gsub('aria%-label="' .. english .. '"', 'aria-label="' .. chinese .. '"')
+      end
+    end
     if clean ~= html then
       file = assert(io.open(path, "wb"))
       file:write(clean)
