@@ -29,7 +29,7 @@ from llmcourse.schema import parse, read_toml
 from llmcourse.settings import BadInput, Settings, load_settings, number, one_of, read_text, require, whole
 from llmcourse.store import CATALOG, atomic_folder, digests, write_atomic, write_manifest
 from llmcourse.training import TrainConfig
-from llmcourse.tuning import METHODS, Adapter
+from llmcourse.tuning import METHODS, Adapter, in_place
 
 if TYPE_CHECKING:
     from llmcourse.accuracy import Item
@@ -145,13 +145,18 @@ def load_capstone_recipe(path: str | Path, *, model: str | None = None, data: st
     """Read a recipe file and check all of it.
 
     Args:
-        model, data: in place of the recipe's. Other data are asked by the beginnings of their own test documents.
+        model, data: in place of the recipe's, which then says nothing of license and limits. Other data are asked by
+            the beginnings of their own test documents.
     Raises:
         BadInput: not TOML, a key that is missing or unknown, or a value that is not allowed.
     """
     path = Path(path)
-    table = read_toml(path) | {k: v for k, v in (("model", model), ("data", data)) if v is not None}
-    if data is not None:
+    own = read_toml(path)
+    table = in_place(own, model=model, data=data)
+    if table != own and "description" in table:
+        named = " and ".join(Path(str(table.get(key))).name for key in ("model", "data"))
+        table["description"] = f"The recipe {path.stem} with {named}"
+    if table.get("data") != own.get("data"):
         table.pop("ask", None)
         if isinstance(table.get("beside"), list):
             table["beside"] = [name for name in table["beside"] if name != data]
@@ -476,7 +481,7 @@ class _Capstone:
         """Everything but time, on the model as it was stored."""
         from llmcourse.accuracy import score_choices
         from llmcourse.compression import passport
-        from llmcourse.evaluation import perplexity
+        from llmcourse.evaluation import Bootstrap, perplexity
         from llmcourse.jobs import perplexity_as_json
         from llmcourse.modelfolder import locate_model
         from llmcourse.packed import dequantize_model
@@ -486,6 +491,7 @@ class _Capstone:
         packed = any(hasattr(m, "passport_counts") for m in stored.modules())
         dense = dequantize_model(stored, dtype=self.rt.dtype) if packed else stored
         how = {"context": scale.context, "stride": scale.stride, "batch_size": scale.batch_size, "rt": self.rt}
+        how["bootstrap"] = Bootstrap(seed=self.settings.seed)
         read, right = {}, {}
         for (name, part), text in self.texts.items():
             p = perplexity(dense, text, **how, model=self.card.name)

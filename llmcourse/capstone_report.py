@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from llmcourse.evaluation import Perplexity
     from llmcourse.plotting import Plot
 
+__all__ = ["conclusion", "front", "judged", "print_capstone", "render"]
+
 BLOCK = 128
 """tokens, as `llmcourse.evaluation.Bootstrap` takes them where documents are not known"""
-__all__ = ["conclusion", "front", "judged", "print_capstone", "render"]
 
 
 def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | None) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _bound(job: _Capstone, read: dict, name: str, text: str, part: str) -> dict[
     pair, units = [read[n][f"{part} of {text}"] for n in (base, name)], "documents"
     found = compare_perplexity(*pair)
     if name != base and (found.level is None or pair[0].protocol.block):
-        block = pair[0].protocol.block or min(BLOCK, len(pair[0].nll) // 8)
+        block = pair[0].protocol.block or max(1, min(BLOCK, len(pair[0].nll) // 8))
         units = f"blocks of {block} tokens"
         cut = [dataclasses.replace(p, protocol=dataclasses.replace(p.protocol, block=block)) for p in pair]
         found = compare_perplexity(*cut)

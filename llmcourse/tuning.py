@@ -164,6 +164,21 @@ def fields_of(pattern: str, key: str) -> list[str]:
     return [name for name, *_ in parts]
 
 
+def in_place(table: dict[str, Any], *, model: str | None, data: str | None) -> dict[str, Any]:
+    """A recipe with another model or text. What it says of license and limits holds for its own: then nobody has said.
+
+    A value that is the recipe's own changes nothing.
+    """
+    given = {k: v for k, v in (("model", model), ("data", data)) if v is not None and v != table.get(k)}
+    if not given:
+        return table
+    what = " and ".join(f"the {'text' if key == 'data' else key}" for key in given)
+    who = f"{what} given in place of the recipe's"
+    told = {"license": f"for those to say who have the rights to {who}"}
+    told |= {"limits": f"Nothing is known about {who}: look at it first."}
+    return table | given | {key: text for key, text in told.items() if key in table}
+
+
 def load_finetune_recipe(path: str | Path, *, model: str | None = None, data: str | None = None) -> FinetuneRecipe:
     """Read a recipe file and check all of it.
 
@@ -173,7 +188,7 @@ def load_finetune_recipe(path: str | Path, *, model: str | None = None, data: st
         BadInput: not TOML, a key that is missing or unknown, or a value that is not allowed.
     """
     path = Path(path)
-    table = read_toml(path) | {k: v for k, v in (("model", model), ("data", data)) if v is not None}
+    table = in_place(read_toml(path), model=model, data=data)
     train, lora = table.pop("train", None), table.pop("lora", {})
     require(isinstance(train, dict), f"[train] in {path.name}", train, "a table with steps, batch_size and lr")
     given: dict[str, Any] = {}

@@ -77,7 +77,18 @@ def test_other_data_are_not_asked_about_a_bank(tmp_path):
     path = ROOT / "recipes" / "capstone" / "finance.toml"
     recipe = load_capstone_recipe(path, model="course-3m", data="wikipedia")
     assert (recipe.model, recipe.data, recipe.beside, recipe.ask) == ("course-3m", "wikipedia", (), ())
-    assert load_capstone_recipe(path).ask
+    own = load_capstone_recipe(path)
+    assert own.ask and load_capstone_recipe(path, model=own.model, data=own.data) == own
+
+
+@pytest.mark.parametrize("given", [{"model": "course-3m"}, {"data": "sotu"}, {"model": "course-3m", "data": "sotu"}])
+def test_what_the_recipe_says_of_its_own_model_and_text_is_not_said_of_others(given):
+    path = ROOT / "recipes" / "capstone" / "finance.toml"
+    own, other = load_capstone_recipe(path), load_capstone_recipe(path, **given)
+    for key in ("description", "license", "limits"):
+        assert getattr(other, key) != getattr(own, key) and "a bank" not in getattr(other, key)
+    assert bool(other.ask) == ("data" not in given)
+    assert ("the model" in other.license, "the text" in other.license) == ("model" in given, "data" in given)
 
 
 @pytest.mark.parametrize(

@@ -371,6 +371,7 @@ def test_the_recipes_of_the_course_and_the_command(cli, tmp_path, tiny_model, co
     assert code == 0, err
     card = (tmp_path / "o" / "result" / "README.md").read_text(encoding="utf8")
     assert f"--model {tiny_model} --data {corpus}`" in card and "result: " in out
+    assert "**License** for those to say who have the rights to the model and the text given" in card
     code, out, _ = cli(*given)
     assert code == 0 and "is there" in out
     code, _, err = cli("finetune", "topic", "--out", tmp_path / "p")
