@@ -63,6 +63,9 @@ def judged(job: _Capstone, kept: dict[str, dict], speed: dict, adapting: dict | 
             row[part] = {text: _bound(job, read, name, text, part) for text in job.records}
         rows.append(row)
     chosen = choose([r for r in rows if r["compressed"]], recipe.choose)
+    for row in rows:  # two models are compared with each other, not by their distances from a third
+        pair = lambda text, name=row["name"]: [read[n][f"test of {text}"] for n in (chosen or ref, name)]
+        row["against"] = {text: _ratio(*pair(text)) for text in job.records}
     told = {
         "name": recipe.name,
         "description": recipe.description,
@@ -111,26 +114,32 @@ def _told(p: Perplexity) -> dict[str, Any]:
 
 def _bound(job: _Capstone, read: dict, name: str, text: str, part: str) -> dict[str, Any]:
     """What a model costs on a text beside what it may cost there: on its own text against the model before
-    compression, on the others against the original one. Where the documents are too few or too skewed to say how often
-    such an interval holds, blocks of tokens are drawn in their place."""
+    compression, on the others against the original one."""
     from llmcourse.capstone import ORIGINAL
-    from llmcourse.evaluation import compare_perplexity
 
     key = "own" if text == job.data else "beside"
     base = job.recipe.reference if key == "own" else ORIGINAL
-    pair, units = [read[n][f"{part} of {text}"] for n in (base, name)], "documents"
-    found = compare_perplexity(*pair)
-    if name != base and (found.level is None or pair[0].protocol.block):
-        block = pair[0].protocol.block or max(1, min(BLOCK, len(pair[0].nll) // 8))
-        units = f"blocks of {block} tokens"
-        cut = [dataclasses.replace(p, protocol=dataclasses.replace(p.protocol, block=block)) for p in pair]
-        found = compare_perplexity(*cut)
-    value, low, high = found
+    found = _ratio(*(read[n][f"{part} of {text}"] for n in (base, name)))
     limit, word = getattr(job.recipe.choose, key), "not decided"
-    if found.level is not None and (high <= limit or low > limit):
-        word = "within" if high <= limit else "above"
-    told = {"value": value, "low": low, "high": high, "level": found.level, "units": units}
-    return told | {"text": text, "base": base, "bound": key, "limit": limit, "word": word}
+    if found["level"] is not None and (found["high"] <= limit or found["low"] > limit):
+        word = "within" if found["high"] <= limit else "above"
+    return found | {"text": text, "base": base, "bound": key, "limit": limit, "word": word}
+
+
+def _ratio(a: Perplexity, b: Perplexity) -> dict[str, Any]:
+    """What `b` costs against `a`, in pairs. Where the documents are too few or too skewed to say how often such an
+    interval holds, blocks of tokens are drawn in their place."""
+    from llmcourse.evaluation import compare_perplexity
+
+    found, units = compare_perplexity(a, b), "documents"
+    same = found.low == found.high  # of a model and itself nothing is to be told
+    if not same and (found.level is None or a.protocol.block):
+        block = a.protocol.block or max(1, min(BLOCK, len(a.nll) // 8))
+        units = f"blocks of {block} tokens"
+        found = compare_perplexity(
+            *(dataclasses.replace(p, protocol=dataclasses.replace(p.protocol, block=block)) for p in (a, b))
+        )
+    return {"value": found.value, "low": found.low, "high": found.high, "level": found.level, "units": units}
 
 
 def _accuracies(job: _Capstone, kept: dict, name: str) -> tuple[dict, dict]:

@@ -272,6 +272,10 @@ def test_every_model_was_measured_on_the_same_and_the_chosen_one_is_delivered(ru
     assert job["chosen"] == choose([r for r in job["rows"] if r["compressed"]], run["recipe"].choose) == "Depth, RTN 4"
     assert rows["RTN 4"]["bytes_disk"] < rows["original"]["bytes_disk"] == 2 * rows["original"]["parameters"]
     assert rows["Depth, RTN 4"]["parameters"] < rows["RTN 4"]["parameters"]
+    assert rows[job["chosen"]]["against"][job["data"]]["value"] == 1
+    between = rows["RTN 4"]["against"][job["data"]]
+    apart = rows["RTN 4"]["perplexity"][job["data"]]["value"] / rows[job["chosen"]]["perplexity"][job["data"]]["value"]
+    assert between["value"] == pytest.approx(apart) and between["low"] < apart < between["high"]
     assert {len(texts) for texts in job["written"].values()} == {2}
     from llmcourse.data import load_model
 
