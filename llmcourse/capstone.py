@@ -326,6 +326,7 @@ class _Capstone:
         require(enough, "data", recipe.data, "two test documents of 8 words at least, to be continued")
         self.prompts = list(recipe.ask) or [o.prompt for o in self.openings[:3]]
         self._check_lengths()
+        self._fit_calibration()
         for c in recipe.candidates:
             passes = c.arm.build(self.settings)
             try:
@@ -371,6 +372,21 @@ class _Capstone:
         longest = max(len(self.tokenizer(text).input_ids) for text in texts)
         what, allowed = "tokens of a beginning and what follows it", f"at most {self.limit}, the model's positions"
         require(longest + NEW_TOKENS <= self.limit, what, longest + NEW_TOKENS, allowed)
+
+    def _fit_calibration(self) -> None:
+        """Fewer calibration sequences than the scale says, where a text has not so many: as many for all candidates."""
+        from llmcourse.data import encode
+
+        scale = self.settings.scale
+        texts = [r["text"] for r in self.records[self.data] if r["split"] == "calib"]
+        there = len(encode(self.tokenizer, texts, limit=scale.calib_sequences * scale.calib_length)[0])
+        fit = there // scale.calib_length  # none: refused where the text is taken
+        if 0 < fit < scale.calib_sequences:
+            self.settings = dataclasses.replace(self.settings, scale=dataclasses.replace(scale, calib_sequences=fit))
+            self.say(
+                f"{self.data} has {there:,} tokens to calibrate on: {fit} sequences of {scale.calib_length:,} "
+                f"for every candidate, in place of the {scale.calib_sequences} of scale {scale.name}"
+            )
 
     def _text(self, name: str, documents: list[str], part: str) -> Text:
         from llmcourse.measure import as_text

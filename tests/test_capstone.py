@@ -345,6 +345,21 @@ def test_more_of_the_validation_part_is_read_where_the_recipe_says_so(tmp_path, 
     assert {key: len(t.tokens) for key, t in job.texts.items()} == {(job.data, "val"): 768, (job.data, "test"): 256}
 
 
+@pytest.mark.parametrize("wanted, cut", [(2, False), (100_000, True)])
+def test_a_scale_that_wants_more_calibration_than_there_is_takes_what_there_is(tmp_path, corpus, wanted, cut):
+    text = RECIPE.format(data=corpus).replace('[{ method = "rtn"', '[{ method = "gptq"', 1)
+    recipe = load_capstone_recipe(written(tmp_path / "r.toml", text))
+    settings, said = small_settings(), []
+    settings = dataclasses.replace(settings, scale=dataclasses.replace(settings.scale, calib_sequences=wanted))
+    job = module._Capstone(recipe, settings, said.append, "")
+    length, found = settings.scale.calib_length, job.inputs["scale"]["calib_sequences"]
+    texts = [r["text"] for r in job.records[job.data] if r["split"] == "calib"]
+    tokens = sum(1 + len(job.tokenizer(text).input_ids) for text in texts)  # a separator before each
+    assert (found < wanted) == cut and bool(said) == cut
+    assert not cut or found == tokens // length
+    assert all(p.n_calib == found for c in recipe.candidates for p in c.arm.build(job.settings) if p.name == "GPTQ")
+
+
 @pytest.mark.parametrize(
     "passes, says",
     [
