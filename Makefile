@@ -17,7 +17,7 @@ help:
 	@echo "make test       environment and all tests"
 	@echo "make book       render the course as a book (needs Quarto)"
 	@echo "make notebooks  run every notebook and save its outputs (for maintainers)"
-	@echo "make export     write the package from the notebooks (for maintainers)"
+	@echo "make export     write the package from the notebooks, and its reference (for maintainers)"
 
 course: .venv/.lab.stamp
 	@$(BIN)/llmcourse data --fetch all
@@ -52,6 +52,7 @@ notebooks: .venv/.dev.stamp
 
 export: .venv/.dev.stamp
 	$(BIN)/python tools/export.py
+	$(BIN)/python tools/reference.py
 
 wheel: .venv/.dev.stamp
 	$(BIN)/python -m build --wheel
