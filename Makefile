@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # each time for PyTorch and transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help course test lab classroom data tour book notebooks export wheel bundle clean
+.PHONY: help course test lab classroom data tour book notebooks export wheel dist bundle clean
 
 help:
 	@echo "make course     environment, models and data, and the tour: a real model made smaller, with a report"
@@ -57,6 +57,9 @@ export: .venv/.dev.stamp
 
 wheel: .venv/.dev.stamp
 	$(BIN)/python -m build --wheel
+
+dist: .venv/.dev.stamp
+	$(BIN)/python -m build
 
 bundle: .venv/.dev.stamp
 	@$(BIN)/llmcourse data --fetch all
