@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # each time for PyTorch and transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help course test lab classroom data tour book notebooks export wheel clean
+.PHONY: help course test lab classroom data tour book notebooks export wheel dist bundle clean
 
 help:
 	@echo "make course     environment, models and data, and the tour: a real model made smaller, with a report"
@@ -16,8 +16,9 @@ help:
 	@echo "make classroom  environment with nbgrader, and the five commands that a teacher needs"
 	@echo "make test       environment and all tests"
 	@echo "make book       render the course as a book (needs Quarto)"
+	@echo "make bundle     one archive that installs the course where there is no network"
 	@echo "make notebooks  run every notebook and save its outputs (for maintainers)"
-	@echo "make export     write the package from the notebooks (for maintainers)"
+	@echo "make export     write the package from the notebooks, and its reference (for maintainers)"
 
 course: .venv/.lab.stamp
 	@$(BIN)/llmcourse data --fetch all
@@ -52,9 +53,17 @@ notebooks: .venv/.dev.stamp
 
 export: .venv/.dev.stamp
 	$(BIN)/python tools/export.py
+	$(BIN)/python tools/reference.py
 
 wheel: .venv/.dev.stamp
 	$(BIN)/python -m build --wheel
+
+dist: .venv/.dev.stamp
+	$(BIN)/python -m build
+
+bundle: .venv/.dev.stamp
+	@$(BIN)/llmcourse data --fetch all
+	$(BIN)/python tools/bundle.py
 
 # The stamp is written last, so an interrupted installation is taken up again.
 .venv/.%.stamp: pyproject.toml constraints.txt tools/setup_env.py

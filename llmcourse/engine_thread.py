@@ -182,5 +182,6 @@ class Runner:
 
 
 def log_error(what: str, e: BaseException) -> None:
+    """Print what failed, with its traceback, where whoever runs the server looks."""
     trace = "".join(traceback.format_exception(e))
     print(f"llmcourse serve: {what}\n{trace}", file=sys.stderr, flush=True)

@@ -387,6 +387,8 @@ class Component(NamedTuple):
 
 
 class Components(NamedTuple):
+    """The mean of a nested experiment, and what each of its levels adds to the variance."""
+
     mean: Difference
     """over everything; its error is that of the outermost level"""
     parts: dict[str, Component]

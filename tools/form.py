@@ -7,8 +7,9 @@
 A chapter is met in JupyterLab first and as a page second, so it holds no syntax that only one of them knows.
 Generated, and never to be edited by hand:
 
-- the first Markdown cell (id `head`): title, promise, what to read first, minutes, sources, sheet, links to the
-  neighbors and to the page in Chinese, where there is one (tools/translate.py);
+- the first Markdown cell (id `head`): title, promise, what to read first, minutes, sources, sheet, the modules that it
+  makes (in nbs/94_reference.ipynb, from tools/reference.py), links to the neighbors and to the page in Chinese, where
+  there is one (tools/translate.py);
 - the last cell (id `foot`): the sheet with its command, and the links again;
 - a caption after each figure (id `…-caption`): JupyterLab shows no `fig-cap`. The page drops it and shows Quarto's own;
 - the table of chapters and sheets (id `contents`) of the tour;
@@ -39,6 +40,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 REFERENCES = "93_references.ipynb"
+PACKAGE_PAGE = "94_reference.ipynb"  # made by tools/reference.py
 WORDS, LINES = 200, 10  # read in one minute
 FOLDED = {"source_hidden": True}
 
@@ -255,6 +257,13 @@ def practice(name: str) -> list[str]:
     return [f"[{s['n']} exercises](../{s['path']}), about {duration(s['minutes'])}" for s in found]
 
 
+@functools.cache
+def exports(name: str) -> list[str]:
+    """The modules that a notebook writes, or adds to."""
+    text = (NBS / name).read_text(encoding="utf8") if (NBS / name).exists() else ""
+    return list(dict.fromkeys(re.findall(r'"#\|\s*(?:default_exp|export): *(?!true\b)(\w+)', text)))
+
+
 def head(name: str, meta: dict) -> str:
     course = meta.get("course", {})
     known = chapters()
@@ -267,6 +276,8 @@ def head(name: str, meta: dict) -> str:
     if "minutes-run" in course:
         facts.append(f"**To run:** {duration(course['minutes-run'])} on two CPU cores")
     facts += [f"**Practice:** {p}" for p in practice(name)]
+    if made := exports(name):
+        facts.append("**Reference:** " + ", ".join(f"[{m}]({PACKAGE_PAGE}#{m})" for m in made))
     keys = [str(s).lstrip("@") for s in course.get("sources", [])]
     if keys:
         years = {k: bibliography()[k].fields["year"] for k in keys}
@@ -340,6 +351,8 @@ def minutes_to_read(nb: nbformat.NotebookNode) -> int:
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             if cell.id in ("head", "foot", "topics") or cell.id.endswith("-caption"):  # generated
+                continue
+            if cell.id.startswith("module-") and cell.id != "module-how":  # looked up, not read
                 continue
             words += len(re.sub(r"<!--.*?-->|</?\w[^>]*>", " ", cell.source, flags=re.S).split())
         elif cell.cell_type == "code":

@@ -188,6 +188,8 @@ def fact(page: Page, line: str) -> str:
         return f"* **运行：** {duration(rest.removesuffix(' on two CPU cores'))}（两个 CPU 核心）"
     if name == "Practice":
         return f"* **练习：** {practice(rest)}"
+    if name == "Reference":
+        return f"* **接口：** {rest}"
     if name == "Sources":
         return f"* **来源：** {rest.replace('; ', '；')}"
     raise SystemExit(f"the head of {page.name}: {line!r} has no Chinese form in tools/translate.py")
