@@ -18,7 +18,8 @@
     say: `${short(intensity)} operations a byte, and the ridge is at ${short(ridge)}: `
       + `${memory ? "memory" : "arithmetic"} is the limit. `
       + `A pass over ${tokens} ${tokens === 1 ? "token" : "tokens"} takes at least `
-      + `${short(seconds * 1e3)} ms, which is at most ${short(tokens / seconds)} tokens a second and ${percent(reached / peak)} of the peak.`,
+      + `${short(seconds * 1e3)} ms, which is at most `
+      + `${short(tokens / seconds)} tokens a second and ${percent(reached / peak)} of the peak.`,
     values: { intensity, ridge, seconds, rate: tokens / seconds },
   };
 }
