@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from llmcourse.settings import number, one_of, require, whole
+from llmcourse.settings import number, one_of, require
 
-__all__ = ["Choice", "Entry", "Slider", "Switch", "Touch", "percent", "pieces", "script", "short"]
+__all__ = ["Choice", "Entry", "Slider", "Switch", "Touch", "page", "percent", "pieces", "script", "short"]
 
 SCRIPTS = Path(__file__).parent / "templates" / "touch"
 BLUE, RED, INK = "#0072B2", "#D55E00", "currentColor"
@@ -123,7 +123,7 @@ ALONG = {
     "a": {"stroke": BLUE, "stroke-width": 2},
     "b": {"stroke": RED, "stroke-width": 2, "stroke-dasharray": "6 4"},
     "plain": {"stroke": INK, "stroke-width": 1.5},
-    "faint": {"stroke": INK, "stroke-width": 1, "opacity": 0.35},
+    "faint": {"stroke": INK, "stroke-width": 1, "opacity": 0.6},
 }
 FILLED = {
     "a": {"fill": BLUE},
@@ -134,7 +134,7 @@ POINT = {
     "a": {"r": 2.5, "fill": BLUE},
     "b": {"r": 3.5, "fill": "none", "stroke": RED, "stroke-width": 1.5},
     "plain": {"r": 6, "fill": INK},
-    "faint": {"r": 1.5, "fill": INK, "opacity": 0.5},
+    "faint": {"r": 1.5, "fill": INK, "opacity": 0.6},
 }
 
 
@@ -210,6 +210,21 @@ def script(kind: str) -> str:
     return f"(() => {{\nconst figure = {rule.rstrip().rstrip(';')};\n{shared}}})();"
 
 
+def page(kind: str, told: Mapping[str, Any], scene: Scene) -> str:
+    """The HTML of a figure: a still picture of the scene, what is told to the script, and the script."""
+    # inside a script element, nothing may look like its end
+    data = json.dumps(told, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    picture = "data:image/svg+xml," + quote(_svg(scene, STILL, told["alt"]), safe=" =:/,;()")
+    words = html.escape(f"{told['alt']} Here: {scene['say']}")
+    return (
+        f'<div class="llmcourse-touch" data-touch="{kind}">\n'
+        f'<img class="touch-still" src="{html.escape(picture)}" width="{SHOWN}" alt="{words}"'
+        f' style="max-width: 100%; height: auto"/>\n'
+        f'<p class="touch-still"><small>{NOTE}</small></p>\n'
+        f'<script type="application/json">{data}</script>\n<script>\n{script(kind)}\n</script>\n</div>'
+    )
+
+
 @dataclass(frozen=True)
 class Touch:
     """A figure that can be moved; the last value of a cell shows itself.
@@ -243,25 +258,11 @@ class Touch:
             one_of("name of a control", name, self.start)
         return self.rule(self.data, self.start | settings)
 
-    def still(self, width: int = STILL) -> str:
-        """The SVG of the start."""
-        return _svg(self.scene(), whole("width", width, 300), " ".join(self.alt.split()))
-
     def _repr_html_(self) -> str:
         alt = " ".join(self.alt.split())
         controls = [{"name": c.name, "label": c.label, "start": c.start, **c.told()} for c in self.controls]
         told = {"title": self.title, "alt": alt, "controls": controls, "data": self.data}
-        # inside a script element, nothing may look like its end
-        data = json.dumps(told, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-        picture = "data:image/svg+xml," + quote(self.still(), safe=" =:/,;()")
-        words = html.escape(f"{alt} Here: {self.scene()['say']}")
-        return (
-            f'<div class="llmcourse-touch" data-touch="{self.kind}">\n'
-            f'<img class="touch-still" src="{html.escape(picture)}" width="{SHOWN}" alt="{words}"'
-            f' style="max-width: 100%; height: auto"/>\n'
-            f'<p class="touch-still"><small>{NOTE}</small></p>\n'
-            f'<script type="application/json">{data}</script>\n<script>\n{script(self.kind)}\n</script>\n</div>'
-        )
+        return page(self.kind, told, self.scene())
 
     def __repr__(self) -> str:
         return f"<Touch {self.kind}: {self.title}>"

@@ -7,14 +7,18 @@ rule stands in `templates/touch/KIND.js`, written out with nothing but arithmeti
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmcourse.settings import number, require, whole
-from llmcourse.touch import Choice, Entry, Scene, Slider, Switch, Touch, percent, short
+from llmcourse.touch import Choice, Entry, Scene, Slider, Switch, Touch, page, percent, short
 
-__all__ = ["attention_masks", "interval_width", "next_token", "quantization_grid", "roofline", "schedules"]
+__all__ = [
+    "attention_masks", "interval_width", "next_token", "quantization_grid", "redrawn", "roofline", "schedules",
+]  # fmt: skip
 
 Data = Mapping[str, Any]
 
@@ -80,7 +84,7 @@ def _sampling(data: Data, now: Data) -> Scene:
     )
     quarters = _ticks((0, 0.25, 0.5, 0.75, 1), lambda v: f"{100 * v:g} %")
     return {
-        "width": 560, "height": 68 + 20 * len(names), "left": 96, "marks": marks, "say": words,
+        "width": 560, "height": 68 + 20 * len(names), "left": 104, "marks": marks, "say": words,
         "x": {"low": 0, "high": 1, "grid": True, "label": "probability", "ticks": quarters},
         "y": {"low": len(names), "high": 0, "label": "next token",
               "ticks": [[i + 0.5, name] for i, name in enumerate(names)]},
@@ -366,3 +370,18 @@ def _interval(data: Data, now: Data) -> Scene:
                   ["dot", here["n"], cut(here["value"]), "plain"]],
         "values": {"value": here["value"], "low": here["low"], "high": here["high"], "need": need},
     }  # fmt: skip
+
+
+RULES = {
+    "attention": _attention, "grid": _grid, "interval": _interval, "roofline": _roofline, "sampling": _sampling,
+    "schedule": _schedule,
+}  # fmt: skip
+
+
+def redrawn(html: str) -> str:
+    """A stored figure, made anew from its own data: after a change of the script or of the drawing."""
+    kind = re.match(r'<div class="llmcourse-touch" data-touch="(\w+)">', html)
+    told = re.search(r'<script type="application/json">([^<]*)</script>', html)
+    require(kind is not None and told is not None, "html", html[:60], "what a figure of llmcourse.touch showed")
+    found = json.loads(told[1])
+    return page(kind[1], found, RULES[kind[1]](found["data"], {c["name"]: c["start"] for c in found["controls"]}))

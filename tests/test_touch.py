@@ -12,12 +12,14 @@ import math
 import random
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import ROOT
 
 from llmcourse import touch, touch_figures
 from llmcourse.plotting import contrast
@@ -308,6 +310,22 @@ def test_the_still_picture_stands_alone(kind: str) -> None:
     assert "llmcourse" in repr(type(figure)) and kind in repr(figure)
 
 
+@pytest.mark.parametrize("kind", FIGURES)
+def test_a_stored_figure_can_be_drawn_anew(kind: str) -> None:
+    now = FIGURES[kind]._repr_html_()
+    old = now.replace("now.", "then.").replace("stroke%3D", "s%3D")
+    assert touch_figures.redrawn(now) == touch_figures.redrawn(old) == now
+
+
+def test_the_notebooks_hold_what_the_package_draws() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import touch as tool
+
+    assert tool.main(check=True) == 0, "run: python tools/touch.py"
+    stored = [p.stem for p in (ROOT / "nbs").glob("*.ipynb") if "llmcourse-touch" in p.read_text(encoding="utf8")]
+    assert len(stored) >= 6
+
+
 def test_three_digits() -> None:
     told = {
         1234567: "1,230,000",
@@ -331,9 +349,9 @@ def bad(**changes):
     ("call", "says"),
     [
         (bad(alt=" "), "alt is ' '; allowed"),
+        (lambda: touch_figures.redrawn("<p>1</p>"), "html is '<p>1</p>'; allowed"),
         (bad(kind="pie"), "kind is 'pie'; allowed: attention, grid"),
         (lambda: FIGURES["grid"].scene(bit=3), "name of a control is 'bit'; allowed: bits, group, symmetric"),
-        (lambda: FIGURES["grid"].still(20), "width is 20; allowed"),
         (lambda: touch.Slider("a", "A", 0, 5, 9).told(), "start of a is 9; allowed"),
         (lambda: touch.Slider("a", "A", 0, 2, 1, words=["x"]).told(), "words of a is 1; allowed"),
         (lambda: touch.Choice("a", "A", {"x": "x"}, "y").told(), "start of a is 'y'; allowed"),

@@ -21,7 +21,7 @@
   });
   const entropy = -sum(after.filter(p => p > 0).map(p => p * Math.log(p))), open = Math.exp(entropy);
   return {
-    width: 560, height: 68 + 20 * names.length, left: 96, marks,
+    width: 560, height: 68 + 20 * names.length, left: 104, marks,
     x: { low: 0, high: 1, grid: true, label: "probability",
       ticks: [0, 0.25, 0.5, 0.75, 1].map(v => [v, `${100 * v} %`]) },
     y: { low: names.length, high: 0, label: "next token", ticks: names.map((name, i) => [i + 0.5, name]) },

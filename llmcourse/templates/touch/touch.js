@@ -8,7 +8,7 @@ const CSS = `
 .llmcourse-touch { max-width: 42rem; margin: 0 0 1rem; }
 .llmcourse-touch svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 .llmcourse-touch .touch-controls { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; margin: .5rem 0; }
-.llmcourse-touch label { display: inline-flex; align-items: center; gap: .5rem; font-size: 14px; }
+.llmcourse-touch label { display: inline-flex; align-items: center; gap: .5rem; font-size: 14px; min-height: 24px; }
 .llmcourse-touch :is(input, select) { font: inherit; color: inherit; background: transparent; margin: 0; }
 .llmcourse-touch :is(select, input[type=number]) { border: 1px solid; border-radius: 4px; padding: 2px 4px; }
 .llmcourse-touch input[type=number] { width: 7em; }
@@ -27,11 +27,11 @@ const help = {
 
 const ALONG = { a: { stroke: BLUE, "stroke-width": 2 },
   b: { stroke: RED, "stroke-width": 2, "stroke-dasharray": "6 4" },
-  plain: { stroke: INK, "stroke-width": 1.5 }, faint: { stroke: INK, "stroke-width": 1, opacity: 0.35 } };
+  plain: { stroke: INK, "stroke-width": 1.5 }, faint: { stroke: INK, "stroke-width": 1, opacity: 0.6 } };
 const FILLED = { a: { fill: BLUE }, hollow: { fill: "none", stroke: INK },
   frame: { fill: "none", stroke: RED, "stroke-width": 3 } };
 const POINT = { a: { r: 2.5, fill: BLUE }, b: { r: 3.5, fill: "none", stroke: RED, "stroke-width": 1.5 },
-  plain: { r: 6, fill: INK }, faint: { r: 1.5, fill: INK, opacity: 0.5 } };
+  plain: { r: 6, fill: INK }, faint: { r: 1.5, fill: INK, opacity: 0.6 } };
 
 // The scene as [tag, attributes, text] in pixels of a drawing that is `width` wide.
 function pieces(scene, width) {
@@ -99,7 +99,9 @@ function draw() {
 
 for (const c of told.controls) {
   const label = element("label", {}, panel, c.label);
-  const input = element(c.kind === "select" ? "select" : "input", { name: c.name }, label);
+  // JupyterLab leaves the keys to an element with this attribute: `b` would insert a cell
+  const own = { name: c.name, "data-lm-suppress-shortcuts": "true" };
+  const input = element(c.kind === "select" ? "select" : "input", own, label);
   for (const [value, words] of c.options ?? []) element("option", { value }, input, words);
   if (c.kind !== "select") input.type = c.kind;
   for (const side of ["min", "max", "step"]) if (side in c) input.setAttribute(side, c[side]);
@@ -130,7 +132,6 @@ for (const c of told.controls) {
 element("style", {}, root, CSS);
 for (const still of root.querySelectorAll(".touch-still")) still.remove();
 root.setAttribute("data-live", "");
-root.setAttribute("data-lm-suppress-shortcuts", "true");  // JupyterLab leaves the arrow keys to the controls
 new ResizeObserver(() => {
   const width = Math.max(300, Math.min(root.clientWidth || 560, root.scene.width));
   if (width !== drawn) draw();
