@@ -122,8 +122,16 @@ def output_text(output: dict) -> str:
     return "\n".join(parts)
 
 
+TOUCH = '<div class="llmcourse-touch"'
+
+
+def is_touch(output: dict) -> bool:
+    """A figure that can be moved (llmcourse/touch.py): a still picture and a script in one HTML output."""
+    return text(output.get("data", {}).get("text/html", "")).startswith(TOUCH)
+
+
 def is_picture(output: dict) -> bool:
-    return any(mime.startswith("image/") for mime in output.get("data", {}))
+    return is_touch(output) or any(mime.startswith("image/") for mime in output.get("data", {}))
 
 
 # ------------------------------------------------------------------- rules for the list of chapters
@@ -326,7 +334,10 @@ def was_run(nb: dict) -> list[str]:
 
 
 def nothing_volatile(nb: dict) -> list[str]:
-    """No state of a front end, no widgets, nothing that needs a script or the network to show."""
+    """No state of a front end, no widgets, nothing that needs a script or the network to show.
+
+    A figure that can be moved has a script, and a still picture for those who do not run it.
+    """
     problems = [
         f"notebook metadata holds {key!r}"
         for key in nb.get("metadata", {})
@@ -342,8 +353,41 @@ def nothing_volatile(nb: dict) -> list[str]:
             mimes = output.get("data", {})
             problems += [f"cell {i}: output of type {m}" for m in mimes if "javascript" in m or "widget" in m]
             html = text(mimes.get("text/html", ""))
-            if re.search(r"<script|<iframe|(?:src|href)=[\"']?(?:https?:)?//", html):
+            if is_touch(output):
+                problems += [f"cell {i}: {problem}" for problem in touch_problems(html)]
+            elif re.search(r"<script|<iframe|(?:src|href)=[\"']?(?:https?:)?//", html):
                 problems.append(f"cell {i}: HTML output loads a script or something from the network")
+    return problems
+
+
+STILL = re.compile(
+    r'<div class="llmcourse-touch" data-touch="(?P<kind>[a-z]+)">\n'
+    r'<img class="touch-still" src="data:image/svg\+xml,[^"]+" width="\d+" alt="(?P<alt>[^"]+)"[^<>]*/>\n'
+    r'<p class="touch-still"><small>[^<]+</small></p>\n'
+    r'<script type="application/json">(?P<data>[^<]*)</script>\n<script>\n(?P<script>.*)\n</script>\n</div>',
+    re.S,
+)
+
+
+def touch_problems(html: str) -> list[str]:
+    """The still picture and its words are there, and the script is the one that the package writes now."""
+    from llmcourse.touch import SCRIPTS, script
+
+    match = STILL.fullmatch(html)
+    if not match:
+        return ["a figure that can be moved is not as llmcourse/touch.py writes it: a still picture, data, one script"]
+    problems = []
+    if len(match["alt"]) < MIN_ALT:
+        problems.append(f"the still picture's alt has {len(match['alt'])} characters, want {MIN_ALT} or more")
+    try:
+        told = json.loads(match["data"])
+        missing = [key for key in ("title", "alt", "controls", "data") if key not in told]
+        problems += [f"the data of the figure has no {key}" for key in missing]
+    except ValueError:
+        problems.append("the data of the figure is no JSON")
+    known = (SCRIPTS / f"{match['kind']}.js").exists()
+    if not known or match["script"] != script(match["kind"]):
+        problems.append("the script is not the one in llmcourse/templates/touch: run the cell again")
     return problems
 
 

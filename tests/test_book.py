@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -224,6 +225,26 @@ class TestRulesCanFail:
     def test_figures(self, source: str, says: str) -> None:
         assert rules.figures_described(notebook(code(FIGURE, PICTURE))) == []
         speaks(rules.figures_described(notebook(code(source, PICTURE))), says)
+
+    def test_figure_that_can_be_moved(self) -> None:
+        from llmcourse.touch_figures import schedules
+
+        good = schedules(alt=ALT)._repr_html_()
+        moved = lambda html: notebook(code(FIGURE, shows(text_html=html)))
+        assert rules.figures_described(moved(good)) == rules.nothing_volatile(moved(good)) == []
+        speaks(rules.figures_described(notebook(code("plot()", shows(text_html=good)))), "fig-alt")
+        changed = {
+            "script is not the one": good.replace("now.warmup", "now.warm"),
+            "no JSON": good.replace('json">{', 'json">'),
+            "no controls": good.replace('"controls":', '"buttons":'),
+            "want 40 or more": re.sub(r' alt="[^"]*"', ' alt="Lines."', good),
+            "a still picture, data, one script": good.replace("<img", "<object"),
+            "not as llmcourse/touch.py writes it": good.replace("data:image/svg+xml,", "https://a.example/"),
+        }
+        for says, html in changed.items():
+            assert html != good
+            speaks(rules.nothing_volatile(moved(html)), says)
+        speaks(rules.nothing_volatile(moved(f"<p></p>{good}")), "loads a script")
 
     def test_figure_that_was_not_drawn(self) -> None:
         speaks(rules.figures_described(notebook(code(FIGURE))), "no picture")

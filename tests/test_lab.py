@@ -116,6 +116,50 @@ def test_a_chapter_reads_well_in_jupyterlab(page, notebook: Path) -> None:
         )
 
 
+# A learner who runs the cell trusts it; here the stored output is trusted, and nothing is run.
+TRUST = """() => {
+  for (const { content } of window.jupyterapp.shell.widgets('main')) {
+    for (const cell of content?.widgets ?? []) if (cell.model.type === 'code') cell.model.trusted = true;
+  }
+}"""
+MOVABLE = [
+    p for p in NOTEBOOKS if any(rules.is_touch(o) for _, c in rules.cells(rules.load(p), "code") for o in c["outputs"])
+]
+
+
+@pytest.mark.parametrize("notebook", MOVABLE, ids=lambda p: p.stem)
+def test_a_figure_that_can_be_moved(page, notebook: Path) -> None:
+    nb = rules.load(notebook)
+    cells_seen(page, notebook.relative_to(ROOT).as_posix(), len(nb["cells"]))
+    still = page.locator(".jp-Notebook img.touch-still")
+    assert still.count() >= 1 and still.first.evaluate("e => e.naturalWidth") > 300, "before it is trusted"
+    assert page.locator(".jp-Notebook .llmcourse-touch :is(input, select)").count() == 0
+    page.evaluate(TRUST)
+    root = page.locator(".jp-Notebook .llmcourse-touch[data-live]").first
+    root.wait_for()
+    root.scroll_into_view_if_needed()
+    slider, output = root.locator("input[type=range]").last, root.locator("output")
+    slider.focus()
+    active = "() => [...window.jupyterapp.shell.widgets('main')].map(w => w.content?.activeCellIndex)"
+    before, said, label = page.evaluate(active), output.text_content(), slider.get_attribute("aria-valuetext")
+    for key in ("ArrowUp", "ArrowDown", "ArrowDown", "ArrowUp", "Home", "End"):
+        value = slider.input_value()
+        page.keyboard.press(key)
+        if slider.input_value() != value:
+            assert slider.get_attribute("aria-valuetext") != label
+        label = slider.get_attribute("aria-valuetext")
+    page.keyboard.press("b")  # would insert a cell
+    slider.press("Home")
+    first = output.text_content()
+    slider.press("End")
+    assert first != output.text_content() and said, "the words follow the slider"
+    assert page.evaluate(active) == before, "JupyterLab took the arrow keys for itself"
+    assert len(page.locator(".jp-Notebook .jp-Cell").all()) == len(nb["cells"])
+    assert root.locator("svg").bounding_box()["width"] > 300 and still.count() == 0
+    if "TEST_SHOTS" in os.environ:
+        root.screenshot(path=Path(os.environ["TEST_SHOTS"]) / f"touch-{notebook.stem}.png")
+
+
 def test_the_look_can_fail() -> None:
     bad = ["::: {.callout-tip}", "as in [@gptq]", "see @fig-one", "</div>", "[x]{.y}", "$x$ {#eq-one}"]
     assert all(len(unreadable([{"text": text}])) >= 1 for text in bad)
