@@ -171,6 +171,8 @@ def _print_sheet(sheet, alone: bool) -> None:
     for r in sheet.results:
         if r.status == "failed":
             print(f"\n{r!r}" if alone else f"  {r.id}: {r.sentence}")
+    if sheet.seed:
+        print(f"\nChecked with the numbers of the seed {sheet.seed}.")
     stands = ", ".join(sheet.walls) or "nothing but Python's own"
     print(
         f"\nWalls around the code: {stands}."
