@@ -599,7 +599,7 @@ def grade(nb: dict, *, file: str = "", only: str | None = None, limits: Limits |
     Raises:
         BadInput: the notebook is not an exercise sheet, or `only` is not in it.
     """
-    with yearly.with_seed(yearly.seed() or seed_of(nb)):
+    with yearly.with_seed(seed_of(nb) or yearly.seed()):
         sheet, exercises, run = _begin(nb, only, limits or Limits())
         results = tuple(run.grade(ex) for ex in exercises)
         return SheetResult(sheet, file, results, run.walls, seed=yearly.seed())
@@ -632,7 +632,7 @@ def grade_file(path: str | Path, *, only: str | None = None, limits: Limits | No
 
 
 def _grade_into(
-    pipe: Any, text: str, file: str, only: str | None, limits: Limits, sheet_folders: list[str], seed: int
+    pipe: Any, text: str, file: str, only: str | None, limits: Limits, sheet_folders: list[str], seed: int | None
 ) -> None:
     """Grade in this process, and send each verdict as soon as it is there."""
     import llmcourse.practice.sheets
@@ -646,7 +646,7 @@ def _grade_into(
 
         torch.set_num_threads(1)
         nb = _read(text, file)
-        os.environ[yearly.VARIABLE] = str(seed or seed_of(nb))  # this process may have inherited an older one
+        os.environ[yearly.VARIABLE] = str(seed_of(nb) if seed is None else seed)  # an older one may have been inherited
         sheet, exercises, run = _begin(nb, only, limits)
         blank = lambda ex: asdict(ex.failed(""))
         send("begin", sheet=sheet, seed=yearly.seed(), blank=[blank(ex) for ex in exercises])
@@ -697,7 +697,7 @@ def grade_apart(
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=_grade_into,
-        args=(theirs, text, file, only, limits, list(llmcourse.practice.sheets.__path__), yearly.seed()),
+        args=(theirs, text, file, only, limits, list(llmcourse.practice.sheets.__path__), yearly.fixed()),
         daemon=True,
     )
     process.start()

@@ -27,15 +27,22 @@ from types import ModuleType
 
 from llmcourse.settings import environment_whole, whole
 
-__all__ = ["VARIABLE", "changed_text", "changes", "seed", "sheet_seed", "with_seed"]
+__all__ = ["VARIABLE", "changed_text", "changes", "fixed", "seed", "sheet_seed", "with_seed"]
 
 VARIABLE = "LLMCOURSE_SHEET_SEED"
 _given = 0  # by sheet_seed: what the sheet at hand says
 
 
+def fixed() -> int | None:
+    """The teacher's setting; None where there is none."""
+    number = environment_whole(VARIABLE, -1)
+    return None if number < 0 else number
+
+
 def seed() -> int:
     """The seed of the sheets; 0 stands for those of the book. The teacher's setting counts more than a sheet's line."""
-    return environment_whole(VARIABLE, 0) or _given
+    number = fixed()
+    return _given if number is None else number
 
 
 def sheet_seed(number: int) -> None:
