@@ -20,7 +20,7 @@ from conftest import ROOT
 from example_sheet import tool
 from typer.testing import CliRunner
 
-from llmcourse.practice import checking, commands, grading, gradescope
+from llmcourse.practice import checking, commands, gradescope, grading
 from llmcourse.settings import BadInput
 
 SHEET = "plotting"
@@ -80,8 +80,10 @@ def run(made: Path, root: Path, files: dict[str, str]) -> dict:
             path = packed.extract(info, root / "source")
             os.chmod(path, info.external_attr >> 16)
     env = os.environ | {
-        "AUTOGRADER_ROOT": str(root), "AUTOGRADER_PYTHON": sys.executable, "RESULTS": str(root / "results/results.json"),
-    }  # fmt: skip
+        "AUTOGRADER_ROOT": str(root),
+        "AUTOGRADER_PYTHON": sys.executable,
+        "RESULTS": str(root / "results" / "results.json"),
+    }
     env.pop("PYTHONPATH", None)
     done = subprocess.run([root / "source" / "run_autograder"], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
