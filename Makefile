@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # each time for PyTorch and transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help course test lab classroom data tour book notebooks export wheel dist bundle clean
+.PHONY: help course test lab classroom data tour book slides notebooks export wheel dist bundle clean
 
 help:
 	@echo "make course     environment, models and data, and the tour: a real model made smaller, with a report"
@@ -17,6 +17,7 @@ help:
 	@echo "make test       environment and all tests"
 	@echo "make book       render the course as a book (needs Quarto)"
 	@echo "make bundle     one archive that installs the course where there is no network"
+	@echo "make slides     the slides of four lectures, from the notebooks: build/slides"
 	@echo "make notebooks  run every notebook and save its outputs (for maintainers)"
 	@echo "make export     write the package from the notebooks, and its reference (for maintainers)"
 
@@ -46,6 +47,9 @@ book:
 	@command -v quarto >/dev/null || { echo "make book needs Quarto 1.7 or newer: install it from quarto.org, then run make book again."; exit 1; }
 	quarto render
 	@echo "The book is _book/index.html"
+
+slides: .venv/.dev.stamp
+	$(BIN)/python tools/slides.py
 
 notebooks: .venv/.dev.stamp
 	$(BIN)/python tools/notebooks.py $(NB)

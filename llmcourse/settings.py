@@ -274,7 +274,8 @@ def load_settings(
             require(key in known, f"settings key in [{section}]", key, ", ".join(known))
 
     given = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in env.items() if k.startswith(ENV_PREFIX)}
-    for name in ("settings", "api_key"):  # the file that is read here; what clients of `llmcourse serve` have to show
+    # the file that is read here; what clients of `llmcourse serve` have to show; the seed of a class's exercise sheets
+    for name in ("settings", "api_key", "sheet_seed"):
         given.pop(name, None)
     for key in given:
         require(

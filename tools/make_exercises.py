@@ -3,6 +3,7 @@
     python tools/make_exercises.py [MASTER …]            # all masters by default
     python tools/make_exercises.py --prove [MASTER …]    # and run every solution and every wrong answer
     python tools/make_exercises.py --check               # change nothing; exit 1 when something is out of date
+    python tools/make_exercises.py --seed 2027 --out DIR # the learners' sheets of one year: DIR/NN_chapter/SHEET.ipynb
 
 A master is an ordinary notebook. The first line of a code cell says where it goes: `#| checker: true` to the checker
 only, `#| export: true` to both, nothing to the learner's sheet only; an answer cell (with BEGIN SOLUTION) goes to both,
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import nbformat  # noqa: E402
 
-from llmcourse.practice import checking, grading  # noqa: E402
+from llmcourse.practice import checking, grading, yearly  # noqa: E402
 from llmcourse.practice.classroom import directive  # noqa: E402
 from llmcourse.practice.exercises import REGISTRY  # noqa: E402
 from llmcourse.settings import BadInput  # noqa: E402
@@ -298,6 +299,23 @@ def make(master: Path, root: Path) -> dict[Path, str]:
     }
 
 
+def of_a_year(masters: list[Path], root: Path, number: int, out: Path) -> int:
+    """Write the learners' sheets with the numbers of a seed. The masters, and the sheets of the book, stay."""
+    try:
+        with yearly.with_seed(number):
+            for master in [m.resolve() for m in masters] or sorted((root / "solutions").glob("*/*.ipynb")):
+                text = release(nbformat.read(master, 4), master.parent.name, master.stem)
+                path = out / master.parent.name / master.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf8")
+                print(f"wrote {path}")
+    except BadInput as e:
+        print(e, file=sys.stderr)
+        return 1
+    print(f"Grade them with {yearly.VARIABLE}={number}: then no sheet can say that it is of another year.")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("masters", nargs="*", type=Path)
@@ -306,7 +324,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is out of date")
     parser.add_argument("--prove", action="store_true", help="run every solution and every wrong answer")
+    parser.add_argument("--seed", type=int, help="the year: other numbers in statements and checks (see yearly.py)")
+    parser.add_argument("--out", type=Path, help="with --seed: the folder that the sheets of this year are written to")
     args = parser.parse_args(argv)
+    if (args.seed is None) != (args.out is None):
+        parser.error("--seed and --out belong together: the sheets of a year have a folder of their own")
+    if args.seed is not None:
+        return of_a_year(args.masters, args.root, args.seed, args.out)
     bad = 0
     for master in [m.resolve() for m in args.masters] or sorted((args.root / "solutions").glob("*/*.ipynb")):
         try:

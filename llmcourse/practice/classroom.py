@@ -10,6 +10,7 @@ Importing this module needs nbgrader (`pip install "llmcourse[classroom]"`).
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from nbformat import NotebookNode
 from nbgrader.preprocessors import NbGraderPreprocessor
 
-from llmcourse.practice import checking, grading
+from llmcourse.practice import checking, grading, yearly
 from llmcourse.settings import BadInput
 
 __all__ = ["ForLearners", "GradeApart", "directive", "rename_submissions"]
@@ -30,12 +31,17 @@ def directive(cell: dict, name: str) -> bool:
 
 
 class ForLearners(NbGraderPreprocessor):
-    """Release: leave the checker cells out, drop directive lines, write the facts of an exercise under its title."""
+    """Release: leave the checker cells out, drop directive lines, write the facts of an exercise under its title.
+
+    With a seed (`LLMCOURSE_SHEET_SEED`) statements have the numbers of that seed, and a line tells it to the checks.
+    """
 
     def preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
         sheet = nb.metadata.get("llmcourse", {}).get("sheet")
         exercises = list(checking.load_sheet(sheet).values()) if sheet in checking.sheets() else []
         nb.cells = [c for c in nb.cells if not directive(c, "checker")]
+        if number := yearly.seed():
+            _of_this_year(nb, sheet, number)
         for cell in nb.cells:
             if directive(cell, "export"):
                 cell.source = cell.source.split("\n", 1)[1].lstrip("\n")
@@ -51,6 +57,20 @@ class ForLearners(NbGraderPreprocessor):
         return nb, resources
 
 
+IMPORT = re.compile(r"^from llmcourse\.practice import check, .*$", re.M)
+
+
+def _of_this_year(nb: NotebookNode, sheet: str, number: int) -> None:
+    """Write the numbers of this seed into statements and answer cells, and the seed into the sheet."""
+    nb.metadata["llmcourse"]["seed"] = number
+    for cell in nb.cells:
+        name, _, kind = cell.metadata.get("nbgrader", {}).get("grade_id", "").rpartition("-")
+        if kind in ("statement", "answer"):
+            cell.source = yearly.changed_text(f"{sheet}.{name}", cell.source, number)
+        elif cell.cell_type == "code":
+            cell.source = IMPORT.sub(lambda m: f"{m[0]}, sheet_seed\n\nsheet_seed({number})", cell.source)
+
+
 class GradeApart(NbGraderPreprocessor):
     """Autograde: instead of running the notebook, grade it apart and write the verdicts into its test cells."""
 
@@ -61,6 +81,8 @@ class GradeApart(NbGraderPreprocessor):
             raise ValueError(graded.error)
         if not grading.safe(graded.walls):
             self.log.warning("Graded without the kernel's help (%s): not for the work of strangers", graded.walls)
+        if graded.seed != (told := grading.seed_of(nb)):
+            self.log.warning("Given out with the seed %d, graded with %d: set LLMCOURSE_SHEET_SEED", told, graded.seed)
         self.log.info("Graded sheet %s: %d of %d passed", sheet, sum(r.passed for r in results.values()), len(results))
         for cell in nb.cells:
             if cell.cell_type != "code":

@@ -171,6 +171,8 @@ def _print_sheet(sheet, alone: bool) -> None:
     for r in sheet.results:
         if r.status == "failed":
             print(f"\n{r!r}" if alone else f"  {r.id}: {r.sentence}")
+    if sheet.seed:
+        print(f"\nChecked with the numbers of the seed {sheet.seed}.")
     stands = ", ".join(sheet.walls) or "nothing but Python's own"
     print(
         f"\nWalls around the code: {stands}."
@@ -330,16 +332,41 @@ def classroom(
     sheet: Annotated[
         str, typer.Argument(help="A sheet or its folder, for example attention or 03_attention")
     ] = "attention",
+    seed: Annotated[
+        int | None, typer.Option(help="This year's number: other numbers in statements and checks than last year.")
+    ] = None,
+    gradescope: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write an autograder for Gradescope to this new folder.")
+    ] = None,
 ) -> None:
-    """The five commands that a teacher needs, in order."""
-    with _plainly():
+    """The five commands that a teacher needs, in order; or an autograder for Gradescope."""
+    from llmcourse.practice import yearly
+
+    with _plainly(), yearly.with_seed(seed if seed is not None else yearly.seed()):
         chapters = _chapters()
         folder = next((folder for folder, name in chapters.items() if sheet in (folder, name)), None)
         if folder is None:
             raise BadInput(f"sheet is {sheet!r}; allowed: {', '.join(chapters.values())}.")
+        number = yearly.seed()
+        if gradescope is not None:
+            from llmcourse.practice.gradescope import write
+
+            print(f"Upload as autograder: {write(chapters[folder], gradescope)}")
+            return
+    before = f"{yearly.VARIABLE}={number} " if number else ""
     print("Once: pip install 'llmcourse[classroom]', in a clone of the course. Then, in its top folder:\n")
     for i, (command, what) in enumerate(COMMANDS, 1):
-        print(f"{i}. {command.format(folder)}\n   {what.format(folder)}")
+        print(f"{i}. {before}{command.format(folder)}\n   {what.format(folder)}")
+    if number:
+        _say_what_differs(chapters[folder], number)
+
+
+def _say_what_differs(sheet: str, number: int) -> None:
+    from llmcourse.practice import checking, yearly
+
+    stated = [ex for ex in checking.load_sheet(sheet) if yearly.changes(ex, number)]
+    print(f"\nWith the seed {number} these exercises state other numbers: {', '.join(stated) or 'none of this sheet'}.")
+    print("The checks of most others have cases of this year on top.")
 
 
 def register(target: typer.Typer) -> None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmcourse.practice import yearly
 from llmcourse.practice.cards import Result
 from llmcourse.practice.comparing import difference_of, numbers_in
+from llmcourse.practice.variants import SAME_DATA
 from llmcourse.practice.worker import Rng, decode, encode, run_call
 from llmcourse.settings import require
 
@@ -22,7 +24,11 @@ RTOL, ATOL = 1e-5, 1e-6  # the default closeness of floating-point results
 
 def rng(seed: int = 0) -> Rng:
     """An argument that arrives as `torch.Generator().manual_seed(seed)`, a fresh one for each call."""
-    return Rng(seed)
+    number = _drawing[-1] if _drawing else 0
+    return Rng(yearly.drawn(seed, number) if number else seed)
+
+
+_drawing: list[int] = []  # the sheet's seed while cases are made whose data it draws
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,12 @@ def case(name: str, /, *args: Any, **kwargs: Any) -> Case:
     return Case(name, args, kwargs)
 
 
+def _as_text(c: Case) -> str:
+    """A call as text, to compare two of them."""
+    tree, blobs = c.request()
+    return f"{tree} {blobs}"
+
+
 _THE_VALUE = Case("the value", (), {}, same_dtype=False, secret=True)
 
 
@@ -169,7 +181,7 @@ class Exercise:
 
     def section(self, kind: str) -> str:
         """The text of the checker between `# %% KIND NAME` and the next `# %%`: the solution as it was written."""
-        text = Path(sys.modules[self.module].__file__).read_text(encoding="utf8")
+        text = _text_of(self.module)
         found = re.search(rf"^# %% {kind} {self.name}\n(.*?)(?=^# %%|\Z)", text, re.S | re.M)
         return found[1].strip("\n") if found else ""
 
@@ -181,8 +193,30 @@ class Exercise:
         return self._known[what]
 
     def all_cases(self) -> list[Case]:
-        made = lambda: list(self.make_cases()) if self.make_cases else [_THE_VALUE]
-        return self.once("cases", lambda: [replace(c, names=_argument_names(self, c)) for c in made()])
+        return self.once("cases", lambda: [replace(c, names=_argument_names(self, c)) for c in self._made()])
+
+    def _made(self) -> list[Case]:
+        if not self.make_cases:
+            return [_THE_VALUE]
+        number = getattr(sys.modules.get(self.module), "__sheet_seed__", 0)
+        book = list(self.make_cases())
+        if not number:
+            return book
+        _drawing.append(0 if self.id in SAME_DATA else number)
+        try:
+            with yearly.other_data(self.id, number):
+                made = list(self.make_cases())
+        finally:
+            _drawing.pop()
+        # The cases of the book stay: what finds every known mistake there finds it with any seed. What the seed has
+        # drawn comes on top.
+        known = {(c.name, _as_text(c)) for c in book}
+        drawn = [replace(c, name=f"{c.name} (this year's)") for c in made if (c.name, _as_text(c)) not in known]
+        like = replace(next((c for c in book if not c.error), book[0]), kwargs={}, grads=(), error=())
+        calls = enumerate(yearly.more_calls(self.id, number), 1)
+        drawn += [replace(like, name=f"this year's, {i}", args=a) for i, a in calls]
+        # what was drawn may be a case that the statement refuses
+        return book + [c for c in drawn if (outcome_of(self.solution, c)["kind"] == "error") == bool(c.error)]
 
     def expected(self) -> list[dict]:
         return self.once("solution", lambda: [outcome_of(self.solution, c) for c in self.all_cases()])
@@ -303,16 +337,28 @@ def sheets() -> list[str]:
 
 
 def load_sheet(sheet: str) -> dict[str, Exercise]:
-    """All exercises of a sheet, by id, in the order of the sheet."""
+    """All exercises of a sheet, by id, in the order of the sheet; with the numbers of this year's seed."""
     known = sheets()
     require(sheet in known, "sheet", sheet, ", ".join(known) or "no sheet is installed")
-    return REGISTRY[importlib.import_module(f"llmcourse.practice.sheets.{sheet}").__name__]
+    name, number = f"llmcourse.practice.sheets.{sheet}", yearly.seed()
+    if getattr(sys.modules.get(name), "__sheet_seed__", 0) != number:
+        sys.modules.pop(name, None)
+        REGISTRY.pop(name, None)
+    if number and name not in sys.modules:
+        yearly.load(name, number)
+    return REGISTRY[importlib.import_module(name).__name__]
+
+
+def _text_of(module: str) -> str:
+    """The text of a checker as it is in force."""
+    there = sys.modules[module]
+    return getattr(there, "__sheet_text__", "") or Path(there.__file__).read_text(encoding="utf8")
 
 
 def setup_source(sheet: str) -> str:
     """The imports and data that a sheet gives to learner and checker alike, as text."""
     load_sheet(sheet)
-    text = Path(sys.modules[f"llmcourse.practice.sheets.{sheet}"].__file__).read_text(encoding="utf8")
+    text = _text_of(f"llmcourse.practice.sheets.{sheet}")
     return "\n\n".join(m[1].strip("\n") for m in re.finditer(r"^# %% setup\n(.*?)(?=^# %%|\Z)", text, re.S | re.M))
 
 

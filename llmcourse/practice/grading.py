@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from llmcourse.practice import checking, walls
+from llmcourse.practice import checking, walls, yearly
 from llmcourse.practice.exercises import read_reply
 from llmcourse.practice.worker import as_python, busy_seconds, read_message, timeout_outcome, write_message
 from llmcourse.settings import BadInput, course_root, load_settings, require
@@ -533,6 +533,8 @@ class SheetResult:
     """what stood around the learner's code: bubblewrap, landlock, seccomp"""
     error: str = ""
     """why the file could not be graded"""
+    seed: int = 0
+    """whose numbers the checks had: a year's seed, or 0 for those of the book"""
 
     @property
     def passed(self) -> bool:
@@ -547,7 +549,7 @@ class SheetResult:
         return sum(r.max_points for r in self.results)
 
     def to_dict(self) -> dict:
-        names = ("sheet", "file", "passed", "points", "max_points", "error")
+        names = ("sheet", "file", "passed", "points", "max_points", "error", "seed")
         exercises = [r.to_dict() for r in self.results]
         return {n: getattr(self, n) for n in names} | {"walls": list(self.walls), "exercises": exercises}
 
@@ -565,6 +567,15 @@ def walls_here() -> list[str]:
     """The walls that this system offers."""
     with Child(Limits(), 10.0) as child:
         return child.walls
+
+
+def seed_of(nb: dict) -> int:
+    """The seed with which a sheet says it was released; 0 for a sheet of the book."""
+    told = _dict(nb, "metadata", "llmcourse").get("seed")
+    if isinstance(told, int) and 0 <= told < 2**31:
+        return int(told)
+    lines = re.search(r"^sheet_seed\((\d{1,9})\)", "\n".join(_text(c) for _, c in _code_cells(nb)), re.M)
+    return int(lines[1]) if lines else 0
 
 
 def _begin(nb: dict, only: str | None, limits: Limits) -> tuple[str, list[checking.Exercise], _Run]:
@@ -588,9 +599,10 @@ def grade(nb: dict, *, file: str = "", only: str | None = None, limits: Limits |
     Raises:
         BadInput: the notebook is not an exercise sheet, or `only` is not in it.
     """
-    sheet, exercises, run = _begin(nb, only, limits or Limits())
-    results = tuple(run.grade(ex) for ex in exercises)
-    return SheetResult(sheet, file, results, run.walls)
+    with yearly.with_seed(seed_of(nb) or yearly.seed()):
+        sheet, exercises, run = _begin(nb, only, limits or Limits())
+        results = tuple(run.grade(ex) for ex in exercises)
+        return SheetResult(sheet, file, results, run.walls, seed=yearly.seed())
 
 
 def _read(text: str, file: str) -> dict:
@@ -619,7 +631,9 @@ def grade_file(path: str | Path, *, only: str | None = None, limits: Limits | No
 # ------------------------------------------------------------------- a process for each submission
 
 
-def _grade_into(pipe: Any, text: str, file: str, only: str | None, limits: Limits, sheet_folders: list[str]) -> None:
+def _grade_into(
+    pipe: Any, text: str, file: str, only: str | None, limits: Limits, sheet_folders: list[str], seed: int | None
+) -> None:
     """Grade in this process, and send each verdict as soon as it is there."""
     import llmcourse.practice.sheets
 
@@ -631,9 +645,11 @@ def _grade_into(pipe: Any, text: str, file: str, only: str | None, limits: Limit
         import torch
 
         torch.set_num_threads(1)
-        sheet, exercises, run = _begin(_read(text, file), only, limits)
+        nb = _read(text, file)
+        os.environ[yearly.VARIABLE] = str(seed_of(nb) if seed is None else seed)  # an older one may have been inherited
+        sheet, exercises, run = _begin(nb, only, limits)
         blank = lambda ex: asdict(ex.failed(""))
-        send("begin", sheet=sheet, blank=[blank(ex) for ex in exercises])
+        send("begin", sheet=sheet, seed=yearly.seed(), blank=[blank(ex) for ex in exercises])
         for ex in exercises:
             result = run.grade(ex)
             send("verdict", result=asdict(result), walls=run.walls)
@@ -681,13 +697,13 @@ def grade_apart(
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=_grade_into,
-        args=(theirs, text, file, only, limits, list(llmcourse.practice.sheets.__path__)),
+        args=(theirs, text, file, only, limits, list(llmcourse.practice.sheets.__path__), yearly.fixed()),
         daemon=True,
     )
     process.start()
     theirs.close()
     end = time.monotonic() + limits.sheet_seconds + limits.start_seconds
-    sheet, results, done, stood, why = "", [], 0, (), ""
+    sheet, results, done, stood, why, seed = "", [], 0, (), "", 0
     try:
         while not why:
             if not ours.poll(max(0.0, end - time.monotonic())):
@@ -695,7 +711,7 @@ def grade_apart(
                 break
             message = json.loads(ours.recv_bytes(MAX_REPLY))
             if message["kind"] == "begin":
-                sheet, results = message["sheet"], [_result(r) for r in message["blank"]]
+                sheet, seed, results = message["sheet"], message["seed"], [_result(r) for r in message["blank"]]
             elif message["kind"] == "verdict":
                 results[done], stood, done = _result(message["result"]), tuple(message["walls"]), done + 1
             elif message["kind"] == "no sheet":
@@ -712,7 +728,7 @@ def grade_apart(
         process.join()
     results[done:] = [replace(r, sentence=f"Not graded: {why}.") for r in results[done:]]
     error = "" if results else f"The file could not be graded: {why}."
-    return SheetResult(sheet, file, tuple(results), stood, error)
+    return SheetResult(sheet, file, tuple(results), stood, error, seed)
 
 
 def _result(fields: dict) -> checking.Result:
