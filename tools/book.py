@@ -1,9 +1,10 @@
 """The book without Quarto: `python tools/book.py`, from the same `_quarto.yml` and the same notebooks.
 
 Nothing is run: the outputs saved in the notebooks are shown. Pandoc does the conversion; it comes with the Python
-package pypandoc_binary (the extra `book`), so nothing has to be installed beside Python. The pages lie where Quarto puts
-them and need no server, no network and no script: opened as a file they are whole, the search included. The look stands
-in tools/book/ and takes its colors and fonts from nbs/_theme, as Quarto's edition does.
+package pypandoc_binary (the extra `book`), so nothing has to be installed beside Python. The pages lie where Quarto
+puts them and need no server, no network and no script: opened as a file they are whole, and where scripts run the
+search works there, too. The look stands in tools/book/; its colors and fonts are those of nbs/_theme, as in Quarto's
+edition.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import functools
+import itertools
 import json
 import os
 import posixpath
@@ -23,11 +25,15 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from html import escape, unescape
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 import jinja2
 import yaml
+from pygments.lexers import get_lexer_by_name
+from pygments.token import Token
+from pygments.util import ClassNotFound
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK = Path(__file__).resolve().parent / "book"
@@ -35,6 +41,8 @@ LOOK = Path(__file__).resolve().parent / "book"
 READER = "markdown-citations-example_lists"
 # A pipe table with a line longer than this gets columns of equal width; a browser divides them better.
 COLUMNS = "--columns=1000000"
+# Pandoc takes four times as long to color code as to do all the rest of a page: `colored` does it.
+PLAIN_CODE = "--syntax-highlighting=none"
 # A formula in a sentence that has more letters of TeX than this may be wider than a telephone: there it scrolls.
 LONG = 34
 EPUB = "llmcourse.epub"
@@ -52,7 +60,6 @@ WORDS = {
         "around": "Previous and next chapter",
         "notebook": "This page as a notebook",
         "other": "中文",
-        "other_lang": "zh",
         "table": "Table",
     },
     "zh": {
@@ -67,7 +74,6 @@ WORDS = {
         "around": "上一章与下一章",
         "notebook": "本页的笔记本",
         "other": "English",
-        "other_lang": "en",
         "table": "表格",
     },
 }
@@ -367,6 +373,10 @@ def flat(blocks: list) -> Iterator[dict]:
             yield block
 
 
+def language(short: str) -> str:
+    return "zh-Hans" if short == "zh" else short
+
+
 def relative(target: str, page: str) -> str:
     return posixpath.relpath(target, posixpath.dirname(page) or ".")
 
@@ -472,7 +482,7 @@ class Maker:
 
     def page(self, chapter: Chapter, tree: dict, epub: bool) -> str:
         """The HTML of a chapter."""
-        args = ["-f", "json", "-t", "html5", "--mathml", "--toc", "--toc-depth=3", "--wrap=none"]
+        args = ["-f", "json", "-t", "html5", "--mathml", "--toc", "--toc-depth=3", "--wrap=none", PLAIN_CODE]
         args += ["--template", str(LOOK / "pandoc.html")]
         html = run_pandoc(args, json.dumps(tree | {"meta": {}}), chapter.source, self.book.root)
         toc, body = html.split("<!-- the text -->", 1)
@@ -482,6 +492,7 @@ class Maker:
         return self.look.get_template("page.html.j2").render(
             book=config,
             words=WORDS[chapter.lang],
+            language=language,
             chapter=chapter,
             home=order[0],
             parts=parts(order),
@@ -489,7 +500,6 @@ class Maker:
             previous=order[i - 1] if i else None,
             next=order[i + 1] if i + 1 < len(order) else None,
             other=self.other(chapter),
-            sheets=sorted(f for f in self.sheets(chapter)),
             toc=toc.strip(),
             body=tidy(body.strip()),
             epub=EPUB if epub else "",
@@ -500,11 +510,6 @@ class Maker:
         folder, name = posixpath.split(chapter.source)
         twin = f"nbs/{name}" if folder.endswith("/zh") else f"{folder}/zh/{name}"
         return self.chapters.get(twin)
-
-    def sheets(self, chapter: Chapter) -> list[str]:
-        """The exercise sheets of a chapter lie in the folder of its name."""
-        folder = self.book.root / "exercises" / posixpath.basename(chapter.source).removesuffix(".ipynb")
-        return [p.relative_to(self.book.root).as_posix() for p in folder.glob("*.ipynb")] if chapter.number else []
 
 
 def filters(book: Book, chapter: Chapter) -> list[str]:
@@ -522,11 +527,51 @@ def parts(chapters: Iterable[Chapter]) -> list[tuple[str, list[Chapter]]]:
     return grouped
 
 
+# The few kinds of words that code has a color for: what Pygments calls them, and the class of the page.
+KINDS = {
+    Token.Comment: "co",
+    Token.Literal.String.Doc: "co",
+    Token.Keyword: "kw",
+    Token.Operator.Word: "kw",
+    Token.Literal.String: "st",
+    Token.Literal.Number: "nu",
+    Token.Name.Function: "fu",
+    Token.Name.Class: "fu",
+    Token.Name.Builtin: "fu",
+    Token.Name.Decorator: "fu",
+}
+
+
+@functools.cache
+def kind_of(token: object) -> str:
+    while token is not Token:
+        if token in KINDS:
+            return KINDS[token]
+        token = token.parent
+    return ""
+
+
+def colored(code: str, language: str) -> str:
+    """Code as HTML; neighbors of one kind share an element."""
+    try:
+        lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
+    except ClassNotFound:
+        return escape(code, quote=False)
+    out = []
+    for kind, run in itertools.groupby(lexer.get_tokens(code), lambda pair: kind_of(pair[0])):
+        words = escape("".join(word for _, word in run), quote=False)
+        out.append(f'<span class="{kind}">{words}</span>' if kind and words.strip() else words)
+    return "".join(out)
+
+
 def tidy(html: str) -> str:
-    """Pandoc's HTML without a link on every line of code; an empty cell at the head of a table is no heading."""
-    html = re.sub(r'<a href="#cb\d+-\d+" aria-hidden="true" tabindex="-1"></a>', "", html)
-    html = re.sub(r'<span id="cb\d+-\d+">', "<span>", html)
-    html = re.sub(r'(<div class="sourceCode") id="cb\d+"', r"\1", html)
+    """Pandoc's HTML with colors for code; an empty cell at the head of a table is no heading."""
+    html = re.sub(
+        r'<pre\s+class="([\w-]+)"><code>(.*?)</code></pre>',
+        lambda m: f'<div class="code"><pre><code>{colored(unescape(m[2]), m[1])}</code></pre></div>',
+        html,
+        flags=re.S,
+    )
     return re.sub(r"<th\b([^>]*)>\s*</th>", r"<td\1></td>", html)
 
 
@@ -593,9 +638,11 @@ def for_epub(book: Book, chapter: Chapter, tree: dict) -> list:
         return node
 
     name = f"{chapter.number} {chapter.in_list}".strip()
-    title = {"t": "Header", "c": [1, [chapter.key, [], []], [{"t": "Str", "c": name}]]}
+    lang = language(chapter.lang)
+    title = {"t": "Header", "c": [1, [chapter.key, [], [["lang", lang]]], [{"t": "Str", "c": name}]]}
     promise = {"t": "Para", "c": [{"t": "Emph", "c": [{"t": "Str", "c": chapter.subtitle}]}]}
-    return [title, promise, *changed(json.loads(json.dumps(tree["blocks"])), change)]
+    blocks = [promise, *changed(json.loads(json.dumps(tree["blocks"])), change)]
+    return [title, *(blocks if lang == "en" else [div([], blocks, attributes={"lang": lang})])]
 
 
 def commit_time(root: Path) -> str:
@@ -625,7 +672,7 @@ def write_epub(book: Book, trees: dict[str, dict], folder: Path) -> None:
         "meta": {k: {"t": "MetaString", "c": v} for k, v in meta.items()},
         "blocks": blocks,
     }
-    args = ["-f", "json", "-t", "epub3", "--mathml", "--split-level=1", "--toc-depth=1", "--wrap=none"]
+    args = ["-f", "json", "-t", "epub3", "--mathml", "--split-level=1", "--toc-depth=1", "--wrap=none", PLAIN_CODE]
     args += ["--css", str(LOOK / "epub.css"), "-o", EPUB]
     run_pandoc(args, json.dumps(tree), EPUB, folder, SOURCE_DATE_EPOCH=commit_time(book.root))
 

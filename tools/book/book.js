@@ -51,7 +51,7 @@
 
   // Copy code.
   const said = chinese ? ["复制", "已复制"] : ["Copy", "Copied"];
-  for (const block of all("main div.sourceCode")) {
+  for (const block of all("main div.code")) {
     const button = document.createElement("button");
     button.type = "button";
     button.className = "copy";
