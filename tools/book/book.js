@@ -93,10 +93,10 @@
     if (!words.length || (query.trim().length < 2 && /^[\x00-\x7f]*$/.test(query))) return hits;
     for (const place of index.places) {
       const [page, anchor, heading, text, lower, lowerHeading] = place;
-      const title = anchor ? "" : index.pages[page][1].toLowerCase();
+      const title = index.pages[page][1].toLowerCase();
       let score = 0;
       for (const word of words) {
-        const one = 20 * count(title, word) + 8 * count(lowerHeading, word) + count(lower, word);
+        const one = (anchor ? 1 : 20) * count(title, word) + 8 * count(lowerHeading, word) + count(lower, word);
         if (!one) { score = 0; break; }
         score += one;
       }
