@@ -665,7 +665,7 @@ def search_covers(index: dict, folder: Path) -> list[str]:
         places = [p for p in index["places"] if p[0] == listed.index(name)]
         if not re.search(r"\w{4,}", " ".join(p[3] for p in places)):
             problems.append(f"no word of {name} is in the search")
-        ids = Page(path.read_text(encoding="utf-8")).ids | {""}
+        ids = set(re.findall(r"\sid=\"([^\"]+)\"", path.read_text(encoding="utf-8"))) | {""}
         problems += [f"{name}#{p[1]} is in the search and not on the page" for p in places if p[1] not in ids]
     return problems
 

@@ -438,7 +438,8 @@ CONTRAST = """() => {
 }"""
 AXE = """async (contrast) => {
   const found = await axe.run(document, {
-    preload: false, resultTypes: ['violations'], rules: {'color-contrast': {enabled: contrast}},
+    preload: false, resultTypes: ['violations'],
+    rules: {'color-contrast': {enabled: contrast}, 'target-size': {enabled: true}},
   });
   return found.violations.map((v) => `${v.id} (${v.nodes.length}): ${v.nodes[0].html.slice(0, 200)}`);
 }"""

@@ -86,6 +86,14 @@ class BookError(Exception):
 # ------------------------------------------------------------------------------------- the sources
 
 
+# the loader in C is many times faster, where PyYAML was built with it; the notebooks have thousands of options
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_yaml(words: str):
+    return yaml.load(words, LOADER)
+
+
 def text(value: str | list[str]) -> str:
     return value if isinstance(value, str) else "".join(value)
 
@@ -94,7 +102,7 @@ def options(source: str) -> tuple[dict, str]:
     """The `#| key: value` lines at the head of a code cell, and the code below them."""
     lines = source.split("\n")
     n = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
-    given = yaml.safe_load("\n".join(line[2:].removeprefix(" ") for line in lines[:n])) if n else {}
+    given = read_yaml("\n".join(line[2:].removeprefix(" ") for line in lines[:n])) if n else {}
     return given or {}, "\n".join(lines[n:]).strip("\n")
 
 
@@ -137,7 +145,7 @@ def front_matter(root: Path, source: str) -> tuple[dict, str]:
     match = re.match(r"---\n(.*?)\n---\s*(?:\n|$)", whole, re.S)
     if not match:
         raise BookError(f"{source} does not begin with a front matter between two lines ---.")
-    return yaml.safe_load(match[1]), match[0]
+    return read_yaml(match[1]), match[0]
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ class Book:
 
     @classmethod
     def read(cls, root: Path = ROOT) -> Book:
-        config = yaml.safe_load(source_text(root, "_quarto.yml"))
+        config = read_yaml(source_text(root, "_quarto.yml"))
         found: list[Chapter] = []
 
         def walk(items: list, part: str) -> None:
@@ -315,7 +323,7 @@ def div(classes: list[str], blocks: list, name: str = "", attributes: dict | Non
 
 
 def changed(node, change):
-    """The tree, each element replaced by what `change` gives for it (one, or a list of them), from the leaves up."""
+    """A new tree: each element replaced by what `change` gives for it (one, or a list of them), from the leaves up."""
     if isinstance(node, list):
         new = []
         for item in node:
@@ -641,7 +649,7 @@ def for_epub(book: Book, chapter: Chapter, tree: dict) -> list:
     lang = language(chapter.lang)
     title = {"t": "Header", "c": [1, [chapter.key, [], [["lang", lang]]], [{"t": "Str", "c": name}]]}
     promise = {"t": "Para", "c": [{"t": "Emph", "c": [{"t": "Str", "c": chapter.subtitle}]}]}
-    blocks = [promise, *changed(json.loads(json.dumps(tree["blocks"])), change)]
+    blocks = [promise, *changed(tree["blocks"], change)]
     return [title, *(blocks if lang == "en" else [div([], blocks, attributes={"lang": lang})])]
 
 
