@@ -8,14 +8,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # each time for PyTorch and transformers.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help course test lab classroom data tour book slides notebooks export wheel dist bundle clean
+.PHONY: help course test lab classroom data tour book plain-book slides notebooks export wheel dist bundle clean
 
 help:
 	@echo "make course     environment, models and data, and the tour: a real model made smaller, with a report"
 	@echo "make lab        open the course in JupyterLab"
 	@echo "make classroom  environment with nbgrader, and the five commands that a teacher needs"
 	@echo "make test       environment and all tests"
-	@echo "make book       render the course as a book (needs Quarto)"
+	@echo "make book       the course as a book in _book: by Quarto where it is installed, else the plain edition and an EPUB"
 	@echo "make bundle     one archive that installs the course where there is no network"
 	@echo "make slides     the slides of four lectures, from the notebooks: build/slides"
 	@echo "make notebooks  run every notebook and save its outputs (for maintainers)"
@@ -43,10 +43,16 @@ data: .venv/.lab.stamp
 tour: .venv/.lab.stamp
 	@$(BIN)/llmcourse tour
 
+# With Quarto 1.7 or newer its edition; everywhere else the plain one, by pandoc from the Python registry.
 book:
-	@command -v quarto >/dev/null || { echo "make book needs Quarto 1.7 or newer: install it from quarto.org, then run make book again."; exit 1; }
-	quarto render
-	@echo "The book is _book/index.html"
+	@if command -v quarto >/dev/null; then \
+	  quarto render && echo "The book is in _book: python -m http.server -d _book --bind 127.0.0.1, then http://127.0.0.1:8000"; \
+	else \
+	  $(MAKE) --no-print-directory plain-book; \
+	fi
+
+plain-book: .venv/.book.stamp
+	@$(BIN)/python tools/book.py --epub
 
 slides: .venv/.dev.stamp
 	$(BIN)/python tools/slides.py

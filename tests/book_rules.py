@@ -22,11 +22,14 @@ The front matter of a chapter is its first cell, a raw cell:
 from __future__ import annotations
 
 import json
+import posixpath
 import re
+import zipfile
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree
 
 import yaml
 
@@ -650,4 +653,121 @@ def page_links_resolve(where: Path, pages: dict[Path, Page]) -> list[str]:
             problems.append(f"{url} is not there")
         elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
             problems.append(f"{url}: no such anchor")
+    return problems
+
+
+# --------------------------------------------------------------------- rules for the plain edition
+
+
+def whole_page(page: Page) -> list[str]:
+    """A page says its language, title and description, has one heading of level 1, and a link to its text."""
+    html = page.html
+    problems = []
+    if not re.search(r"<html [^>]*lang=\"[a-zA-Z-]+\"", html):
+        problems.append("the page does not say its language")
+    if not re.search(r"<title>\s*[^<\s]", html):
+        problems.append("the page has no title")
+    if not re.search(r"<meta name=\"description\" content=\"[^\"]+\"", html):
+        problems.append("the page has no description")
+    skip = re.search(r"<a class=\"skip\" href=\"#([\w-]+)\"", html)
+    if not skip or skip[1] not in page.ids:
+        problems.append("no skip link leads to the text")
+    if (n := len(re.findall(r"<h1\b", html))) != 1:
+        problems.append(f"{n} level-1 headings; allowed: one")
+    opened, named = len(re.findall(r"<details\b", html)), len(re.findall(r"<summary\b[^>]*>\s*\S", html))
+    named -= len(re.findall(r"<summary\b[^>]*>\s*</summary>", html))
+    if opened != named or opened != html.count("</details>"):
+        problems.append(f"{opened} details with {named} words in a summary and {html.count('</details>')} ends")
+    return problems
+
+
+def ids_unique(page: Page) -> list[str]:
+    body = re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", page.html, flags=re.S)
+    found = re.findall(r"<\w+\b[^>]*\sid=\"([^\"]+)\"", body)
+    return [f"the anchor {name} stands twice" for name in sorted({n for n in found if found.count(n) > 1})]
+
+
+def rel_links(html: str, rel: str) -> set[str]:
+    return set(re.findall(rf"<(?:a|link)\b[^>]*rel=\"{rel}\"[^>]*href=\"([^\"]+)\"", html))
+
+
+def search_data(script: str) -> dict:
+    """What search-index.js holds."""
+    match = re.fullmatch(r"window\.bookIndex = (\{.*\});\n", script, re.S)
+    if not match:
+        raise ValueError("search-index.js is not one assignment to window.bookIndex")
+    return json.loads(match[1])
+
+
+def search_covers(index: dict, folder: Path) -> list[str]:
+    """Every page is in the search with words of its own, and every place that it names is there."""
+    problems = []
+    listed = [page for page, _, _ in index["pages"]]
+    for path in sorted(folder.rglob("*.html")):
+        name = path.relative_to(folder).as_posix()
+        if name not in listed:
+            problems.append(f"{name} is not in the search")
+            continue
+        places = [p for p in index["places"] if p[0] == listed.index(name)]
+        if not re.search(r"\w{4,}", " ".join(p[3] for p in places)):
+            problems.append(f"no word of {name} is in the search")
+        ids = set(re.findall(r"\sid=\"([^\"]+)\"", path.read_text(encoding="utf-8"))) | {""}
+        problems += [f"{name}#{p[1]} is in the search and not on the page" for p in places if p[1] not in ids]
+    return problems
+
+
+def css_colors(css: str, scheme: str) -> dict[str, str]:
+    """The colors `--name: #rrggbb` that hold in a scheme; the dark ones stand in a media query after the light ones."""
+    dark = r"@media \(prefers-color-scheme: dark\) \{\s*:root \{(.*?)\}\s*\}"
+    blocks = re.findall(
+        r":root \{(.*?)\}", re.sub(r"@media print.*", "", re.sub(dark, "", css, flags=re.S), flags=re.S), re.S
+    )
+    blocks += re.findall(dark, css, re.S) if scheme == "dark" else []
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", "\n".join(blocks)))
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's ratio of two colors `#rrggbb`."""
+
+    def light(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), parts))
+
+    high, low = sorted((light(one), light(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def epub_whole(path: Path, chapters: list[str]) -> list[str]:
+    """The EPUB lists these chapters, its pages are well-formed, and each link and picture is in it."""
+    problems = []
+    with zipfile.ZipFile(path) as z:
+        names = set(z.namelist())
+        if z.namelist()[0] != "mimetype" or z.read("mimetype") != b"application/epub+zip":
+            problems.append("its first file is no mimetype application/epub+zip")
+        trees = {}
+        for name in sorted(n for n in names if n.endswith(".xhtml")):
+            try:
+                trees[name] = ElementTree.fromstring(z.read(name))
+            except ElementTree.ParseError as e:
+                problems.append(f"{name} is not well-formed: {e}")
+    ids = {name: {e.get("id") for e in tree.iter()} for name, tree in trees.items()}
+    for name, tree in trees.items():
+        for element in tree.iter():
+            target = element.get("href") or element.get("src") or ""
+            if not target or re.match(r"[a-z][a-z0-9+.-]*:", target):
+                continue
+            file, _, anchor = unquote(target).partition("#")
+            place = posixpath.normpath(posixpath.join(posixpath.dirname(name), file)) if file else name
+            if place not in names:
+                problems.append(f"{name}: {target} is not there")
+            elif anchor and place in ids and anchor not in ids[place]:
+                problems.append(f"{name}: {target}: no such anchor #{anchor}")
+    nav = next((t for n, t in trees.items() if n.endswith("nav.xhtml")), None)
+    first = next((e for e in nav.iter() if e.tag.endswith("}nav")), []) if nav is not None else []
+    found = [
+        " ".join("".join(e.itertext()).split()) for e in (first.iter() if len(first) else []) if e.tag.endswith("}a")
+    ]
+    if found != [" ".join(c.split()) for c in chapters]:
+        problems.append(f"it lists {len(found)} chapters, {found[:3]} …; wanted: {len(chapters)}, {chapters[:3]} …")
     return problems
