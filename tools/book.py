@@ -390,7 +390,7 @@ def relative(target: str, page: str) -> str:
 
 
 class Maker:
-    """Makes the pages of a book; `files` collects what they need beside them, as (from, to)."""
+    """Makes the pages of a book."""
 
     def __init__(self, book: Book):
         self.book = book
@@ -455,8 +455,6 @@ class Maker:
         return node
 
     def picture(self, chapter: Chapter, target: str, files: set[str]) -> str:
-        if target.startswith("figures/"):
-            return target
         source = posixpath.normpath(posixpath.join(posixpath.dirname(chapter.source), unquote(target)))
         if not (self.book.root / source).is_file():
             raise BookError(f"{chapter.source} shows the picture {target}, which is not there.")
@@ -468,8 +466,7 @@ class Maker:
             block = {"t": "CodeBlock", "c": [["", ["python"], []], piece.body]}
             if piece.fold is None:
                 return div(["piece", "cell"], [block])
-            summary = jinja2.utils.markupsafe.escape(piece.fold)
-            opened = raw(f'<details class="fold"><summary>{summary}</summary>')
+            opened = raw(f'<details class="fold"><summary>{escape(piece.fold)}</summary>')
             return div(["piece", "cell"], [opened, block, raw("</details>")])
         if piece.kind == "stream":
             return div(["piece", "output"], [{"t": "CodeBlock", "c": [NO_ATTR, piece.body.rstrip("\n")]}])
