@@ -30,6 +30,10 @@ browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this 
 ALT = "A picture that says how one thing depends on another, whatever the settings are."
 
 
+TIES = [1.5, 0.5, -0.5, -1.5]
+"""with 2 bits, symmetric, the step is 1: two of them lie between two values"""
+
+
 def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -41,7 +45,7 @@ def make() -> dict[str, touch.Touch]:
     heads = {"sharp": 3 * normal(1, 9, 9), "flat": 0.1 * normal(2, 9, 9)}
     return {
         "sampling": touch_figures.next_token(2.5 * normal(0, 900), names, alt=ALT),
-        "grid": touch_figures.quantization_grid(0.1 * normal(4, 64) + 0.03, alt=ALT),
+        "grid": touch_figures.quantization_grid([*TIES, *0.1 * normal(4, 60) + 0.03], alt=ALT),
         "attention": touch_figures.attention_masks(heads, words, alt=ALT),
         "schedule": touch_figures.schedules(alt=ALT),
         "roofline": touch_figures.roofline(16.9e9, 118e9, 134.5e6, alt=ALT),
@@ -64,6 +68,11 @@ SETTINGS = {
     },
     "interval": {"stop": (1, 6, 12), "unit": ("documents", "tokens"), "level": ("80", "95", "99"), "goal": (1, 10)},
 }  # fmt: skip
+# on top of those drawn from the table: what only they can tell apart
+ALSO = {
+    "grid": [{"bits": 2, "group": "8", "symmetric": True}],
+    "sampling": [{"temperature": 2, "top_p": p, "top_k": "40"} for p in (0.3, 0.6, 0.9)],
+}
 MOVE = """([kind, settings]) => {
   const root = document.querySelector(`[data-touch=${kind}]`), svg = root.querySelector('svg');
   for (const [name, value] of Object.entries(settings)) {
@@ -140,7 +149,7 @@ def differences(a, b, where: str = "", tolerance: float = 1e-5) -> list[str]:
 def test_the_script_computes_what_python_computes(page, kind: str) -> None:
     figure, table = FIGURES[kind], SETTINGS[kind]
     assert table.keys() == figure.start.keys()
-    for settings in some_of(table):
+    for settings in [*some_of(table), *ALSO.get(kind, [])]:
         seen, scene = page.evaluate(MOVE, [kind, settings]), figure.scene(**settings)
         assert differences(scene, seen["scene"]) == [], settings
         assert seen["output"] == seen["scene"]["say"] and seen["label"] == f"{ALT} Now: {seen['output']}"
