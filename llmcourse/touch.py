@@ -45,6 +45,7 @@ def short(x: float) -> str:
 
 
 def percent(x: float) -> str:
+    """A share as text: 0.1234 as 12.3 %."""
     return f"{100 * x:.1f} %"
 
 
