@@ -20,6 +20,7 @@ from llmcourse.practice.worker import Rng, decode, encode, run_call
 from llmcourse.settings import require
 
 RTOL, ATOL = 1e-5, 1e-6  # the default closeness of floating-point results
+DRAWN_RTOL, DRAWN_ATOL = 1e-4, 3e-5  # and that of cases which a year's seed has drawn
 
 
 def rng(seed: int = 0) -> Rng:
@@ -215,7 +216,9 @@ class Exercise:
         like = replace(next((c for c in book if not c.error), book[0]), kwargs={}, grads=(), error=())
         calls = enumerate(yearly.more_calls(self.id, number), 1)
         drawn += [replace(like, name=f"this year's, {i}", args=a) for i, a in calls]
-        # what was drawn may be a case that the statement refuses
+        # Nobody has looked at these numbers: other right answers may round differently there, and the cases of the book
+        # are as strict as before. What was drawn may also be a case that the statement refuses.
+        drawn = [replace(c, rtol=max(c.rtol, DRAWN_RTOL), atol=max(c.atol, DRAWN_ATOL)) for c in drawn]
         return book + [c for c in drawn if (outcome_of(self.solution, c)["kind"] == "error") == bool(c.error)]
 
     def expected(self) -> list[dict]:

@@ -52,7 +52,7 @@ class Plan:
 PLANS: dict[str, Plan] = {
     "2 days": Plan(
         "Two days: compress a model and measure it",
-        "People who have a model and want it smaller. The chapters are read before; a half-day is a talk and a sheet.",
+        "People who have a model and want it smaller. Chapters are read before; each half-day is a talk and a sheet.",
         (
             ("Day 1, morning: ground", ("runtime", "plotting", "data")),
             ("Day 1, afternoon: measure", ("evaluation",)),
