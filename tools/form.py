@@ -124,7 +124,7 @@ def topics() -> str:
     known, parts = topic_list(), []
     for letter, article in known["articles"].items():
         mine = {t: topic for t, topic in known["topics"].items() if t[0] == letter}
-        head = f"### {letter}: {article['en']}\n\n<span lang=\"zh\">{article['zh']}</span>"
+        head = f'### {letter}: {article["en"]}\n\n<span lang="zh">{article["zh"]}</span>'
         rows = ["| | section | topic | 中文 | taught in |", "|---|---|---|---|---|"]
         for t, topic in mine.items():
             where = "; ".join(places().get(t, [])) or f"*none:* {known['not_yet'].get(t, '')}"
