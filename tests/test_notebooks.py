@@ -1,7 +1,7 @@
 """Every chapter runs from top to bottom, alone, offline, on one thread, at the small scale, most on a small model.
 
 Some run on a device that is not there: a tensor that nobody has moved fails as it would on a GPU. With
-LLMCOURSE_TEST_DEVICE=pretend all do that can.
+COURSE_TEST_DEVICE=pretend all do that can.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AT_HOME = {
     "15e_structured",
 }
 AT_HOME |= {"15f_gpu", "16_distributed"}
-if os.environ.get("LLMCOURSE_TEST_DEVICE") == "pretend":
+if os.environ.get("COURSE_TEST_DEVICE") == "pretend":
     MOVED = {path.stem for path in NOTEBOOKS} - AT_HOME
 DEVICE = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import pretend_device; pretend_device.start()\n"
 
