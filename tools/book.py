@@ -297,7 +297,8 @@ def as_markdown(book: Book, chapter: Chapter) -> tuple[str, list[Piece], dict[st
                 piece = Piece("figure", label=label, file=name, size=size, alt=str(given.get("fig-alt", "")))
                 place(piece, inside(captions.get(f"{cell.get('id')}-caption", "")))
             elif "text/html" in data:
-                place(Piece("html", data["text/html"]))
+                caption = inside(captions.get(f"{cell.get('id')}-caption", ""))
+                place(Piece("html", data["text/html"], label=label), caption if label else "")
             elif "text/markdown" in data:
                 caption = f"\n\n: {given['tbl-cap']}" if "tbl-cap" in given else ""
                 place(Piece("table", label=label), data["text/markdown"].strip() + caption)
@@ -470,6 +471,9 @@ class Maker:
             return div(["piece", "cell"], [opened, block, raw("</details>")])
         if piece.kind == "stream":
             return div(["piece", "output"], [{"t": "CodeBlock", "c": [NO_ATTR, piece.body.rstrip("\n")]}])
+        if piece.kind == "html" and piece.label:  # a figure that can be moved
+            figure = [[piece.label, [], []], [None, content], [raw(piece.body)]]
+            return div(["piece"], [{"t": "Figure", "c": figure}])
         if piece.kind == "html":
             group = {"role": "group", "aria-label": WORDS[chapter.lang]["table"]}
             return div(["piece", "output"], [div(["table"], [raw(piece.body)], attributes=group)])
@@ -639,6 +643,7 @@ def for_epub(book: Book, chapter: Chapter, tree: dict) -> list:
             key = pages[page].key
             c[2][0] = f"#{key}--{anchor}" if anchor else f"#{key}"
         if kind in ("RawBlock", "RawInline"):
+            c[1] = re.sub(r"<script\b.*?</script>\s*", "", c[1], flags=re.S)  # the still picture stays
             c[1] = re.sub(r'\bid="([^"]+)"', rf'id="{chapter.key}--\1"', c[1])
         return node
 
